@@ -1,0 +1,339 @@
+"""Keys: who draws them, for which session, and what they are.
+
+`SCXKeyGenerator` holds the master key. A prefill opens a `Session`; everything secret of that conversation is drawn
+from the master key and the session's public id: feature permutations once, because the cache is stored under them;
+token permutations, redundant rows and noise afresh for every forward pass.
+"""
+
+import itertools
+import secrets
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+import scx_kernels as ops
+from scx.encoding import ENCODINGS, FeatureKey, LayerKeys, Noise, RedundantScale, TokenKeys, inverse
+from scx.keystream import KeyStream, Secret, StreamId
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["ModelShape", "SCXKeyGenerator", "Session", "Step"]
+
+SESSION_ID_BYTES = 16
+NOISE_DISTRIBUTIONS = ("laplace", "normal")
+_NOISE_ROWS_AHEAD = 32
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What keys need to know of a model.
+
+    `first_norm_rms` is the root mean square of the first block's normalised rows, the unit of the noise scale;
+    `fingerprint` is public and tells two models apart.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    first_norm_rms: float
+    fingerprint: str
+
+
+def _check_layers(name: str, layers: Iterable[int] | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    given = list(layers)
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in given):
+        raise ValueError(f"{name}: expected layer numbers from 0, got {given}")
+    ordered = tuple(sorted(given))
+    if ordered and ordered != tuple(range(ordered[0], ordered[0] + len(ordered))):
+        raise ValueError(f"{name}: expected neighbouring layers, each once, got {given}")
+    if name == "decode_start_layers" and ordered and ordered[0] != 0:
+        raise ValueError(f"{name}: expected the first layers, beginning with 0, got {given}")
+    return ordered
+
+
+def _positive(name: str, value: int, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return value
+
+
+class SCXKeyGenerator:
+    """Draws every key of SCX from one master key.
+
+    Args:
+        seq_len: expected number of prompt tokens. Keys are drawn for the length that a request really has.
+        hidden_dim: hidden size D of the model.
+        qk_hidden_dim: head size d of the model.
+        redundant_num: redundant rows R among the tokens of every encoding that permutes tokens.
+        alp: add removable noise to the first block's attention input, in prefill and generation.
+        batch_size: expected number of sequences. Keys are drawn for the batch that a request really has.
+        decode_start_layers: first layers whose keys stay on the secure side, such as [0]; default: the first
+            `protected_layers`.
+        decode_end_layers: last layers whose keys stay on the secure side; default: the last `protected_layers`.
+        master_key: 32 bytes; drawn from the operating system if not given.
+        noise_scale: scale of the noise in units of the root mean square of the normalised rows it is added to
+            (the paper's range is 5 to 10).
+        noise_distribution: "laplace" (scale is its b) or "normal" (scale is its standard deviation).
+        protected_layers: how many first and last layers are protected where the lists above are not given.
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        seq_len: int,
+        hidden_dim: int,
+        qk_hidden_dim: int,
+        redundant_num: int = 0,
+        alp: bool = False,
+        batch_size: int = 1,
+        *,
+        decode_start_layers: Iterable[int] | None = None,
+        decode_end_layers: Iterable[int] | None = None,
+        master_key: bytes | None = None,
+        noise_scale: float = 5.0,
+        noise_distribution: str = "laplace",
+        protected_layers: int = 1,
+    ) -> None:
+        self.seq_len = _positive("seq_len", seq_len)
+        self.hidden_dim = _positive("hidden_dim", hidden_dim)
+        self.qk_hidden_dim = _positive("qk_hidden_dim", qk_hidden_dim)
+        self.redundant_num = _positive("redundant_num", redundant_num, least=0)
+        self.batch_size = _positive("batch_size", batch_size)
+        self.protected_layers = _positive("protected_layers", protected_layers, least=0)
+        self.alp = bool(alp)
+        if not 0 < noise_scale < 1e4:
+            raise ValueError(f"noise_scale: expected a number between 0 and 1e4, got {noise_scale}")
+        self.noise_scale = float(noise_scale)
+        if noise_distribution not in NOISE_DISTRIBUTIONS:
+            raise ValueError(f"noise_distribution: expected one of {NOISE_DISTRIBUTIONS}, got {noise_distribution!r}")
+        self.noise_distribution = noise_distribution
+        self.decode_start_layers = _check_layers("decode_start_layers", decode_start_layers)
+        self.decode_end_layers = _check_layers("decode_end_layers", decode_end_layers)
+        self._master_key = Secret(master_key)
+        self._opened: set[bytes] = set()
+
+    @classmethod
+    def for_model(cls, model: "PreTrainedModel", **options: Any) -> "SCXKeyGenerator":
+        """A generator with the sizes of `model`; `options` are the other arguments of the constructor."""
+        from scx.models.llama import model_shape
+
+        shape = model_shape(model)
+        options.setdefault("seq_len", 512)
+        return cls(hidden_dim=shape.hidden_size, qk_hidden_dim=shape.head_dim, **options)
+
+    def __repr__(self) -> str:
+        return (
+            f"SCXKeyGenerator(hidden_dim={self.hidden_dim}, qk_hidden_dim={self.qk_hidden_dim}, "
+            f"redundant_num={self.redundant_num}, alp={self.alp})"
+        )
+
+    def __reduce__(self) -> str:
+        raise TypeError("SCXKeyGenerator holds the master key and is never pickled")
+
+    def __deepcopy__(self, memo: dict) -> "SCXKeyGenerator":
+        return self
+
+    def protected(self, shape: ModelShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(start layers, end layers) whose keys never leave the secure side, for a model of this shape."""
+        layers, default = shape.num_layers, min(self.protected_layers, shape.num_layers)
+        start = self.decode_start_layers
+        if start is None:
+            start = tuple(range(default))
+        end = self.decode_end_layers
+        if end is None:
+            end = tuple(range(max(layers - default, len(start)), layers))
+        if start and start[-1] >= layers:
+            raise ValueError(f"decode_start_layers: the model has {layers} layers, got {list(start)}")
+        if end and end[-1] != layers - 1:
+            raise ValueError(f"decode_end_layers: expected the last of {layers} layers, got {list(end)}")
+        if start and end and start[-1] >= end[0]:
+            raise ValueError(f"decode_start_layers and decode_end_layers overlap: {list(start)} and {list(end)}")
+        return start, end
+
+    def open_session(self, shape: ModelShape, batch_size: int, session_id: bytes | None = None) -> "Session":
+        """Open a session for `batch_size` sequences on a model of this shape.
+
+        Args:
+            session_id: 16 public bytes; drawn from the operating system if not given. The same master key and id
+                give the same keys on any machine, so one generator opens an id once.
+
+        Raises: ValueError if the id has the wrong length or was opened before.
+        """
+        if session_id is None:
+            session_id = secrets.token_bytes(SESSION_ID_BYTES)
+        if len(session_id) != SESSION_ID_BYTES:
+            raise ValueError(f"session_id: expected {SESSION_ID_BYTES} bytes, got {len(session_id)}")
+        if session_id in self._opened:
+            raise ValueError(f"session_id: {session_id.hex()} was opened before; two sessions never share keys")
+        self._opened.add(session_id)
+        return Session(self, shape, _positive("batch_size", batch_size), session_id)
+
+
+class Session:
+    """One conversation's keys, carried by the cache that its prefill returns. `id` is public, the rest is not."""
+
+    def __init__(self, generator: SCXKeyGenerator, shape: ModelShape, batch_size: int, session_id: bytes) -> None:
+        self.generator = generator
+        self.shape = shape
+        self.batch_size = batch_size
+        self.id = session_id.hex()
+        self.start_layers, self.end_layers = generator.protected(shape)
+        self._stream = KeyStream(generator._master_key, session_id)
+        self._steps = itertools.count()
+        self._noise_draws = itertools.count()
+        self._noise_ahead: Noise | None = None
+        self._noise_used = 0
+        self._noise_lock = threading.Lock()
+        self._feature_keys: dict[torch.device, list[FeatureKey]] = {}
+
+    def __repr__(self) -> str:
+        return f"Session(id={self.id}, batch_size={self.batch_size})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a session holds keys and is never pickled")
+
+    def __deepcopy__(self, memo: dict) -> "Session":
+        return self
+
+    @property
+    def protected_layers(self) -> tuple[int, ...]:
+        """Layers whose keys never leave the secure side."""
+        return self.start_layers + self.end_layers
+
+    @property
+    def shared_layers(self) -> tuple[int, ...]:
+        """Layers whose keys may be shared with the untrusted side."""
+        return tuple(range(len(self.start_layers), self.shape.num_layers - len(self.end_layers)))
+
+    def _streams(self, batch: int, step: int) -> list[StreamId]:
+        return [(layer, sequence, step) for layer in range(self.shape.num_layers) for sequence in range(batch)]
+
+    def feature_key(self, layer: int, device: torch.device) -> FeatureKey:
+        """The feature permutations of one layer, for the session's sequences in order."""
+        keys = self._feature_keys.get(device)
+        if keys is None:
+            keys = self._feature_keys[device] = self._draw_feature_keys(device)
+        return keys[layer]
+
+    def _draw_feature_keys(self, device: torch.device) -> list[FeatureKey]:
+        shape, streams = self.shape, self._streams(self.batch_size, 0)
+        groups = shape.num_heads // shape.num_kv_heads
+
+        def draw(purpose: str) -> Tensor:
+            drawn = self._stream.permutations(purpose, streams, shape.head_dim, shape.num_kv_heads)
+            return drawn.view(shape.num_layers, self.batch_size, shape.num_kv_heads, shape.head_dim)
+
+        key, value = draw("feature permutation of K"), draw("feature permutation of V")
+        key_inverse, value_inverse = inverse(key), inverse(value)
+        query, output = (index.repeat_interleave(groups, dim=2) for index in (key, value_inverse))
+        stacked = [x.to(device).unbind(0) for x in (query, key, value, output, key_inverse, value_inverse)]
+        return [FeatureKey(*layer) for layer in zip(*stacked, strict=True)]
+
+    def draw_token_keys(self, tokens: int, batch: int, scale: RedundantScale | None, dtype: torch.dtype) -> TokenKeys:
+        """Token permutations and redundant rows of one forward pass; never the same ones twice.
+
+        Args:
+            tokens: new tokens S per sequence.
+            batch: sequences B.
+            scale: of real rows; needed where the generator asks for redundant rows.
+            dtype: of the redundant rows.
+
+        Returns: the keys, on the CPU.
+        """
+        streams = self._streams(batch, next(self._steps))
+        layers, redundant_num = self.shape.num_layers, self.generator.redundant_num
+        total = tokens + redundant_num
+        row_index = tuple(
+            self._stream.permutations(f"token permutation, {encoding}", streams, total).view(layers, batch, total)
+            for encoding in ENCODINGS
+        )
+
+        def draw_redundant(encoding: str) -> Tensor | None:
+            if not redundant_num:
+                return None
+            if scale is None:
+                raise ValueError("scale: redundant rows need the scale of real rows")
+            per_feature: Tensor = getattr(scale, encoding)
+            features = per_feature.shape[-1]
+            drawn = self._stream.normal(f"redundant rows, {encoding}", streams, redundant_num * features)
+            rows = drawn.view(layers, batch, redundant_num, features)
+            return rows.mul_(per_feature[:, None, None]).to(dtype)
+
+        return TokenKeys.compose(row_index, tuple(draw_redundant(encoding) for encoding in ENCODINGS), tokens)
+
+    def take_noise(self, batch: int, rows: int, weights: Sequence[Tensor]) -> Noise:
+        """One-time noise for `rows` rows of `batch` sequences entering `weights` (each (N, D)), with its images.
+
+        Noise for lone tokens is drawn several steps ahead, so that a step needs no product for its image. No row is
+        ever given out twice.
+        """
+        with self._noise_lock:
+            if rows > 1:
+                return self._draw_noise(batch, rows, weights)
+            ahead, start = self._noise_ahead, self._noise_used
+            fits = ahead is not None and ahead.noise.shape[0] == batch and ahead.noise.device == weights[0].device
+            if ahead is None or not fits or start >= ahead.noise.shape[1]:
+                ahead, start = self._draw_noise(batch, _NOISE_ROWS_AHEAD, weights), 0
+            self._noise_ahead, self._noise_used = ahead, start + 1
+            return ahead[start : start + 1]
+
+    def _draw_noise(self, batch: int, rows: int, weights: Sequence[Tensor]) -> Noise:
+        number = next(self._noise_draws)
+        draw = getattr(self._stream, self.generator.noise_distribution)
+        streams = [(0, sequence, number) for sequence in range(batch)]
+        drawn = draw("noise of the first block", streams, rows * self.shape.hidden_size)
+        drawn = drawn.view(batch, rows, -1).mul_(self.generator.noise_scale * self.shape.first_norm_rms)
+        noise = drawn.to(weights[0].device, ops.accumulation_dtype(weights[0].dtype))
+        return Noise(noise, tuple(ops.noise_image(noise, weight) for weight in weights))
+
+
+class FeatureKeys(Protocol):
+    """Who knows under which feature permutations the rows of a batch are stored: a session, or a cache of it."""
+
+    def feature_key(self, layer: int, device: torch.device) -> FeatureKey: ...
+
+
+class Step:
+    """The keys of one forward pass, handed to every block.
+
+    Without `token_keys` the rows stay in token order: a lone generated token has no order to hide.
+    """
+
+    def __init__(self, session: Session, feature_keys: FeatureKeys, token_keys: TokenKeys | None) -> None:
+        self.session = session
+        self.feature_key = feature_keys.feature_key
+        self._token_keys = token_keys
+        self._layer_keys: dict[torch.device, list[LayerKeys]] = {}
+
+    def __repr__(self) -> str:
+        return f"Step(session={self.session.id})"
+
+    def layer_keys(self, layer: int, device: torch.device) -> LayerKeys:
+        """The token keys of one layer, on the device that runs it."""
+        if self._token_keys is None:
+            return _IDENTITY
+        keys = self._layer_keys.get(device)
+        if keys is None:
+            keys = self._layer_keys[device] = self._token_keys.layers(device)
+        return keys[layer]
+
+    def noise(self, layer: int, batch: int, rows: int, weights: Sequence[Tensor]) -> Noise | None:
+        """Fresh noise where this layer's input is to be noisy, else None."""
+        if layer != 0 or not self.session.generator.alp:
+            return None
+        return self.session.take_noise(batch, rows, weights)
+
+
+_IDENTITY = LayerKeys()

@@ -1,0 +1,279 @@
+"""Keys: drawn from a cryptographic stream, uniform, repeatable, independent, and never shown."""
+
+import copy
+import io
+import logging
+import pickle
+import struct
+
+import pytest
+import torch
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scx.encoding import ENCODINGS, RedundantScale, TokenKeys, inverse
+from scx.keys import ModelShape, SCXKeyGenerator, Session
+from scx.keystream import KeyStream, Secret
+from scx_kernels import check_permutation
+
+MASTER = bytes(range(32))
+SHAPE = ModelShape(3, 96, 6, 2, 16, 1.0, "test")
+CPU = torch.device("cpu")
+
+
+def generator(**options) -> SCXKeyGenerator:
+    return SCXKeyGenerator(10, 96, 16, master_key=options.pop("master_key", MASTER), **options)
+
+
+def session(session_id: bytes = bytes(16), batch: int = 1, **options) -> Session:
+    return generator(**options).open_session(SHAPE, batch, session_id)
+
+
+def stream() -> KeyStream:
+    return KeyStream(Secret(MASTER), bytes(16))
+
+
+def scale(value: float = 1.0) -> RedundantScale:
+    return RedundantScale(*(torch.full((3, 96), value) for _ in ENCODINGS))
+
+
+def test_stream_is_hkdf_and_chacha20() -> None:
+    """The bits are those of the two named algorithms, composed as the module says."""
+    key = HKDF(hashes.SHA256(), 32, salt=bytes(16), info=b"scx keystream v1\0a purpose").derive(MASTER)
+    cipher = Cipher(algorithms.ChaCha20(key, struct.pack("<4I", 0, 5, 6, 7)), mode=None).encryptor()
+    expected = torch.frombuffer(bytearray(cipher.update(bytes(400))), dtype=torch.int32)
+    assert torch.equal(stream().bits("a purpose", [(5, 6, 7)], 100, torch.int32)[0], expected)
+
+
+def test_permutations_are_uniform() -> None:
+    """Chi-square of (place, value) counts and of all 24 orders of four things, at odds of 1 in 10,000."""
+    drawn = stream().permutations("chi-square", [(0, i, 0) for i in range(20_000)], 4)[:, 0]
+    place = torch.stack([torch.bincount(drawn[:, i], minlength=4) for i in range(4)]).double()
+    assert ((place - 5000) ** 2 / 5000).sum() < 33.7  # 9 degrees of freedom
+    order = torch.bincount((drawn * torch.tensor([64, 16, 4, 1])).sum(dim=1), minlength=256)
+    order = order[order > 0].double()
+    assert len(order) == 24
+    assert ((order - 20_000 / 24) ** 2 / (20_000 / 24)).sum() < 55.8  # 23 degrees of freedom
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 300), count=st.integers(1, 5))
+def test_every_draw_is_a_permutation(size: int, count: int) -> None:
+    drawn = stream().permutations("any size", [(0, 0, 0), (1, 0, 0)], size, count)
+    assert drawn.shape == (2, count, size)
+    check_permutation(drawn)
+    assert torch.equal(inverse(drawn).gather(-1, drawn), torch.arange(size).expand(drawn.shape))
+
+
+@pytest.mark.parametrize(("name", "variance", "fourth"), [("normal", 1.0, 3.0), ("laplace", 2.0, 24.0)])
+def test_noise_has_its_distribution(name: str, variance: float, fourth: float) -> None:
+    drawn = getattr(stream(), name)("moments", [(0, 0, 0)], 1_000_000)[0].double()
+    assert drawn.isfinite().all()
+    assert abs(drawn.mean()) < 0.01
+    assert abs(drawn.square().mean() - variance) < 0.02 * variance
+    assert abs(drawn.pow(4).mean() - fourth) < 0.1 * fourth
+    assert (drawn > 0).double().mean().sub(0.5).abs() < 0.005
+    assert drawn.unique().numel() > 980_000  # no coarse grid by which noise could be told from data
+
+
+def test_same_master_key_and_session_give_the_same_keys() -> None:
+    a, b = session(redundant_num=4), session(redundant_num=4)
+    assert torch.equal(a.feature_key(1, CPU).key, b.feature_key(1, CPU).key)
+    first, second = (s.draw_token_keys(7, 1, scale(), torch.float32) for s in (a, b))
+    for encoding in range(len(ENCODINGS)):
+        assert torch.equal(first.entry[encoding], second.entry[encoding])
+        assert torch.equal(first.redundant[encoding], second.redundant[encoding])
+
+
+def test_keys_differ_by_everything_that_names_them() -> None:
+    """Master key, session, layer, sequence, head, K against V, encoding and step each give keys of their own."""
+    base = session(batch=2)
+    key = [base.feature_key(layer, CPU) for layer in range(3)]
+    assert not torch.equal(key[0].key, key[1].key)
+    assert not torch.equal(key[0].key[0], key[0].key[1])
+    assert not torch.equal(key[0].key[0, 0], key[0].key[0, 1])
+    assert not torch.equal(key[0].key, key[0].value)
+    for other in (session(b"\1" * 16, batch=2), session(batch=2, master_key=b"\1" * 32)):
+        assert not torch.equal(other.feature_key(0, CPU).key, key[0].key)
+    steps = [base.draw_token_keys(40, 2, None, torch.float32) for _ in range(2)]
+    assert not torch.equal(steps[0].position[0], steps[1].position[0])
+    orders = [position[layer] for position in steps[0].position for layer in range(3)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(orders) for b in orders[:i])
+    assert not torch.equal(steps[0].position[0][0, 0], steps[0].position[0][0, 1])
+
+
+def test_query_follows_its_group_and_output_undoes_v() -> None:
+    key = session().feature_key(0, CPU)
+    for head in range(SHAPE.num_heads):
+        assert torch.equal(key.query[0, head], key.key[0, head // 3])
+        assert torch.equal(key.output[0, head], key.value_inverse[0, head // 3])
+    check_permutation(key.key)
+
+
+def test_token_keys_lead_from_place_to_place() -> None:
+    """Following real rows through all encodings of all layers brings every token home; redundant rows stay behind."""
+    keys = session(redundant_num=3).draw_token_keys(5, 1, scale(), torch.float32).layers(CPU)
+    tokens = torch.arange(1.0, 6)[None, :, None].expand(1, 5, 96)
+    rows = tokens
+    for layer in keys:
+        rows = layer.attention.enter(rows)
+        assert torch.equal(layer.attention.leave(rows), tokens)
+        projected = layer.output.enter(tokens)
+        assert torch.equal(layer.output.leave(projected), tokens)
+        rows = layer.add_residual(rows, projected) - layer.add_residual(torch.zeros_like(rows), projected)
+        rows = layer.feed_forward.enter(rows)
+        assert torch.equal(layer.feed_forward.leave(rows), tokens)
+        assert sorted((rows[0, :, 0] == value).sum().item() for value in range(1, 6)) == [1] * 5
+
+
+def test_redundant_rows_follow_the_scale() -> None:
+    wanted = RedundantScale(*(torch.rand(3, 96) + 0.1 for _ in ENCODINGS))
+    keys = session(redundant_num=2000).draw_token_keys(1, 1, wanted, torch.float32)
+    for encoding, rows in zip(ENCODINGS, keys.redundant, strict=True):
+        assert rows is not None
+        torch.testing.assert_close(rows[:, 0].std(dim=1), getattr(wanted, encoding), rtol=0.1, atol=0)
+
+
+def test_noise_is_never_given_out_twice_and_its_image_is_its_product() -> None:
+    weights = [torch.randn(8, 96), torch.randn(4, 96)]
+    one = session(alp=True, noise_scale=7.0)
+    taken = [one.take_noise(1, 1, weights) for _ in range(80)] + [one.take_noise(1, 5, weights) for _ in range(2)]
+    rows = torch.cat([noise.noise[0] for noise in taken])
+    assert rows.unique(dim=0).shape[0] == 90
+    assert abs(rows.abs().mean() - 7.0) < 0.5  # the mean magnitude of Laplace(0, b) is b
+    for noise in taken:
+        for weight, image in zip(weights, noise.images, strict=True):
+            torch.testing.assert_close(image, noise.noise @ weight.T, rtol=1e-5, atol=1e-3)
+
+
+def test_noise_does_not_pass_from_one_batch_size_to_another() -> None:
+    one, weights = session(alp=True), [torch.randn(8, 96)]
+    first = one.take_noise(2, 1, weights)
+    assert one.take_noise(3, 1, weights).noise.shape == (3, 1, 96)
+    assert not torch.equal(one.take_noise(2, 1, weights).noise, first.noise)
+
+
+def test_torch_seed_has_no_part_in_keys() -> None:
+    torch.manual_seed(0)
+    first = SCXKeyGenerator(10, 96, 16).open_session(SHAPE, 1)
+    torch.manual_seed(0)
+    second = SCXKeyGenerator(10, 96, 16).open_session(SHAPE, 1)
+    assert first.id != second.id
+    assert not torch.equal(first.feature_key(0, CPU).key, second.feature_key(0, CPU).key)
+
+
+def test_master_keys_come_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("secrets.token_bytes", lambda size: asked.append(size) or bytes(size))
+    SCXKeyGenerator(10, 96, 16).open_session(SHAPE, 1)
+    assert asked == [32, 16]
+
+
+def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither the master key nor a permutation appears in any representation, and nothing secret can be pickled."""
+    caplog.set_level(logging.DEBUG)
+    keys = generator(redundant_num=2)
+    one = keys.open_session(SHAPE, 1)
+    token_keys = one.draw_token_keys(40, 1, scale(), torch.float32)
+    feature_key, layer = one.feature_key(0, CPU), token_keys.layers(CPU)[0]
+    shown = [keys, one, one._stream, keys._master_key, feature_key, token_keys, layer, layer.output]
+    shown.append(one.take_noise(1, 2, [torch.randn(2, 96)]))
+    text = " ".join(f"{thing!r} {thing!s}" for thing in shown) + caplog.text
+    assert MASTER.hex() not in text
+    assert str(MASTER) not in text
+    assert "tensor(" not in text
+    for thing in (keys, one, one._stream, keys._master_key):
+        with pytest.raises(TypeError, match="never pickled"):
+            pickle.dump(thing, io.BytesIO())
+        if thing is not one._stream:
+            assert copy.deepcopy(thing) is thing
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("key", [b"", bytes(31), bytes(33)])
+    def test_master_key_length(self, key: bytes) -> None:
+        with pytest.raises(ValueError, match=f"master_key: expected 32 bytes, got {len(key)}"):
+            generator(master_key=key)
+
+    def test_master_key_type(self) -> None:
+        with pytest.raises(TypeError, match="master_key: expected 32 bytes, got str") as raised:
+            generator(master_key="0" * 32)
+        assert "000" not in str(raised.value)
+
+    @pytest.mark.parametrize("name", ["seq_len", "hidden_dim", "qk_hidden_dim", "batch_size"])
+    def test_sizes(self, name: str) -> None:
+        sizes = {"seq_len": 10, "hidden_dim": 96, "qk_hidden_dim": 16}
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            SCXKeyGenerator(**{**sizes, name: 0})
+        with pytest.raises(TypeError, match=f"{name}: expected an integer"):
+            SCXKeyGenerator(**{**sizes, name: 1.5})
+
+    def test_redundant_and_noise(self) -> None:
+        with pytest.raises(ValueError, match="redundant_num"):
+            generator(redundant_num=-1)
+        for wrong in (0.0, -1.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="noise_scale"):
+                generator(noise_scale=wrong)
+        with pytest.raises(ValueError, match="noise_distribution: expected one of"):
+            generator(noise_distribution="uniform")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"decode_start_layers": [1]}, "beginning with 0"),
+            ({"decode_start_layers": [0, 2]}, "neighbouring"),
+            ({"decode_start_layers": [0, 0]}, "neighbouring"),
+            ({"decode_start_layers": [-1]}, "layer numbers from 0"),
+            ({"decode_end_layers": ["2"]}, "layer numbers from 0"),
+        ],
+    )
+    def test_protected_lists(self, options: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            generator(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"decode_start_layers": [0, 1, 2, 3]}, "the model has 3 layers"),
+            ({"decode_end_layers": [1]}, "expected the last of 3 layers"),
+            ({"decode_start_layers": [0, 1], "decode_end_layers": [1, 2]}, "overlap"),
+        ],
+    )
+    def test_protected_lists_against_the_model(self, options: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            generator(**options).open_session(SHAPE, 1)
+
+    def test_session_id_opened_twice(self) -> None:
+        keys = generator()
+        first = keys.open_session(SHAPE, 1)
+        with pytest.raises(ValueError, match="opened before"):
+            keys.open_session(SHAPE, 1, bytes.fromhex(first.id))
+        with pytest.raises(ValueError, match="session_id: expected 16 bytes"):
+            keys.open_session(SHAPE, 1, b"short")
+
+    def test_counters_do_not_wrap(self) -> None:
+        with pytest.raises(ValueError, match="outside the 32-bit counters"):
+            stream().bits("wrap", [(0, 0, 2**32)], 1, torch.int32)
+
+    def test_redundant_rows_need_a_scale(self) -> None:
+        with pytest.raises(ValueError, match="scale"):
+            session(redundant_num=1).draw_token_keys(3, 1, None, torch.float32)
+
+
+def test_protected_and_shared_layers() -> None:
+    assert (session().protected_layers, session().shared_layers) == ((0, 2), (1,))
+    chosen = session(decode_start_layers=[0, 1], decode_end_layers=[])
+    assert (chosen.protected_layers, chosen.shared_layers) == ((0, 1), (2,))
+    none = session(protected_layers=0)
+    assert (none.protected_layers, none.shared_layers) == ((), (0, 1, 2))
+    assert session(protected_layers=2).shared_layers == ()
+
+
+def test_token_keys_without_redundant_rows() -> None:
+    keys = session().draw_token_keys(6, 1, None, torch.float32)
+    assert isinstance(keys, TokenKeys)
+    assert keys.redundant == (None, None, None)
+    check_permutation(keys.entry[0])
