@@ -1,0 +1,1 @@
+"""How an architecture is swapped: one module per family of models."""
