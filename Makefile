@@ -40,6 +40,10 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# Without these two settings glibc returns large buffers to the system between products and faults them in again, on
+# either side and as luck has it.
+bench: export MALLOC_TRIM_THRESHOLD_ = 1000000000
+bench: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 bench: $(READY)
 	$(RUN) -m bench.model
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scx import demo
+from scx import audit, demo
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,12 +21,20 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
     shown.add_argument("--tokens", type=int, default=64, help="new tokens at most (default: %(default)s)")
     shown.add_argument("--picture", type=Path, default=Path("scx-demo.png"), help="default: %(default)s")
+
+    audited = commands.add_parser("audit", help="attack an encoded cache with the weights and without a key")
+    audited.add_argument("--model", help="directory or hub id (default: SmolLM2-135M-Instruct)")
+    audited.add_argument("--tokens", type=int, default=256, help="prompt tokens (default: %(default)s)")
+    audited.add_argument("--redundant", type=int, default=64, help="redundant rows (default: %(default)s)")
+    audited.add_argument("--noise", type=float, default=10.0, help="noise scale; 0: none (default: %(default)s)")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
-    options.pop("command")
+    if options.pop("command") == "audit":
+        print(audit.run(**options))
+        return 0
     return 0 if demo.run(**options) else 1
 
 

@@ -176,6 +176,9 @@ class EncodedCache(DynamicCache):
     def reset(self) -> None:
         self._require_complete("reset")
         super().reset()
+        for layer in self.layers:  # older transformers zero the states and keep their length
+            layer.keys = layer.values = None
+            layer.is_initialized = False
 
 
 def _moved(layer: CacheLayerMixin, device: torch.device | str | None) -> CacheLayerMixin:

@@ -108,6 +108,7 @@ def test_crop_and_reset(encoded, cache, prompt) -> None:
     assert same(decode_kvcache(cache, cache.session), plain)
     first = cache.session_id
     cache.reset()
+    assert cache.get_seq_length() == 0
     with torch.no_grad():
         again = encoded(prompt(4), past_key_values=cache).past_key_values
     assert again is cache

