@@ -47,7 +47,7 @@ def _convert(target: Path) -> None:
     source = Path(spec.submodule_search_locations[0])
 
     print(f"Converting {_NAME} to {target} (once)")
-    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float16)
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     config = read.config
     del config.quantization_config  # the weights are plain now; saving would refuse otherwise
     model = LlamaForCausalLM(config).half()
