@@ -4,7 +4,6 @@ Index arrays and their direction are described in `scx_kernels.reference`. Notat
 rows, T = S + R, D features, H query heads, G key/value heads, d head size, L layers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -123,29 +122,29 @@ class LayerKeys:
 
 @dataclass(frozen=True, repr=False)
 class TokenKeys:
-    """The token keys of all layers in one forward pass, stacked by layer.
+    """The token keys of all layers in one forward pass, stacked by encoding (E, in the order of ENCODINGS) and layer.
 
-    Per encoding: `entry` (L, B, T), `position` (L, B, S), `redundant` (L, B, R, D) or None; and
-    `residual_position` (L, B, T).
+    `entry` (E, L, B, T), `position` (E, L, B, S), `residual_position` (L, B, T), and per encoding `redundant`
+    (L, B, R, D) or None.
     """
 
-    entry: tuple[Tensor, ...]
-    position: tuple[Tensor, ...]
-    redundant: tuple[Tensor | None, ...]
+    entry: Tensor
+    position: Tensor
     residual_position: Tensor
+    redundant: tuple[Tensor | None, ...]
 
     def __repr__(self) -> str:
         return f"TokenKeys(layers={len(self.residual_position)})"
 
     @classmethod
-    def compose(cls, row_index: tuple[Tensor, ...], redundant: tuple[Tensor | None, ...], tokens: int) -> "TokenKeys":
-        """Compose each encoding's `row_index` (L, B, T) with the way the rows come.
+    def compose(cls, row_index: Tensor, redundant: tuple[Tensor | None, ...], tokens: int) -> "TokenKeys":
+        """Compose every encoding's `row_index` (E, L, B, T) with the way the rows come.
 
         Rows enter `attention` from the feed-forward of the layer before (the first layer's from token order),
         `output` from token order, and `feed_forward` from `attention`.
         """
         attention, output, feed_forward = row_index
-        position = tuple(inverse(index) for index in row_index)
+        position = inverse(row_index)
         redundant_num = attention.shape[-1] - tokens
 
         def enter(index: Tensor, previous_position: Tensor) -> Tensor:
@@ -155,24 +154,21 @@ class TokenKeys:
 
         entry_attention = torch.cat((attention[:1], enter(attention[1:], position[2][:-1])))
         return cls(
-            entry=(entry_attention, output, enter(feed_forward, position[0])),
-            position=tuple(index[..., :tokens].contiguous() for index in position),
-            redundant=redundant,
+            entry=torch.stack((entry_attention, output, enter(feed_forward, position[0]))),
+            position=position[..., :tokens].contiguous(),
             residual_position=position[1].gather(-1, attention),
+            redundant=redundant,
         )
 
     def layers(self, device: torch.device) -> list[LayerKeys]:
         """The keys layer by layer, on `device`."""
         count = len(self.residual_position)
-
-        def unbind(stacked: Tensor | None) -> Sequence[Tensor | None]:
-            return (None,) * count if stacked is None else stacked.to(device).unbind(0)
-
+        entry, position, residual_position = (x.to(device) for x in (self.entry, self.position, self.residual_position))
         encodings = [
-            [TokenKey(*arrays) for arrays in zip(unbind(entry), unbind(position), unbind(redundant), strict=True)]
-            for entry, position, redundant in zip(self.entry, self.position, self.redundant, strict=True)
+            map(TokenKey, entry[i], position[i], [None] * count if redundant is None else redundant.to(device))
+            for i, redundant in enumerate(self.redundant)
         ]
-        return [LayerKeys(*keys) for keys in zip(*encodings, unbind(self.residual_position), strict=True)]
+        return [LayerKeys(*keys) for keys in zip(*encodings, residual_position, strict=True)]
 
 
 @dataclass(frozen=True, repr=False)

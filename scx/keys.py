@@ -229,13 +229,11 @@ class Session:
 
     def _draw_feature_keys(self, device: torch.device) -> list[FeatureKey]:
         shape, streams = self.shape, self._streams(self.batch_size, 0)
-        groups = shape.num_heads // shape.num_kv_heads
+        heads, size = shape.num_kv_heads, shape.head_dim
+        groups = shape.num_heads // heads
 
-        def draw(purpose: str) -> Tensor:
-            drawn = self._stream.permutations(purpose, streams, shape.head_dim, shape.num_kv_heads)
-            return drawn.view(shape.num_layers, self.batch_size, shape.num_kv_heads, shape.head_dim)
-
-        key, value = draw("feature permutation of K"), draw("feature permutation of V")
+        drawn = self._stream.permutations("feature permutations of K and V", streams, size, 2 * heads)
+        key, value = drawn.view(shape.num_layers, self.batch_size, 2, heads, size).unbind(2)
         key_inverse, value_inverse = inverse(key), inverse(value)
         query, output = (index.repeat_interleave(groups, dim=2) for index in (key, value_inverse))
         stacked = [x.to(device).unbind(0) for x in (query, key, value, output, key_inverse, value_inverse)]
@@ -255,10 +253,8 @@ class Session:
         streams = self._streams(batch, next(self._steps))
         layers, redundant_num = self.shape.num_layers, self.generator.redundant_num
         total = tokens + redundant_num
-        row_index = tuple(
-            self._stream.permutations(f"token permutation, {encoding}", streams, total).view(layers, batch, total)
-            for encoding in ENCODINGS
-        )
+        drawn = self._stream.permutations("token permutations", streams, total, len(ENCODINGS))
+        row_index = drawn.view(layers, batch, len(ENCODINGS), total).permute(2, 0, 1, 3).contiguous()
 
         def draw_redundant(encoding: str) -> Tensor | None:
             if not redundant_num:
@@ -267,8 +263,8 @@ class Session:
                 raise ValueError("scale: redundant rows need the scale of real rows")
             per_feature: Tensor = getattr(scale, encoding)
             features = per_feature.shape[-1]
-            drawn = self._stream.normal(f"redundant rows, {encoding}", streams, redundant_num * features)
-            rows = drawn.view(layers, batch, redundant_num, features)
+            normal = self._stream.normal(f"redundant rows, {encoding}", streams, redundant_num * features)
+            rows = normal.view(layers, batch, redundant_num, features)
             return rows.mul_(per_feature[:, None, None]).to(dtype)
 
         return TokenKeys.compose(row_index, tuple(draw_redundant(encoding) for encoding in ENCODINGS), tokens)
