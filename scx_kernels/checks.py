@@ -7,7 +7,14 @@ does it where a caller wants it.
 import torch
 from torch import Tensor
 
-__all__ = ["check_attention", "check_features", "check_permutation", "check_rows", "check_same_shape"]
+__all__ = [
+    "check_attention",
+    "check_features",
+    "check_permutation",
+    "check_qkv",
+    "check_rows",
+    "check_same_shape",
+]
 
 
 def _describe(x: Tensor) -> str:
@@ -66,6 +73,51 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
         raise ValueError(f"k: its {k.shape[1]} heads do not divide q's {q.shape[1]}")
     if is_causal and (mask is not None or q.shape[2] != k.shape[2]):
         raise ValueError("is_causal: needs as many queries as keys, and no mask beside it")
+
+
+def check_qkv(
+    z_q: Tensor,
+    z_k: Tensor,
+    z_v: Tensor,
+    position: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> None:
+    """z_q (B, T, H*d), z_k and z_v (B, T, G*d), position (B, S) or None, cos and sin (B or 1, S, d)."""
+    if z_q.dim() != 3 or query.dim() != 3:
+        raise ValueError(f"z_q, query: expected (B, T, H*d) and (B, H, d), got {z_q.shape} and {query.shape}")
+    batch, encoded, size = z_q.shape[0], z_q.shape[1], query.shape[2]
+    for name, index in (("query", query), ("key", key), ("value", value)):
+        _check_index(index, name, z_q.device)
+        if index.dim() != 3 or (index.shape[0], index.shape[2]) != (batch, size) or index.shape[1] == 0:
+            raise ValueError(f"{name}: expected shape ({batch}, heads, {size}), got {tuple(index.shape)}")
+    if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
+        raise ValueError(f"key, value: {key.shape[1]} and {value.shape[1]} heads do not fit query's {query.shape[1]}")
+    if size % 2:
+        raise ValueError(f"query: a rotary head has an even number of features, got {size}")
+    tokens = encoded
+    if position is not None:
+        _check_index(position, "position", z_q.device)
+        if position.dim() != 2 or position.shape[0] != batch:
+            raise ValueError(f"position: expected shape ({batch}, S), got {tuple(position.shape)}")
+        tokens = position.shape[1]
+    for name, z, index in (("z_q", z_q, query), ("z_k", z_k, key), ("z_v", z_v, value)):
+        expected = (batch, encoded, index.shape[1] * size)
+        if z.shape != expected or z.dtype != z_q.dtype or z.device != z_q.device:
+            raise ValueError(f"{name}: expected {expected} {z_q.dtype} on {z_q.device}, got {_describe(z)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if tuple(table.shape) not in ((1, tokens, size), (batch, tokens, size)):
+            raise ValueError(f"{name}: expected shape ({batch} or 1, {tokens}, {size}), got {tuple(table.shape)}")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm, k_norm: give both or neither")
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None and weight.shape != (size,):
+            raise ValueError(f"{name}: expected shape ({size},), got {tuple(weight.shape)}")
 
 
 def check_permutation(index: Tensor, name: str = "index") -> None:

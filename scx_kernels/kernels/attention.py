@@ -1,0 +1,783 @@
+"""Attention on feature-permuted Q, K, V. QKᵀ sums over features, so a feature order common to Q and K does not matter;
+V's order is undone where the output is stored.
+
+| array          | shape     | values        | meaning                                                                 |
+|----------------|-----------|---------------|-------------------------------------------------------------------------|
+| `output_index` | (B, H, d) | 0..d-1        | plain feature i of the output is feature `output_index[i]` in V's order |
+| `position`     | (B, S+R)  | 0..S+R-1      | `attention`: row n of output ⊕ redundant goes to row `position[n]`      |
+| `position`     | (B, N)    | 0..capacity-1 | `attention_step`: key n lies in cache row `position[n]`                 |
+
+A head of d features is cut into a power of two and a tail (80 = 64 + 16, 96 = 64 + 32), so that no product is padded
+to the next power of two. `attention` keeps BLOCK_M queries and runs over all keys;
+`attention_step` has few queries, packs those of a key head's group in one tile and splits the keys over programs.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scx_kernels.checks import check_attention
+from scx_kernels.kernels.launch import Target, check_dtype, dot, exceeds_int32, launch, narrow, strides, target_of
+
+__all__ = ["attention", "attention_step", "attention_tile", "step_tile"]
+
+LOG2E = math.log2(math.e)
+NO_WINDOW = 2**30
+
+
+@triton.jit
+def _load_tile(pointers, mask, limit: tl.constexpr, IS_FULL: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows, BLOCK) of a tensor; columns from `limit` on, and rows outside `mask` unless IS_FULL, are zero."""
+    if IS_FULL and limit >= BLOCK:
+        return tl.load(pointers)
+    elif IS_FULL:
+        return tl.load(pointers, mask=(tl.arange(0, BLOCK) < limit)[None, :], other=0)
+    elif limit >= BLOCK:
+        return tl.load(pointers, mask=mask[:, None], other=0)
+    return tl.load(pointers, mask=mask[:, None] & (tl.arange(0, BLOCK) < limit)[None, :], other=0)
+
+
+@triton.jit
+def _load_rows(rows, columns, stride, mask, limit: tl.constexpr, BLOCK: tl.constexpr):
+    return _load_tile(rows[:, None] + columns[None, :] * stride, mask, limit, False, BLOCK)
+
+
+@triton.jit
+def _softmax_step(scores, row_max, row_sum, acc, tail, HAS_TAIL: tl.constexpr, MAY_BE_EMPTY: tl.constexpr):
+    """One step of the online softmax in base 2. Returns the weights and the rescaled state."""
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    # A row that has seen no key yet has maximum -inf; subtracting it from itself would give NaN.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MAY_BE_EMPTY else new_max
+    weights = tl.math.exp2(scores - shift[:, None])
+    decay = tl.math.exp2(row_max - shift)
+    row_sum = row_sum * decay + tl.sum(weights, axis=1)
+    acc = acc * decay[:, None]
+    if HAS_TAIL:
+        tail = tail * decay[:, None]
+    return weights, new_max, row_sum, acc, tail
+
+
+@triton.jit
+def _attend(
+    acc,
+    tail,
+    row_max,
+    row_sum,
+    q,
+    q_tail,
+    # Pointers, at the program's head
+    k_ptr,
+    v_ptr,
+    mask_rows,
+    # The keys lo..hi-1, and which of them a query sees
+    lo,
+    hi,
+    key_end,
+    last_key,
+    window,
+    scale,
+    # Strides
+    stride_kn,
+    stride_kd,
+    stride_vn,
+    stride_vd,
+    stride_mn,
+    # Meta-parameters
+    HEAD_DIM: tl.constexpr,
+    IS_MASKED: tl.constexpr,  # some of these keys are hidden from some of the queries
+    MASK: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+):
+    offsets = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    tail_columns = tl.arange(0, max(BLOCK_TAIL, 1)) + BLOCK_D
+    if INT64:
+        offsets = offsets.to(tl.int64)
+        columns = columns.to(tl.int64)
+        tail_columns = tail_columns.to(tl.int64)
+    # int64: key * stride passes 2^31 in a long cache. Within a tile 32 bits do, and cost half the registers.
+    k_tile = k_ptr + lo.to(tl.int64) * stride_kn
+    v_tile = v_ptr + lo.to(tl.int64) * stride_vn
+    k_offsets = offsets[:, None] * stride_kn + columns[None, :] * stride_kd
+    v_offsets = offsets[:, None] * stride_vn + columns[None, :] * stride_vd
+    if BLOCK_TAIL:
+        k_tail = offsets[:, None] * stride_kn + tail_columns[None, :] * stride_kd
+        v_tail = offsets[:, None] * stride_vn + tail_columns[None, :] * stride_vd
+    step_k = tl.full((), BLOCK_N, tl.int64) * stride_kn
+    step_v = tl.full((), BLOCK_N, tl.int64) * stride_vn
+    for start in range(lo, hi, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        in_keys = keys < key_end
+        k = _load_tile(k_tile + k_offsets, in_keys, HEAD_DIM, not IS_MASKED, BLOCK_D)
+        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+        if BLOCK_TAIL:
+            k = _load_tile(k_tile + k_tail, in_keys, HEAD_DIM - BLOCK_D, not IS_MASKED, BLOCK_TAIL)
+            scores = dot(q_tail, tl.trans(k), scores)
+        scores *= scale
+        if IS_MASKED:
+            if MASK == "additive":
+                added = tl.load(mask_rows[:, None] + keys[None, :] * stride_mn, mask=in_keys[None, :], other=0)
+                scores += added.to(tl.float32) * 1.4426950408889634
+            seen = in_keys[None, :] & (keys[None, :] <= last_key[:, None])
+            seen &= keys[None, :] > last_key[:, None] - window
+            if MASK == "bool":
+                seen &= tl.load(mask_rows[:, None] + keys[None, :] * stride_mn, mask=seen, other=0) != 0
+            scores = tl.where(seen, scores, float("-inf"))
+        weights, row_max, row_sum, acc, tail = _softmax_step(
+            scores, row_max, row_sum, acc, tail, BLOCK_TAIL > 0, IS_MASKED
+        )
+        v = _load_tile(v_tile + v_offsets, in_keys, HEAD_DIM, not IS_MASKED, BLOCK_D)
+        weights = narrow(weights, v.dtype)
+        acc = dot(weights, v, acc)
+        if BLOCK_TAIL:
+            v = _load_tile(v_tile + v_tail, in_keys, HEAD_DIM - BLOCK_D, not IS_MASKED, BLOCK_TAIL)
+            tail = dot(weights, v, tail)
+        k_tile += step_k
+        v_tile += step_v
+    return acc, tail, row_max, row_sum
+
+
+@triton.jit
+def _in_plain_order(acc, tail, index, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr):
+    """Columns `index` of acc ⊕ tail."""
+    ROWS: tl.constexpr = acc.shape[0]
+    COLUMNS: tl.constexpr = index.shape[0]
+    first = tl.broadcast_to(tl.minimum(index, BLOCK_D - 1)[None, :], (ROWS, COLUMNS))
+    taken = tl.gather(acc, first, axis=1)
+    if BLOCK_TAIL:
+        second = tl.broadcast_to(tl.maximum(index - BLOCK_D, 0)[None, :], (ROWS, COLUMNS))
+        taken = tl.where((index < BLOCK_D)[None, :], taken, tl.gather(tail, second, axis=1))
+    return taken
+
+
+@triton.jit
+def _store_heads(
+    out_rows, acc, tail, index_ptr, in_rows, stride_xd, stride_od, HEAD_DIM: tl.constexpr, HAS_INDEX: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of finished rows, their features in plain order where there is an index."""
+    columns = tl.arange(0, BLOCK_D)
+    tail_columns = tl.arange(0, max(BLOCK_TAIL, 1)) + BLOCK_D
+    acc = narrow(acc, out_rows.dtype.element_ty)
+    head = acc
+    if BLOCK_TAIL:
+        tail = narrow(tail, out_rows.dtype.element_ty)
+    if HAS_INDEX:
+        index = tl.load(index_ptr + columns * stride_xd, mask=columns < HEAD_DIM, other=0).to(tl.int32)
+        head = _in_plain_order(acc, tail, index, BLOCK_D, BLOCK_TAIL)
+        if BLOCK_TAIL:
+            index = tl.load(index_ptr + tail_columns * stride_xd, mask=tail_columns < HEAD_DIM, other=0).to(tl.int32)
+            tail = _in_plain_order(acc, tail, index, BLOCK_D, BLOCK_TAIL)
+    mask = in_rows[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(out_rows[:, None] + columns[None, :].to(tl.int64) * stride_od, head, mask=mask)
+    if BLOCK_TAIL:
+        mask = in_rows[:, None] & (tail_columns < HEAD_DIM)[None, :]
+        tl.store(out_rows[:, None] + tail_columns[None, :].to(tl.int64) * stride_od, tail, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _attention_kernel(
+    # Pointers
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    kv_start_ptr,
+    kv_length_ptr,
+    output_index_ptr,
+    position_ptr,
+    redundant_ptr,
+    out_ptr,
+    # Sizes
+    S,
+    N,
+    R,
+    H,
+    heads_per_group,
+    window,
+    scale,
+    # Strides
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    stride_mn,
+    stride_xb,
+    stride_xh,
+    stride_xd,
+    stride_pb,
+    stride_ps,
+    stride_rb,
+    stride_rr,
+    stride_rd,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_od,
+    # Meta-parameters
+    HEAD_DIM: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+):
+    # The last queries see the most keys: they start first. Heads of a group run side by side and share keys in L2.
+    sequences_heads = tl.num_programs(0) // (tl.cdiv(S, BLOCK_M) + tl.cdiv(R, BLOCK_M))
+    block = tl.cdiv(S, BLOCK_M) - 1 - tl.program_id(0) // sequences_heads
+    # int64: sequence, head and row times their stride grow with the whole tensor.
+    b = (tl.program_id(0) % sequences_heads // H).to(tl.int64)
+    head = (tl.program_id(0) % H).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    tail_columns = tl.arange(0, max(BLOCK_TAIL, 1)) + BLOCK_D
+    if INT64:
+        columns = columns.to(tl.int64)
+        tail_columns = tail_columns.to(tl.int64)
+    out_ptr += b * stride_ob + head * stride_oh
+
+    if block < 0:
+        # Programs past the queries carry redundant rows to their places, this head's columns of them.
+        if HAS_POSITION:
+            decoy = (-1 - block).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            in_rows = decoy < R
+            place = tl.load(position_ptr + b * stride_pb + (S + decoy) * stride_ps, mask=in_rows, other=0)
+            redundant_rows = redundant_ptr + b * stride_rb + decoy * stride_rr + head * HEAD_DIM * stride_rd
+            acc = _load_rows(redundant_rows, columns, stride_rd, in_rows, HEAD_DIM, BLOCK_D)
+            tail = acc
+            if BLOCK_TAIL:
+                tail = _load_rows(redundant_rows, tail_columns, stride_rd, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+            out_rows = out_ptr + place * stride_os
+            _store_heads(out_rows, acc, tail, None, in_rows, 0, stride_od, HEAD_DIM, False, BLOCK_D, BLOCK_TAIL)
+        return
+
+    query = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = query < S
+    q_rows = q_ptr + b * stride_qb + head * stride_qh + query * stride_qs
+    q = _load_rows(q_rows, columns, stride_qd, in_rows, HEAD_DIM, BLOCK_D)
+    q_tail = q
+    if BLOCK_TAIL:
+        q_tail = _load_rows(q_rows, tail_columns, stride_qd, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+
+    key_start = 0
+    key_end = N
+    if HAS_START:
+        key_start = tl.load(kv_start_ptr + b).to(tl.int32)
+    if HAS_LENGTH:
+        key_end = tl.minimum(key_start + tl.load(kv_length_ptr + b).to(tl.int32), N)
+    last_key = tl.full((BLOCK_M,), N, tl.int32)
+    first_seen = N  # by the first query of the block, and by the last
+    last_seen = N
+    if IS_CAUSAL:
+        last_key = (query + (N - S)).to(tl.int32)
+        first_seen = block * BLOCK_M + N - S
+        last_seen = tl.minimum(block * BLOCK_M + BLOCK_M, S) - 1 + N - S
+    lo = key_start + block * 0
+    hi = tl.minimum(key_end, last_seen + 1)
+    full_lo = lo
+    if HAS_WINDOW:
+        lo = tl.maximum(lo, first_seen - window + 1)
+        full_lo = lo + tl.cdiv(tl.maximum(last_seen - window + 1 - lo, 0), BLOCK_N) * BLOCK_N
+    full_hi = full_lo + tl.maximum(tl.minimum(key_end, first_seen + 1) - full_lo, 0) // BLOCK_N * BLOCK_N
+    mask_rows = query
+    if MASK != "none":
+        full_lo = lo
+        full_hi = lo
+        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + tl.where(in_rows, query, 0) * stride_ms
+
+    k_ptr += b * stride_kb + head // heads_per_group * stride_kh
+    v_ptr += b * stride_vb + head // heads_per_group * stride_vh
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tail = tl.zeros((BLOCK_M, BLOCK_TAIL if BLOCK_TAIL else 1), tl.float32)
+    if HAS_WINDOW and MASK == "none":
+        acc, tail, row_max, row_sum = _attend(
+            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, lo, tl.minimum(full_lo, hi), key_end,
+            last_key, window, scale, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn,
+            HEAD_DIM, True, MASK, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
+        )  # fmt: skip
+    if MASK == "none":
+        acc, tail, row_max, row_sum = _attend(
+            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, full_lo, full_hi, key_end,
+            last_key, window, scale, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn,
+            HEAD_DIM, False, MASK, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
+        )  # fmt: skip
+    acc, tail, row_max, row_sum = _attend(
+        acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, full_hi, hi, key_end,
+        last_key, window, scale, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn,
+        HEAD_DIM, True, MASK, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
+    )  # fmt: skip
+
+    # A query that sees no key (padding) gives zeros.
+    scale_out = 1.0 / tl.where(row_sum == 0, 1.0, row_sum)
+    row = query
+    if HAS_POSITION:
+        row = tl.load(position_ptr + b * stride_pb + query * stride_ps, mask=in_rows, other=0)
+    index_ptr = output_index_ptr
+    if HAS_INDEX:
+        index_ptr += b * stride_xb + head * stride_xh
+    _store_heads(
+        out_ptr + row * stride_os, acc * scale_out[:, None], tail * scale_out[:, None], index_ptr, in_rows,
+        stride_xd, stride_od, HEAD_DIM, HAS_INDEX, BLOCK_D, BLOCK_TAIL,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def _step_kernel(
+    # Pointers
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    kv_start_ptr,
+    kv_length_ptr,
+    position_ptr,
+    partial_ptr,
+    max_ptr,
+    sum_ptr,
+    # Sizes
+    S,
+    N,
+    H,
+    heads_per_group,
+    splits,
+    window,
+    scale,
+    # Strides
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_pb,
+    stride_pn,
+    # Meta-parameters
+    HEAD_DIM: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+):
+    groups = H // heads_per_group
+    split = tl.program_id(0) % splits
+    # int64: sequence, head and row times their stride grow with the whole tensor.
+    b = (tl.program_id(0) // splits // groups).to(tl.int64)
+    group = (tl.program_id(0) // splits % groups).to(tl.int64)
+    # The queries of all heads of the group, head after head.
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = row < heads_per_group * S
+    head = group * heads_per_group + row // S
+    token = row % S
+    columns = tl.arange(0, BLOCK_D)
+    tail_columns = tl.arange(0, max(BLOCK_TAIL, 1)) + BLOCK_D
+    if INT64:
+        columns = columns.to(tl.int64)
+        tail_columns = tail_columns.to(tl.int64)
+    q_rows = q_ptr + b * stride_qb + head * stride_qh + token * stride_qs
+    q = _load_rows(q_rows, columns, stride_qd, in_rows, HEAD_DIM, BLOCK_D)
+    if BLOCK_TAIL:
+        q_tail = _load_rows(q_rows, tail_columns, stride_qd, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+
+    key_start = 0
+    key_end = N
+    if HAS_START:
+        key_start = tl.load(kv_start_ptr + b).to(tl.int32)
+    if HAS_LENGTH:
+        key_end = tl.minimum(key_start + tl.load(kv_length_ptr + b).to(tl.int32), N)
+    last_key = key_end - S + token
+    # Each sequence cuts its own keys, so that short sequences do not leave programs idle at the end of long ones.
+    first = tl.maximum(key_start, key_end - S - window + 1)
+    chunk = tl.cdiv(tl.cdiv(tl.maximum(key_end - first, 0), splits), BLOCK_N) * BLOCK_N
+    lo = first + split * chunk
+    hi = tl.minimum(lo + chunk, key_end)
+
+    k_ptr += b * stride_kb + group * stride_kh
+    v_ptr += b * stride_vb + group * stride_vh
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tail = tl.zeros((BLOCK_M, BLOCK_TAIL if BLOCK_TAIL else 1), tl.float32)
+    for start in range(lo, hi, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        in_keys = keys < hi
+        cache_row = keys.to(tl.int64)
+        if HAS_POSITION:
+            cache_row = tl.load(position_ptr + b * stride_pb + cache_row * stride_pn, mask=in_keys, other=0)
+        k_rows = k_ptr + cache_row * stride_kn
+        v_rows = v_ptr + cache_row * stride_vn
+        k = _load_rows(k_rows, columns, stride_kd, in_keys, HEAD_DIM, BLOCK_D)
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        if BLOCK_TAIL:
+            k = _load_rows(k_rows, tail_columns, stride_kd, in_keys, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+            scores = dot(q_tail, tl.trans(k), scores)
+        seen = in_keys[None, :] & (keys[None, :] <= last_key[:, None])
+        seen &= keys[None, :] > last_key[:, None] - window
+        scores = tl.where(seen, scores * scale, float("-inf"))
+        weights, row_max, row_sum, acc, tail = _softmax_step(scores, row_max, row_sum, acc, tail, BLOCK_TAIL > 0, True)
+        v = _load_rows(v_rows, columns, stride_vd, in_keys, HEAD_DIM, BLOCK_D)
+        weights = narrow(weights, v.dtype)
+        acc = dot(weights, v, acc)
+        if BLOCK_TAIL:
+            v = _load_rows(v_rows, tail_columns, stride_vd, in_keys, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+            tail = dot(weights, v, tail)
+
+    # Workspaces are (B, H, S, splits(, d)), contiguous.
+    place = ((b * H + head) * S + token) * splits + split
+    tl.store(max_ptr + place, row_max, mask=in_rows)
+    tl.store(sum_ptr + place, row_sum, mask=in_rows)
+    partial_rows = partial_ptr + place * HEAD_DIM
+    _store_heads(partial_rows, acc, tail, None, in_rows, 0, 1, HEAD_DIM, False, BLOCK_D, BLOCK_TAIL)
+
+
+@triton.jit
+def _combine_kernel(
+    # Pointers
+    partial_ptr,
+    max_ptr,
+    sum_ptr,
+    output_index_ptr,
+    out_ptr,
+    # Sizes
+    S,
+    H,
+    splits,
+    # Strides
+    stride_xb,
+    stride_xh,
+    stride_xd,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_od,
+    # Meta-parameters
+    HEAD_DIM: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # int64: (sequence, head, token) times splits times features grows with the whole workspace.
+    row = tl.program_id(0).to(tl.int64)
+    b = row // S // H
+    head = row // S % H
+    token = row % S
+    split = tl.arange(0, BLOCK_SPLITS)
+    in_splits = split < splits
+    row_max = tl.load(max_ptr + row * splits + split, mask=in_splits, other=float("-inf"))
+    row_sum = tl.load(sum_ptr + row * splits + split, mask=in_splits, other=0)
+    total_max = tl.max(row_max, axis=0)
+    share = tl.math.exp2(row_max - tl.where(total_max == float("-inf"), 0.0, total_max))
+    total = tl.sum(row_sum * share, axis=0)
+
+    columns = tl.arange(0, BLOCK_D)
+    in_head = columns < HEAD_DIM
+    source = columns
+    if HAS_INDEX:
+        index_ptr = output_index_ptr + b * stride_xb + head * stride_xh
+        source = tl.load(index_ptr + columns * stride_xd, mask=in_head, other=0)
+    pointers = partial_ptr + (row * splits + split)[:, None] * HEAD_DIM + source[None, :]
+    partial = tl.load(pointers, mask=in_splits[:, None] & in_head[None, :], other=0)
+    out = tl.sum(partial * share[:, None], axis=0) / tl.where(total == 0, 1.0, total)
+    out_row = out_ptr + b * stride_ob + head * stride_oh + token * stride_os
+    tl.store(out_row + columns.to(tl.int64) * stride_od, narrow(out, out_ptr.dtype.element_ty), mask=in_head)
+
+
+def _head_blocks(size: int) -> dict[str, int]:
+    """d as a power of two and a tail, where that pads less than the next power of two."""
+    whole = max(16, triton.next_power_of_2(size))
+    half = whole // 2
+    tail = max(16, triton.next_power_of_2(max(1, size - half)))
+    if half < 16 or half + tail >= whole:
+        return {"BLOCK_D": whole, "BLOCK_TAIL": 0}
+    return {"BLOCK_D": half, "BLOCK_TAIL": tail}
+
+
+def attention_tile(tokens: int, size: int, dtype: torch.dtype, hidden: bool, target: Target) -> dict[str, Any]:
+    """Meta-parameters of `attention`: the widest tile whose accumulators stay in registers (read from the compiled
+    code, not timed). `hidden`: a window or a mask hides keys inside the sequence, which costs registers."""
+    blocks = _head_blocks(size)
+    width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
+    if dtype == torch.float32:
+        rows, keys, warps, stages = (32, 16, 16, 1) if width > 128 or hidden else (32, 32, 8, 1)
+    elif target.backend == "hip":
+        rows, keys, warps, stages = (128, 64, 4, 1) if width <= 128 else (64, 32, 4, 1)
+    elif target.arch < 90:
+        if width <= 96:
+            rows, keys, warps, stages = 128, 64, 8, 3
+        elif width <= 128:
+            rows, keys, warps, stages = 64, 32, 4, 3
+        else:
+            rows, keys, warps, stages = (64, 16, 4, 2) if blocks["BLOCK_TAIL"] else (64, 32, 8, 2)
+    elif width <= 128:
+        rows, keys, warps, stages = (128, 64, 8, 3) if hidden or target.arch > 90 else (128, 128, 8, 2)
+        if tokens <= 64:
+            rows, keys, warps, stages = 64, 64, 4, 3
+    elif blocks["BLOCK_TAIL"]:
+        rows, keys, warps, stages = (128, 64, 8, 2) if target.arch == 90 and not hidden else (128, 32, 8, 2)
+    else:
+        rows, keys, warps, stages = (128, 32, 8, 2) if target.arch == 90 else (64, 64, 8, 2)
+    return blocks | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+
+
+def step_tile(
+    batch: int, groups: int, rows: int, keys: int, size: int, dtype: torch.dtype, permuted: bool, target: Target
+) -> dict[str, Any]:
+    """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread: two
+    programs a multiprocessor, and no fewer than 256 keys a program."""
+    blocks = _head_blocks(size)
+    width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
+    block_m = max(16, triton.next_power_of_2(rows))
+    if dtype == torch.float32:
+        block_m, block_n, warps, stages = min(32, block_m), 32 if width <= 128 else 16, 8, 1
+    elif target.backend == "hip":
+        block_m, block_n, warps, stages = min(64, block_m), 32, 4, 2
+    elif width > 128:
+        block_m, block_n, warps, stages = min(32, block_m), 32, 4, 2
+    else:
+        block_m, warps = min(64, block_m), 4
+        block_n, stages = (32, 4) if blocks["BLOCK_TAIL"] else (64, 3)
+        # The position is a load ahead of the loads of K and V: two stages more keep as much of those in flight.
+        if permuted and (target.arch >= 90 or not blocks["BLOCK_TAIL"]):
+            stages += 2
+    splits = min(triton.cdiv(keys, 256), max(1, 2 * target.multiprocessors // max(1, batch * groups)))
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    return blocks | tile | {"splits": max(1, splits)}
+
+
+def _check_lengths(q: Tensor, kv_start: Tensor | None, kv_length: Tensor | None) -> None:
+    for name, value in (("kv_start", kv_start), ("kv_length", kv_length)):
+        if value is None:
+            continue
+        if value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected int32 or int64, got {value.dtype}")
+        if value.shape != q.shape[:1] or value.device != q.device or not value.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous ({q.shape[0]},) on {q.device}, got {tuple(value.shape)}")
+
+
+def _check_index(name: str, index: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {index.dtype}")
+    if tuple(index.shape) != shape or index.device != device:
+        raise ValueError(f"{name}: expected {shape} on {device}, got {tuple(index.shape)} on {index.device}")
+
+
+def _check_head(q: Tensor, v: Tensor, softmax_scale: float) -> None:
+    check_dtype("q", q)
+    if v.shape[3] != q.shape[3] or not 0 < q.shape[3] <= 256:
+        raise ValueError(f"v: expected q's head size, at most 256, got {v.shape[3]} and {q.shape[3]}")
+    if not softmax_scale > 0:
+        raise ValueError(f"softmax_scale: expected a positive number, got {softmax_scale}")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    output_index: Tensor | None = None,
+    window: int | None = None,
+    kv_start: Tensor | None = None,
+    kv_length: Tensor | None = None,
+    position: Tensor | None = None,
+    redundant: Tensor | None = None,
+    out: Tensor | None = None,
+    tile: dict[str, Any] | None = None,
+    force_int64: bool = False,
+) -> Tensor:
+    """Attention of many queries on feature-permuted Q, K, V (prefill).
+
+    Args:
+        q: (B, H, S, d) float32, float16 or bfloat16, any strides, d up to 256; each query head permuted as its group's
+            keys.
+        k, v: (B, G, N, d), H a multiple of G; V under a permutation of its own.
+        softmax_scale: positive factor on QKᵀ.
+        mask: broadcastable to (B, H, S, N); bool (True takes part) or additive. Slow: every tile is masked.
+        is_causal: query s sees keys 0..N-S+s; needs S <= N.
+        output_index: (B, H, d) int64, the inverse of V's permutation, repeated over each group; undone on the output.
+        window: with is_causal, a query sees no more than its last `window` keys, itself among them.
+        kv_start: (B,) int32 or int64, first key that takes part (left padding); 0 if absent.
+        kv_length: (B,) int32 or int64, how many keys from kv_start on take part; all if absent.
+        position: (B, S+R) int64 in 0..S+R-1: write row n of output ⊕ redundant to encoded row `position[n]`.
+        redundant: (B, R, H*d) of q's dtype, with position; R = 0 if absent.
+        out: (B, H, S, d), or (B, S+R, H*d) with position, any strides.
+        tile: overrides of `attention_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
+
+    Returns: (B, H, S, d), in memory by tokens, so that its heads merge without a copy; with position, the encoded
+    (B, S+R, H*d). Plain features if output_index is given, else in V's order. A query that sees no key gives zeros.
+    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    Source: Dao, FlashAttention-2 (arXiv 2307.08691); SCX, prefill, steps 4 and 5.
+    """
+    check_attention(q, k, v, mask, False)
+    _check_head(q, v, softmax_scale)
+    _check_lengths(q, kv_start, kv_length)
+    (batch, heads, tokens, size), keys = q.shape, k.shape[2]
+    if is_causal and (mask is not None or tokens > keys):
+        raise ValueError(f"is_causal: needs no mask beside it and no more queries than keys, got {tokens} and {keys}")
+    if window is not None and (window < 1 or not is_causal):
+        raise ValueError(f"window: expected a positive number, with is_causal, got {window}")
+    if redundant is not None and (position is None or redundant.dtype != q.dtype):
+        raise ValueError(f"redundant: expected q's {q.dtype}, with position, got {redundant.dtype}")
+    decoys = 0 if redundant is None else redundant.shape[1]
+    if redundant is not None and redundant.shape != (batch, decoys, heads * size):
+        raise ValueError(f"redundant: expected ({batch}, R, {heads * size}), got {tuple(redundant.shape)}")
+    if output_index is not None:
+        _check_index("output_index", output_index, (batch, heads, size), q.device)
+    if position is not None:
+        _check_index("position", position, (batch, tokens + decoys), q.device)
+    if mask is not None:
+        mask = mask.expand(batch, heads, tokens, keys)
+    mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
+
+    if out is None and position is None:
+        out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)
+    elif out is None:
+        out = q.new_empty(batch, tokens + decoys, heads * size)
+    out_strides = out.stride()
+    if position is not None:
+        out_strides = (out.stride(0), size * out.stride(2), out.stride(1), out.stride(2))
+    hidden = mask is not None or window is not None
+    meta = attention_tile(tokens, size, q.dtype, hidden, target_of(q.device)) | (tile or {})
+    blocks = triton.cdiv(tokens, meta["BLOCK_M"]) + triton.cdiv(decoys, meta["BLOCK_M"])
+    launch(
+        _attention_kernel,
+        (batch * heads * blocks,),
+        *(q, k, v, mask, kv_start, kv_length, output_index, position, redundant, out),
+        *(tokens, keys, decoys, heads, heads // k.shape[1], window or NO_WINDOW, softmax_scale * LOG2E),
+        *(*q.stride(), *k.stride(), *v.stride(), *strides(mask, 4), *strides(output_index, 3)),
+        *(*strides(position, 2), *strides(redundant, 3), *out_strides),
+        HEAD_DIM=size,
+        IS_CAUSAL=is_causal,
+        HAS_WINDOW=window is not None,
+        MASK=mask_kind,
+        HAS_START=kv_start is not None,
+        HAS_LENGTH=kv_length is not None,
+        HAS_INDEX=output_index is not None,
+        HAS_POSITION=position is not None,
+        INT64=force_int64 or exceeds_int32(q, k, v, redundant),
+        device=q.device,
+        **meta,
+    )
+    return out
+
+
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    output_index: Tensor | None = None,
+    window: int | None = None,
+    kv_start: Tensor | None = None,
+    kv_length: Tensor | None = None,
+    position: Tensor | None = None,
+    out: Tensor | None = None,
+    tile: dict[str, Any] | None = None,
+    force_int64: bool = False,
+) -> Tensor:
+    """Attention of a sequence's last few queries on its cache (generation), split over the cache.
+
+    The queries are the sequence's last S tokens: with keys kv_start..e-1, query s sees keys up to e - S + s.
+
+    Args:
+        q: (B, H, S, d) float32, float16 or bfloat16, any strides, d up to 256; S of 1 to about 16.
+        k, v: (B, G, capacity, d), H a multiple of G, any strides.
+        softmax_scale: positive factor on QKᵀ.
+        output_index: (B, H, d) int64, the inverse of V's permutation, repeated over each group; undone on the output.
+        window: a query sees no more than its last `window` keys, itself among them.
+        kv_start: (B,) int32 or int64, first key that takes part (left padding); 0 if absent.
+        kv_length: (B,) int32 or int64, how many keys from kv_start on take part; all if absent. Read on the device
+            only, so that a captured graph can move on.
+        position: (B, N) int64 in 0..capacity-1, the cache row of each key, in token order: for a cache that is
+            token-permuted and has redundant rows among the others. kv_start, kv_length and window count in N.
+        out: (B, H, S, d), any strides.
+        tile: overrides of `step_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
+
+    Returns: (B, H, S, d), in memory by tokens; plain features if output_index is given, else in V's order. A query
+    that sees no key gives zeros.
+    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    Source: Dao et al., Flash-Decoding (2023); SCX, generation.
+    """
+    check_attention(q, k, v, None, False)
+    _check_head(q, v, softmax_scale)
+    _check_lengths(q, kv_start, kv_length)
+    (batch, heads, tokens, size), groups = q.shape, k.shape[1]
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected a positive number, got {window}")
+    if output_index is not None:
+        _check_index("output_index", output_index, (batch, heads, size), q.device)
+    if position is not None:
+        _check_index("position", position, (batch, position.shape[-1]), q.device)
+    keys = k.shape[2] if position is None else position.shape[1]
+    if out is None:
+        out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)
+    rows = heads // groups * tokens
+    meta = step_tile(batch, groups, rows, keys, size, q.dtype, position is not None, target_of(q.device))
+    meta |= tile or {}
+    splits = meta.pop("splits")
+    partial = q.new_empty(batch, heads, tokens, splits, size, dtype=torch.float32)
+    row_max, row_sum = q.new_empty(2, batch, heads, tokens, splits, dtype=torch.float32)
+    launch(
+        _step_kernel,
+        (batch * groups * splits, triton.cdiv(rows, meta["BLOCK_M"])),
+        *(q, k, v, kv_start, kv_length, position, partial, row_max, row_sum),
+        *(tokens, keys, heads, heads // groups, splits, window or NO_WINDOW, softmax_scale * LOG2E),
+        *(*q.stride(), *k.stride(), *v.stride(), *strides(position, 2)),
+        HEAD_DIM=size,
+        HAS_START=kv_start is not None,
+        HAS_LENGTH=kv_length is not None,
+        HAS_POSITION=position is not None,
+        INT64=force_int64 or exceeds_int32(q, k, v),
+        device=q.device,
+        **meta,
+    )
+    launch(
+        _combine_kernel,
+        (batch * heads * tokens,),
+        *(partial, row_max, row_sum, output_index, out),
+        *(tokens, heads, splits, *strides(output_index, 3), *out.stride()),
+        HEAD_DIM=size,
+        HAS_INDEX=output_index is not None,
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_D=triton.next_power_of_2(size),
+        num_warps=4,
+        device=q.device,
+    )
+    return out

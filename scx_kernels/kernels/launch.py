@@ -1,0 +1,135 @@
+"""What every kernel file shares: the target a launch is for, the launch itself, and small device functions."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "INTERPRET",
+    "Target",
+    "check_dtype",
+    "dot",
+    "exceeds_int32",
+    "launch",
+    "narrow",
+    "recording",
+    "strides",
+    "target_of",
+]
+
+# The interpreter computes bfloat16 products wrongly, so there the operands of a dot are widened first.
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device tiles are chosen for. `arch` is 80, 90, 100 for "cuda" and 942 for "hip"."""
+
+    backend: str
+    arch: int
+    multiprocessors: int
+    shared_memory: int
+
+    @property
+    def warp_size(self) -> int:
+        return 64 if self.backend == "hip" else 32
+
+
+TARGETS = {
+    ("cuda", 80): Target("cuda", 80, 108, 166_912),
+    ("cuda", 90): Target("cuda", 90, 132, 232_448),
+    ("cuda", 100): Target("cuda", 100, 148, 232_448),
+    ("hip", 942): Target("hip", 942, 304, 65_536),
+}
+_override: list[Target] = []
+_recorder: list[Callable[..., None]] = []
+
+
+@lru_cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = int(properties.gcnArchName.split(":")[0].removeprefix("gfx"), 16)
+        return Target("hip", int(f"{arch:x}"), properties.multi_processor_count, 65_536)
+    arch = 10 * properties.major + properties.minor
+    return Target("cuda", arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of a tensor's device; for tensors that are on no GPU, an H200."""
+    if _override:
+        return _override[-1]
+    if device.type != "cuda":
+        return TARGETS["cuda", 90]
+    return _device_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@contextlib.contextmanager
+def recording(target: Target, record: Callable[..., None]) -> Iterator[None]:
+    """Within it nothing is launched: `record(kernel, grid, args, meta)` is called instead, tiles are for `target`."""
+    _override.append(target)
+    _recorder.append(record)
+    try:
+        yield
+    finally:
+        _override.pop()
+        _recorder.pop()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any) -> None:
+    """Run `kernel` over `grid` on `device` and its current stream; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if _recorder:
+        _recorder[-1](kernel, grid, args, meta)
+        return
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **meta)
+
+
+def exceeds_int32(*tensors: Tensor | None) -> bool:
+    """Whether an element of a tensor lies more than 2^31 - 1 elements from its first one."""
+    return any(
+        sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
+        for x in tensors
+        if x is not None and x.numel()
+    )
+
+
+def strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
+    """The strides of x; zeros stand in for a tensor that is absent."""
+    return (0,) * rank if x is None else tuple(x.stride())
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {x.dtype}")
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in float32. "ieee": float32 operands are not rounded to tf32."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest. The interpreter would cut float32 down to bfloat16 instead."""
+    if INTERPRET and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.uint32) & 0xFFFF0000
+        x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)

@@ -1,0 +1,441 @@
+"""A linear layer on rows that are gathered, injected and made noisy inside the load, and scattered at the store.
+
+| array           | shape  | values   | meaning                                                                     |
+|-----------------|--------|----------|-----------------------------------------------------------------------------|
+| `row_index`     | (B, T) | 0..N+R-1 | row t is row `row_index[t]` of the N rows x followed by R redundant rows     |
+| `scatter_index` | (B, T) | 0..      | row t of the product goes to row `scatter_index[t]`; past the end: dropped  |
+
+The rows of all sequences form one list of M = B*T rows. Many rows: tiles of the output, x on the left. Few rows: the
+product is turned around, `(weight @ x.T).T`, so that the weight fills the matrix unit's 64 rows and x, at most 64
+rows, its columns; where even then the tiles are too few for the machine, the inner dimension is split.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scx_kernels.checks import check_rows
+from scx_kernels.kernels.launch import Target, check_dtype, dot, exceeds_int32, launch, narrow, strides, target_of
+
+__all__ = ["matmul_tile", "permuted_linear"]
+
+
+@triton.jit
+def _finish_tile(
+    # The tile and where it lies
+    acc,
+    row,
+    column,
+    # Pointers
+    bias_ptr,
+    image_ptr,
+    scatter_ptr,
+    out_ptr,
+    # Sizes
+    M,
+    N,
+    T,
+    out_rows,
+    # Strides
+    stride_bn,
+    stride_ib,
+    stride_it,
+    stride_in,
+    stride_sb,
+    stride_st,
+    stride_ob,
+    stride_ot,
+    stride_on,
+    # Meta-parameters
+    HAS_BIAS: tl.constexpr,
+    HAS_IMAGE: tl.constexpr,
+    HAS_SCATTER: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """Subtract the noise's image, add the bias, write rows to their places."""
+    in_rows = row < M
+    in_columns = column < N
+    # int64: sequence * stride and row * stride grow with the whole tensor.
+    sequence = (row // T).to(tl.int64)
+    place = (row % T).to(tl.int64)
+    if INT64:
+        column = column.to(tl.int64)
+    if HAS_IMAGE:
+        image_rows = image_ptr + sequence * stride_ib + place * stride_it
+        mask = in_rows[:, None] & in_columns[None, :]
+        acc -= tl.load(image_rows[:, None] + column[None, :] * stride_in, mask=mask, other=0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + column * stride_bn, mask=in_columns, other=0).to(tl.float32)[None, :]
+    if HAS_SCATTER:
+        place = tl.load(scatter_ptr + sequence * stride_sb + place * stride_st, mask=in_rows, other=0)
+        in_rows = in_rows & (place < out_rows)
+    out = out_ptr + sequence * stride_ob + place * stride_ot
+    mask = in_rows[:, None] & in_columns[None, :]
+    tl.store(out[:, None] + column[None, :] * stride_on, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _matmul_kernel(
+    # Pointers
+    x_ptr,
+    redundant_ptr,
+    row_index_ptr,
+    noise_ptr,
+    weight_ptr,
+    bias_ptr,
+    image_ptr,
+    scatter_ptr,
+    out_ptr,
+    partial_ptr,
+    # Sizes
+    M,
+    N,
+    K,
+    T,
+    tokens,
+    out_rows,
+    # Strides
+    stride_xb,
+    stride_xn,
+    stride_xk,
+    stride_rb,
+    stride_rr,
+    stride_rk,
+    stride_jb,
+    stride_jt,
+    stride_ab,
+    stride_at,
+    stride_ak,
+    stride_wn,
+    stride_wk,
+    stride_bn,
+    stride_ib,
+    stride_it,
+    stride_in,
+    stride_sb,
+    stride_st,
+    stride_ob,
+    stride_ot,
+    stride_on,
+    # Meta-parameters
+    HAS_REDUNDANT: tl.constexpr,
+    SAME_STRIDE: tl.constexpr,  # x and redundant step alike from feature to feature: keeps loads vectorised
+    HAS_NOISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_IMAGE: tl.constexpr,
+    HAS_SCATTER: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INT64: tl.constexpr,
+    SWAP: tl.constexpr,  # the weight is the left operand
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,  # tiles of this many row blocks follow each other, so that they share weights in L2
+):
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    first_m = tl.program_id(0) // (GROUP_M * blocks_n) * GROUP_M
+    group_m = tl.minimum(blocks_m - first_m, GROUP_M)
+    block_m = first_m + tl.program_id(0) % (GROUP_M * blocks_n) % group_m
+    block_n = tl.program_id(0) % (GROUP_M * blocks_n) // group_m
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    # Rows past the end repeat the last one: no mask in the loop, and the store drops them.
+    # int64: sequence * stride and row * stride grow with the whole tensor.
+    sequence = (tl.minimum(row, M - 1) // T).to(tl.int64)
+    place = (tl.minimum(row, M - 1) % T).to(tl.int64)
+    source = tl.load(row_index_ptr + sequence * stride_jb + place * stride_jt)
+    x_rows = x_ptr + sequence * stride_xb + source * stride_xn
+    step_xk = tl.full((BLOCK_M,), 1, tl.int32) * stride_xk
+    if HAS_REDUNDANT:
+        redundant_rows = redundant_ptr + sequence * stride_rb + (source - tokens) * stride_rr
+        x_rows = tl.where(source < tokens, x_rows, redundant_rows)
+        step_xk = tl.where(source < tokens, step_xk, step_xk * 0 + stride_rk)
+    weight_rows = weight_ptr + tl.minimum(column, N - 1).to(tl.int64) * stride_wn
+
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
+    k_start = tl.program_id(1) * steps * BLOCK_K
+    k_end = tl.minimum(k_start + steps * BLOCK_K, K)
+    inner = k_start + tl.arange(0, BLOCK_K)
+    if INT64:
+        inner = inner.to(tl.int64)
+    if SAME_STRIDE:
+        x_pointers = x_rows[:, None] + inner[None, :] * stride_xk
+        x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
+    else:
+        x_pointers = x_rows[:, None] + inner[None, :] * step_xk[:, None]
+        x_step = (step_xk.to(tl.int64) * BLOCK_K)[:, None]
+    weight_pointers = weight_rows[:, None] + inner[None, :] * stride_wk
+    weight_step = tl.full((), BLOCK_K, tl.int64) * stride_wk
+    if HAS_NOISE:
+        noise_rows = noise_ptr + sequence * stride_ab + place * stride_at
+        noise_pointers = noise_rows[:, None] + inner[None, :] * stride_ak
+        noise_step = tl.full((), BLOCK_K, tl.int64) * stride_ak
+
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(k_start, k_end, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_pointers)
+            weight = tl.load(weight_pointers)
+        else:
+            in_inner = (k + tl.arange(0, BLOCK_K) < K)[None, :]
+            x = tl.load(x_pointers, mask=in_inner, other=0)
+            weight = tl.load(weight_pointers, mask=in_inner, other=0)
+        if HAS_NOISE:
+            if EVEN_K:
+                noise = tl.load(noise_pointers)
+            else:
+                noise = tl.load(noise_pointers, mask=in_inner, other=0)
+            noise_pointers += noise_step
+            noisy = x.to(tl.float32) + noise
+            x = narrow(noisy, DTYPE)
+            if DTYPE != tl.float32:
+                # Two terms carry twice the bits of one; the products add up in float32.
+                rest = narrow(noisy - x.to(tl.float32), DTYPE)
+                acc = dot(weight, tl.trans(rest), acc) if SWAP else dot(rest, tl.trans(weight), acc)
+        acc = dot(weight, tl.trans(x), acc) if SWAP else dot(x, tl.trans(weight), acc)
+        x_pointers += x_step
+        weight_pointers += weight_step
+
+    if SWAP:
+        acc = tl.trans(acc)
+    if SPLIT_K > 1:
+        # The workspace is (SPLIT_K, M, N), contiguous.
+        partial = partial_ptr + (tl.program_id(1).to(tl.int64) * M + row) * N
+        mask = (row < M)[:, None] & (column < N)[None, :]
+        tl.store(partial[:, None] + column[None, :], acc, mask=mask)
+    else:
+        _finish_tile(
+            acc, row, column, bias_ptr, image_ptr, scatter_ptr, out_ptr, M, N, T, out_rows,
+            stride_bn, stride_ib, stride_it, stride_in, stride_sb, stride_st, stride_ob, stride_ot, stride_on,
+            HAS_BIAS, HAS_IMAGE, HAS_SCATTER, INT64,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_splits_kernel(
+    # Pointers
+    partial_ptr,
+    bias_ptr,
+    image_ptr,
+    scatter_ptr,
+    out_ptr,
+    # Sizes
+    M,
+    N,
+    T,
+    out_rows,
+    # Strides
+    stride_bn,
+    stride_ib,
+    stride_it,
+    stride_in,
+    stride_sb,
+    stride_st,
+    stride_ob,
+    stride_ot,
+    stride_on,
+    # Meta-parameters
+    HAS_BIAS: tl.constexpr,
+    HAS_IMAGE: tl.constexpr,
+    HAS_SCATTER: tl.constexpr,
+    INT64: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < M)[:, None] & (column < N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        # int64: split * M * N passes 2^31 long before M * N does.
+        partial = partial_ptr + (row.to(tl.int64) + split * M) * N
+        acc += tl.load(partial[:, None] + column[None, :], mask=mask, other=0)
+    _finish_tile(
+        acc, row, column, bias_ptr, image_ptr, scatter_ptr, out_ptr, M, N, T, out_rows,
+        stride_bn, stride_ib, stride_it, stride_in, stride_sb, stride_st, stride_ob, stride_ot, stride_on,
+        HAS_BIAS, HAS_IMAGE, HAS_SCATTER, INT64,
+    )  # fmt: skip
+
+
+def _few_rows_tile(
+    rows: int, columns: int, inner: int, dtype: torch.dtype, noise: bool, aligned: bool, target: Target
+) -> dict[str, Any]:
+    """Bound by reading the weight: enough of it in flight (about 48 KB a multiprocessor), in few programs."""
+    block_m = max(16, triton.next_power_of_2(rows))
+    block_n, block_k, stages = 64, 128, 5
+    if dtype == torch.float32:
+        block_n, block_k, stages = 32, 32, 3
+    elif not aligned:
+        block_k, stages = 32, 2
+    elif target.backend == "hip":
+        block_k, stages = 64, 2
+    elif target.arch < 90 or noise:
+        block_k, stages = 64 if noise and rows > 32 else 128, 3
+    steps, blocks = triton.cdiv(inner, block_k), triton.cdiv(columns, block_n)
+    # Half a machine's worth of programs keeps the memory busy; below that, split the inner dimension.
+    splits = 1 if 2 * blocks > target.multiprocessors else target.multiprocessors // (2 * blocks) + 1
+    return {
+        "SWAP": True,
+        "SPLIT_K": max(1, min(8, steps // 4, splits)),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "GROUP_M": 1,
+        "num_warps": 4,
+        "num_stages": stages,
+    }
+
+
+def matmul_tile(
+    rows: int, columns: int, inner: int, dtype: torch.dtype, noise: bool, aligned: bool, target: Target
+) -> dict[str, Any]:
+    """Meta-parameters of `permuted_linear` for (rows, inner) @ (inner, columns). `aligned`: rows of x and weight are
+    contiguous and start at multiples of 16 bytes; if not, every element is a load of its own, and tiles are small."""
+    if rows <= 64:
+        return _few_rows_tile(rows, columns, inner, dtype, noise, aligned, target)
+    block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
+    if dtype == torch.float32:
+        block_n, block_k, stages = 64, 16, 2
+    elif not aligned:
+        block_m, block_n, block_k, warps, stages = 64, 64, 32, 4, 2
+    elif target.backend == "hip":
+        block_k, warps, stages = 32, 4, 2
+    elif noise:
+        block_k = 32 if target.arch < 90 else 64
+    elif target.arch >= 90 and triton.cdiv(rows, 128) * triton.cdiv(columns, 256) >= target.multiprocessors:
+        block_n, stages = 256, 4
+    if triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) < target.multiprocessors and block_m == 128:
+        block_m, warps = 64, 4
+    return {
+        "SWAP": False,
+        "SPLIT_K": 1,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "GROUP_M": 8,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _rows_are_aligned(x: Tensor) -> bool:
+    return x.stride(-1) == 1 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+
+
+def _check(
+    x: Tensor, weight: Tensor, row_index: Tensor, redundant: Tensor | None, bias: Tensor | None,
+    noise: Tensor | None, image: Tensor | None, scatter_index: Tensor | None,
+) -> None:  # fmt: skip
+    check_rows(x, row_index, redundant)
+    check_dtype("x", x)
+    columns, (batch, encoded) = weight.shape[0], row_index.shape
+    if weight.dim() != 2 or weight.shape[1] != x.shape[2] or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(f"weight: expected (N, {x.shape[2]}) {x.dtype}, got {tuple(weight.shape)} {weight.dtype}")
+    if bias is not None and (bias.shape != (columns,) or bias.device != x.device):
+        raise ValueError(f"bias: expected ({columns},) on {x.device}, got {tuple(bias.shape)} on {bias.device}")
+    for name, added, width in (("noise", noise, x.shape[2]), ("image", image, columns)):
+        if added is None:
+            continue
+        if added.dtype != torch.float32 or added.device != x.device:
+            raise TypeError(f"{name}: expected float32 on {x.device}, got {added.dtype} on {added.device}")
+        if added.shape not in ((encoded, width), (batch, encoded, width)):
+            raise ValueError(f"{name}: expected ({batch}, {encoded}, {width}) or without batch, got {added.shape}")
+    if scatter_index is not None and (scatter_index.shape != row_index.shape or scatter_index.dtype != torch.int64):
+        raise ValueError(f"scatter_index: expected {tuple(row_index.shape)} int64, got {tuple(scatter_index.shape)}")
+
+
+def permuted_linear(
+    x: Tensor,
+    weight: Tensor,
+    row_index: Tensor,
+    redundant: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    noise: Tensor | None = None,
+    image: Tensor | None = None,
+    scatter_index: Tensor | None = None,
+    out_rows: int | None = None,
+    out: Tensor | None = None,
+    tile: dict[str, Any] | None = None,
+    force_int64: bool = False,
+) -> Tensor:
+    """Permuted-gather product: `(inject_permute(x, row_index, redundant) + noise) @ weight.T - image + bias`.
+
+    Args:
+        x: (B, S, D) float32, float16 or bfloat16, any strides.
+        weight: (N, D) of x's dtype, as in `torch.nn.Linear`, any strides; several layers sharing the input may come
+            stacked as one.
+        row_index: (B, T) int64 in 0..S+R-1. A product of stripped rows only is one with a shorter row_index.
+        redundant: (B, R, D) of x's dtype, or None for R = 0.
+        bias: (N,) or None.
+        noise: (T, D) or (B, T, D) float32, added to the gathered rows: half-precision operands then go in as two
+            terms, so that the noise costs no more precision than it would in float32 (bfloat16: 16 bits).
+        image: (T, N) or (B, T, N) float32, subtracted in float32 before the one rounding.
+        scatter_index: (B, T) int64: row t goes to row `scatter_index[t]` of the result, or nowhere where that is
+            `out_rows` or more; needs out_rows (or out). Rows that nothing is scattered to are not written.
+        out_rows: rows of the result, T by default.
+        out: (B, out_rows, N) to write into, any strides and any kernel dtype.
+        tile: overrides of `matmul_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
+
+    Returns: (B, out_rows, N) of x's dtype; float32 under noise whose image is still to be subtracted.
+    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    """
+    _check(x, weight, row_index, redundant, bias, noise, image, scatter_index)
+    (batch, tokens, inner), encoded, columns = x.shape, row_index.shape[1], weight.shape[0]
+    if out is None:
+        dtype = torch.float32 if noise is not None and image is None else x.dtype
+        out = x.new_empty(batch, encoded if out_rows is None else out_rows, columns, dtype=dtype)
+    if scatter_index is None and out.shape != (batch, encoded, columns):
+        raise ValueError(f"out: expected ({batch}, {encoded}, {columns}), got {tuple(out.shape)}")
+    noise = None if noise is None else noise.expand(batch, encoded, inner)
+    image = None if image is None else image.expand(batch, encoded, columns)
+    rows = batch * encoded
+    aligned = all(_rows_are_aligned(operand) for operand in (x, weight, redundant) if operand is not None)
+    meta = matmul_tile(rows, columns, inner, x.dtype, noise is not None, aligned, target_of(x.device)) | (tile or {})
+    split = meta["SPLIT_K"] > 1
+    partial = x.new_empty(meta["SPLIT_K"], rows, columns, dtype=torch.float32) if split else None
+    finish_strides = (*strides(bias, 1), *strides(image, 3), *strides(scatter_index, 2), *out.stride())
+    flags = {
+        "HAS_BIAS": bias is not None,
+        "HAS_IMAGE": image is not None,
+        "HAS_SCATTER": scatter_index is not None,
+        "INT64": force_int64 or exceeds_int32(x, redundant, noise, weight, image, out),
+    }
+    blocks = triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])
+    launch(
+        _matmul_kernel,
+        (blocks, meta["SPLIT_K"]),
+        *(x, redundant, row_index, noise, weight, bias, image, scatter_index, out, partial),
+        *(rows, columns, inner, encoded, tokens, out.shape[1]),
+        *(*x.stride(), *strides(redundant, 3), *row_index.stride(), *strides(noise, 3), *weight.stride()),
+        *finish_strides,
+        HAS_REDUNDANT=redundant is not None,
+        SAME_STRIDE=redundant is None or redundant.stride(2) == x.stride(2),
+        HAS_NOISE=noise is not None,
+        EVEN_K=inner % meta["BLOCK_K"] == 0,
+        device=x.device,
+        **flags,
+        **meta,
+    )
+    if split:
+        block_m, block_n = min(16, triton.next_power_of_2(rows)), 128
+        launch(
+            _sum_splits_kernel,
+            (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)),
+            *(partial, bias, image, scatter_index, out, rows, columns, encoded, out.shape[1], *finish_strides),
+            SPLIT_K=meta["SPLIT_K"],
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=4,
+            device=x.device,
+            **flags,
+        )
+    return out

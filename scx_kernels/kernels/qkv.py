@@ -1,0 +1,386 @@
+"""From projected encoded rows to encoded Q, K, V in one pass: the secure side's work between two products.
+
+| array                   | shape          | values | meaning                                                     |
+|-------------------------|----------------|--------|-------------------------------------------------------------|
+| `position`              | (B, S)         | 0..T-1 | token s lies in encoded row `position[s]`                   |
+| `query`, `key`, `value` | (B, H or G, d) | 0..d-1 | encoded feature j of a head is its plain feature `index[j]` |
+
+A program owns BLOCK_S tokens and HEADS heads of one of the three roles, so cos and sin are read once for several heads.
+Rows are read whole and their features permuted on the chip: a gather of two-byte elements from memory would spend four
+loads on every element (x, its rotary partner, cos, sin).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scx_kernels.checks import check_qkv
+from scx_kernels.kernels.launch import Target, check_dtype, exceeds_int32, launch, narrow, strides, target_of
+
+__all__ = ["qkv_decode_encode", "qkv_tile"]
+
+
+@triton.jit
+def _load_features(z_rows, image_rows, features, in_tokens, stride_zf, stride_if, HEAD_DIM, HAS_IMAGE: tl.constexpr):
+    """float32 (BLOCK_S, BLOCK_D): features of the given rows, free of noise."""
+    offsets, in_head = features
+    mask = in_tokens[:, None] & in_head[None, :]
+    x = tl.load(z_rows[:, None] + offsets[None, :] * stride_zf, mask=mask, other=0).to(tl.float32)
+    if HAS_IMAGE:
+        x -= tl.load(image_rows[:, None] + offsets[None, :] * stride_if, mask=mask, other=0)
+    return x
+
+
+@triton.jit
+def _scale_by_norm(x, norm_weight_ptr, columns, in_head, scale, stride_w, DTYPE: tl.constexpr):
+    """Qwen3 rounds the normalised head to the model's dtype before and after the weight."""
+    weight = tl.load(norm_weight_ptr + columns * stride_w, mask=in_head, other=0).to(tl.float32)
+    normed = narrow(x * scale[:, None], DTYPE).to(tl.float32)
+    return narrow(normed * weight[None, :], DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _encode_heads(
+    # Pointers, at the program's sequence (but for the image, which may be absent)
+    z_ptr,
+    image_ptr,
+    norm_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    index_ptr,
+    out_ptr,
+    # What the program owns
+    b,
+    place,
+    token,
+    slot,
+    in_tokens,
+    first_head,
+    heads,
+    eps,
+    # Strides
+    stride_zt,
+    stride_zf,
+    stride_ib,
+    stride_it,
+    stride_if,
+    stride_w,
+    stride_cs,
+    stride_cd,
+    stride_ss,
+    stride_sd,
+    stride_xh,
+    stride_xd,
+    stride_oh,
+    stride_ot,
+    stride_od,
+    # Meta-parameters
+    HEAD_DIM: tl.constexpr,
+    IS_ROTARY: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_IMAGE: tl.constexpr,
+    INT64: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    columns = tl.arange(0, BLOCK_D)
+    in_head = columns < HEAD_DIM
+    # Feature i rotates with feature i + d/2; the sign of rotate_half goes into sin.
+    partner = tl.where(columns < HEAD_DIM // 2, columns + HEAD_DIM // 2, columns - HEAD_DIM // 2)
+    if INT64:
+        columns = columns.to(tl.int64)
+        partner = partner.to(tl.int64)
+    mask = in_tokens[:, None] & in_head[None, :]
+    z_rows = z_ptr + place * stride_zt
+    # int64: one head of a cache holds capacity * d elements.
+    out_rows = out_ptr + slot * stride_ot + first_head.to(tl.int64) * stride_oh
+    image_rows = z_rows
+    if HAS_IMAGE:
+        image_rows = image_ptr + b * stride_ib + place * stride_it
+    if IS_ROTARY:
+        cos_rows = cos_ptr + token * stride_cs
+        sin_rows = sin_ptr + token * stride_ss
+        cos = tl.load(cos_rows[:, None] + columns[None, :] * stride_cd, mask=mask, other=0).to(tl.float32)
+        sin = tl.load(sin_rows[:, None] + columns[None, :] * stride_sd, mask=mask, other=0).to(tl.float32)
+        sin = tl.where((columns < HEAD_DIM // 2)[None, :], -sin, sin)
+
+    for head in range(first_head, min(first_head + HEADS, heads)):
+        index = tl.load(index_ptr + head * stride_xh + columns * stride_xd, mask=in_head, other=0).to(tl.int32)
+        own = (head * HEAD_DIM + columns, in_head)
+        x = _load_features(z_rows, image_rows, own, in_tokens, stride_zf, stride_if, HEAD_DIM, HAS_IMAGE)
+        if IS_ROTARY:
+            other = (head * HEAD_DIM + partner, in_head)
+            y = _load_features(z_rows, image_rows, other, in_tokens, stride_zf, stride_if, HEAD_DIM, HAS_IMAGE)
+            if HAS_NORM:
+                scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)
+                x = _scale_by_norm(x, norm_weight_ptr, columns, in_head, scale, stride_w, DTYPE)
+                y = _scale_by_norm(y, norm_weight_ptr, partner, in_head, scale, stride_w, DTYPE)
+            x = x * cos + y * sin
+        encoded = tl.gather(narrow(x, DTYPE), tl.broadcast_to(index[None, :], (BLOCK_S, BLOCK_D)), axis=1)
+        tl.store(out_rows[:, None] + columns[None, :] * stride_od, encoded, mask=mask)
+        out_rows += stride_oh
+
+
+@triton.jit(do_not_specialize=["offset"])
+def _qkv_kernel(
+    # Pointers
+    z_q_ptr,
+    z_k_ptr,
+    z_v_ptr,
+    image_q_ptr,
+    image_k_ptr,
+    image_v_ptr,
+    position_ptr,
+    cos_ptr,
+    sin_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    offset_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    # Sizes
+    S,
+    H,
+    G,
+    offset,
+    eps,
+    # Strides
+    stride_zqb,
+    stride_zqt,
+    stride_zqf,
+    stride_zkb,
+    stride_zkt,
+    stride_zkf,
+    stride_zvb,
+    stride_zvt,
+    stride_zvf,
+    stride_iqb,
+    stride_iqt,
+    stride_iqf,
+    stride_ikb,
+    stride_ikt,
+    stride_ikf,
+    stride_ivb,
+    stride_ivt,
+    stride_ivf,
+    stride_pb,
+    stride_ps,
+    stride_cb,
+    stride_cs,
+    stride_cd,
+    stride_sb,
+    stride_ss,
+    stride_sd,
+    stride_xqb,
+    stride_xqh,
+    stride_xqd,
+    stride_xkb,
+    stride_xkh,
+    stride_xkd,
+    stride_xvb,
+    stride_xvh,
+    stride_xvd,
+    stride_wq,
+    stride_wk,
+    stride_ob,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    # Meta-parameters
+    HEAD_DIM: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_IMAGE: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,  # one offset a sequence, read from memory, so that a captured graph can move on
+    INT64: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    blocks = tl.cdiv(S, BLOCK_S)
+    # int64: sequence * stride, row * stride and slot * stride grow with the whole tensor.
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    token = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    in_tokens = token < S
+    place = token
+    if HAS_POSITION:
+        place = tl.load(position_ptr + b * stride_pb + token * stride_ps, mask=in_tokens, other=0)
+    slot = token + offset
+    if HAS_OFFSETS:
+        slot = token + tl.load(offset_ptr + b * stride_ob)
+    cos_ptr += b * stride_cb
+    sin_ptr += b * stride_sb
+
+    chunk = tl.program_id(1)
+    q_chunks = tl.cdiv(H, HEADS)
+    k_chunks = tl.cdiv(G, HEADS)
+    if chunk < q_chunks:
+        _encode_heads(
+            z_q_ptr + b * stride_zqb, image_q_ptr, q_norm_ptr, cos_ptr, sin_ptr, query_ptr + b * stride_xqb,
+            q_ptr + b * stride_qb, b, place, token, token, in_tokens, chunk * HEADS, H, eps,
+            stride_zqt, stride_zqf, stride_iqb, stride_iqt, stride_iqf, stride_wq,
+            stride_cs, stride_cd, stride_ss, stride_sd,
+            stride_xqh, stride_xqd, stride_qh, stride_qs, stride_qd,
+            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, INT64, HEADS, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
+    elif chunk < q_chunks + k_chunks:
+        _encode_heads(
+            z_k_ptr + b * stride_zkb, image_k_ptr, k_norm_ptr, cos_ptr, sin_ptr, key_ptr + b * stride_xkb,
+            k_ptr + b * stride_kb, b, place, token, slot, in_tokens, (chunk - q_chunks) * HEADS, G, eps,
+            stride_zkt, stride_zkf, stride_ikb, stride_ikt, stride_ikf, stride_wk,
+            stride_cs, stride_cd, stride_ss, stride_sd,
+            stride_xkh, stride_xkd, stride_kh, stride_kn, stride_kd,
+            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, INT64, HEADS, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _encode_heads(
+            z_v_ptr + b * stride_zvb, image_v_ptr, None, None, None, value_ptr + b * stride_xvb,
+            v_ptr + b * stride_vb, b, place, token, slot, in_tokens, (chunk - q_chunks - k_chunks) * HEADS, G, eps,
+            stride_zvt, stride_zvf, stride_ivb, stride_ivt, stride_ivf, 0, 0, 0, 0, 0,
+            stride_xvh, stride_xvd, stride_vh, stride_vn, stride_vd,
+            HEAD_DIM, False, False, HAS_IMAGE, INT64, HEADS, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
+
+
+def qkv_tile(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, target: Target) -> dict[str, Any]:
+    """Meta-parameters of `qkv_decode_encode`: a tile of about 2,048 elements, several heads to share cos and sin where
+    tokens alone fill the machine, one head a program where they do not."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_s = max(1, min(triton.next_power_of_2(max(1, tokens)), 2048 // block_d))
+    programs = triton.cdiv(tokens, block_s)
+    per_program = max(1, min(8, heads, programs * heads // (8 * target.multiprocessors)))
+    warps = block_s * block_d // (8 * target.warp_size)
+    return {
+        "BLOCK_S": block_s,
+        "BLOCK_D": block_d,
+        "HEADS": 1 << (per_program.bit_length() - 1),
+        "num_warps": max(1, min(8, triton.next_power_of_2(max(1, warps)))),
+    }
+
+
+def qkv_decode_encode(
+    z_q: Tensor,
+    z_k: Tensor,
+    z_v: Tensor,
+    position: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    images: tuple[Tensor, Tensor, Tensor] | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    offset: int | Tensor = 0,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    tile: dict[str, Any] | None = None,
+    force_int64: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Strip, un-permute, cancel noise, (norm,) rotate, permute features, write into the cache: one pass over Z.
+
+    Args:
+        z_q: (B, T, H*d) projected encoded rows, float32, float16 or bfloat16, any strides. z_k, z_v: (B, T, G*d) of
+            z_q's dtype; the three may be slices of one tensor.
+        position: (B, S) int64 in 0..T-1; None where the rows are S = T tokens in order.
+        cos, sin: (B or 1, S, d), any floating dtype.
+        query: (B, H, d) int64 in 0..d-1, the feature order of q. key, value: (B, G, d).
+        images: what the noise became in z_q, z_k, z_v: each (T, *) or (B, T, *) float32; subtracted in float32.
+        q_norm, k_norm: (d,) weights of an RMS norm on every head before the rotary step (Qwen3), with `eps`; both or
+            neither.
+        keys, values: (B, G, capacity, d) caches to write into at `offset`, any strides; fresh (B, G, S, d) if absent.
+        offset: slot of token 0, an int or a (B,) int64 tensor (not read on the host; its range is not checked).
+        dtype: of what is written, by default z_q's, or that of the given cache.
+        out: (B, H, S, d) for q, any strides.
+        tile: overrides of `qkv_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
+
+    Returns: q (B, H, S, d) and the two caches.
+    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    Source: SCX, prefill, steps 3 and 4; RoFormer (arXiv 2104.09864), half-split layout; Qwen3's q_norm and k_norm.
+    """
+    check_qkv(z_q, z_k, z_v, position, cos, sin, query, key, value, q_norm, k_norm)
+    check_dtype("z_q", z_q)
+    for image, z in zip(images or (), (z_q, z_k, z_v), strict=False):
+        if image.dtype != torch.float32 or image.shape not in (z.shape, z.shape[1:]) or image.device != z.device:
+            raise ValueError(f"images: expected {tuple(z.shape)} float32, got {tuple(image.shape)} {image.dtype}")
+    wide_images = (
+        [None] * 3 if images is None else [x.expand(z.shape) for x, z in zip(images, (z_q, z_k, z_v), strict=True)]
+    )
+    (batch, heads, size), groups = query.shape, key.shape[1]
+    tokens = z_q.shape[1] if position is None else position.shape[1]
+    dtype = dtype or (z_q if keys is None else keys).dtype
+    out = z_q.new_empty(batch, heads, tokens, size, dtype=dtype) if out is None else out
+    keys = z_q.new_empty(batch, groups, tokens, size, dtype=dtype) if keys is None else keys
+    values = torch.empty_like(keys) if values is None else values
+    offsets = offset if isinstance(offset, Tensor) else None
+    for name, cache in (("keys", keys), ("values", values)):
+        fits = cache.shape[:2] == (batch, groups) and cache.shape[3] == size and cache.dtype == dtype
+        if not fits or (offsets is None and not 0 <= offset <= cache.shape[2] - tokens):
+            raise ValueError(
+                f"{name}: expected ({batch}, {groups}, at least {offset} + {tokens}, {size}) {dtype}, "
+                f"got {tuple(cache.shape)} {cache.dtype}"
+            )
+    meta = qkv_tile(batch * tokens, heads + 2 * groups, size, dtype, target_of(z_q.device)) | (tile or {})
+    chunks = triton.cdiv(heads, meta["HEADS"]) + 2 * triton.cdiv(groups, meta["HEADS"])
+    launch(
+        _qkv_kernel,
+        (batch * triton.cdiv(tokens, meta["BLOCK_S"]), chunks),
+        *(
+            z_q,
+            z_k,
+            z_v,
+            *wide_images,
+            position,
+            cos,
+            sin,
+            query,
+            key,
+            value,
+            q_norm,
+            k_norm,
+            offsets,
+            out,
+            keys,
+            values,
+        ),
+        *(tokens, heads, groups, 0 if offsets is not None else offset, eps),
+        *(*z_q.stride(), *z_k.stride(), *z_v.stride()),
+        *(stride for image in wide_images for stride in strides(image, 3)),
+        *strides(position, 2),
+        *(0 if cos.shape[0] == 1 else cos.stride(0), *cos.stride()[1:]),
+        *(0 if sin.shape[0] == 1 else sin.stride(0), *sin.stride()[1:]),
+        *(*query.stride(), *key.stride(), *value.stride()),
+        *(*strides(q_norm, 1), *strides(k_norm, 1), *strides(offsets, 1)),
+        *(*out.stride(), *keys.stride(), *values.stride()),
+        HEAD_DIM=size,
+        HAS_NORM=q_norm is not None,
+        HAS_IMAGE=images is not None,
+        HAS_POSITION=position is not None,
+        HAS_OFFSETS=offsets is not None,
+        INT64=force_int64 or exceeds_int32(z_q, z_k, z_v, *wide_images, cos, sin, out, keys, values),
+        device=z_q.device,
+        **meta,
+    )
+    return out, keys, values
