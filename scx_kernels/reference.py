@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scx_kernels.checks import check_attention, check_features, check_rows, check_same_shape
+from scx_kernels.checks import check_attention, check_features, check_qkv, check_rows, check_same_shape
 
 __all__ = [
     "accumulation_dtype",
@@ -28,6 +28,7 @@ __all__ = [
     "noise_image",
     "permute_features",
     "permuted_linear",
+    "qkv_decode_encode",
     "rotary_permute",
     "strip_restore",
 ]
@@ -48,41 +49,65 @@ def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     return taken.view(batch, index.shape[1], features)
 
 
-def inject_permute(x: Tensor, row_index: Tensor, redundant: Tensor | None = None) -> Tensor:
-    """Append redundant rows and permute: `y[b, t] = (x ⊕ redundant)[b, row_index[b, t]]`.
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Llama's: statistics in the accumulation dtype, rounded to x's dtype, then multiplied by the weight."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def inject_permute(
+    x: Tensor,
+    row_index: Tensor,
+    redundant: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Append redundant rows and permute: `y[b, t] = (norm(x) ⊕ redundant)[b, row_index[b, t]] (+ noise[b, t])`.
 
     Args:
         x: (B, N, D), any floating dtype; N rows in any order (token order, or another encoding's).
         row_index: (B, T) int64 in 0..N+R-1.
-        redundant: (B, R, D) of x's dtype, or None for R = 0.
+        redundant: (B, R, D) of x's dtype, or None for R = 0. Taken as it is: not normalised.
+        norm_weight: (D,) of x's dtype: RMS norm on the rows of x first, as in Llama; None for no norm.
+        eps: added to the mean square under the root.
+        noise: (T, D) or (B, T, D) in `accumulation_dtype(x.dtype)`, in encoded order, or None.
 
-    Returns: (B, T, D).
+    Returns: (B, T, D) of x's dtype; in the accumulation dtype under noise.
     Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
-    Source: SCX, prefill, "encode".
+    Source: SCX, prefill, "encode"; Zhang and Sennrich, RMSNorm (arXiv 1910.07467).
     """
     check_rows(x, row_index, redundant)
+    if norm_weight is not None:
+        x = _rms_norm(x, norm_weight, eps)
     if redundant is None:
-        return _take_rows(x, row_index)
-    rows = _take_rows(x, row_index.clamp(max=x.shape[1] - 1))
-    sequence, place = (row_index >= x.shape[1]).nonzero(as_tuple=True)
-    rows[sequence, place] = redundant[sequence, row_index[sequence, place] - x.shape[1]]
-    return rows
+        rows = _take_rows(x, row_index)
+    else:
+        rows = _take_rows(x, row_index.clamp(max=x.shape[1] - 1))
+        sequence, place = (row_index >= x.shape[1]).nonzero(as_tuple=True)
+        rows[sequence, place] = redundant[sequence, row_index[sequence, place] - x.shape[1]]
+    return rows if noise is None else rows.to(accumulation_dtype(x.dtype)) + noise
 
 
-def strip_restore(z: Tensor, position: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Drop redundant rows and undo the permutation: `y[b, s] = z[b, position[b, s]] (+ residual[b, s])`.
+def strip_restore(
+    z: Tensor, position: Tensor, residual: Tensor | None = None, *, image: Tensor | None = None
+) -> Tensor:
+    """Drop redundant rows and undo the permutation: `y[b, s] = (z - image)[b, position[b, s]] (+ residual[b, s])`.
 
     Args:
         z: (B, T, D), encoded rows.
         position: (B, S) int64 in 0..T-1.
-        residual: (B, S, D), added to the result.
+        residual: (B, S, D) of z's dtype, added to the result, or None.
+        image: (T, D) or (B, T, D) in `accumulation_dtype(z.dtype)`, in encoded order: what the noise became, or None.
 
-    Returns: (B, S, D).
+    Returns: (B, S, D) of z's dtype.
     Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
     Source: SCX, prefill, "decode".
     """
     check_rows(z, position, None, index_name="position")
-    rows = _take_rows(z, position)
+    free = z if image is None else (z.to(accumulation_dtype(z.dtype)) - image).to(z.dtype)
+    rows = _take_rows(free, position)
     if residual is None:
         return rows
     check_same_shape(rows, residual, "residual")
@@ -130,16 +155,24 @@ def linear(
 
 
 def permuted_linear(
-    x: Tensor, weight: Tensor, row_index: Tensor, redundant: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    row_index: Tensor,
+    redundant: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    noise: Tensor | None = None,
+    image: Tensor | None = None,
 ) -> Tensor:
-    """Permuted-gather product: `inject_permute(x, row_index, redundant) @ weight.T + bias`.
+    """Permuted-gather product: `(inject_permute(x, row_index, redundant) + noise) @ weight.T - image + bias`.
 
     Args:
         x: (B, S, D). weight: (N, D). row_index: (B, T). redundant: (B, R, D) or None. bias: (N,) or None.
+        noise, image: (B, T, D) and (B, T, N) as in `linear`, both or neither.
 
-    Returns: (B, T, N).
+    Returns: (B, T, N) of x's dtype.
     """
-    return linear(inject_permute(x, row_index, redundant), weight, bias)
+    return linear(inject_permute(x, row_index, redundant), weight, bias, noise, image)
 
 
 def permute_features(x: Tensor, feature_index: Tensor) -> Tensor:
@@ -180,6 +213,49 @@ def rotary_permute(x: Tensor, cos: Tensor, sin: Tensor, feature_index: Tensor) -
     rotated[..., :half].sub_(x[..., half:] * sin[..., :half])
     rotated[..., half:].add_(x[..., :half] * sin[..., half:])
     return permute_features(rotated, feature_index)
+
+
+def qkv_decode_encode(
+    z_q: Tensor,
+    z_k: Tensor,
+    z_v: Tensor,
+    position: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From projected encoded rows to encoded Q, K, V: strip, un-permute, (norm,) rotate, permute features.
+
+    Args:
+        z_q: (B, T, H*d) projected rows. z_k, z_v: (B, T, G*d) of z_q's dtype.
+        position: (B, S) int64 in 0..T-1; None where the rows are S = T tokens in order.
+        cos, sin: (B or 1, S, d).
+        query: (B, H, d) int64 in 0..d-1, the feature order of q. key, value: (B, G, d).
+        q_norm, k_norm: (d,) weights of an RMS norm on every head before the rotary step (Qwen3), with `eps`; both or
+            neither.
+
+    Returns: q (B, H, S, d), k and v (B, G, S, d) of z_q's dtype.
+    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    Source: SCX, prefill, steps 3 and 4.
+    """
+    check_qkv(z_q, z_k, z_v, position, cos, sin, query, key, value, q_norm, k_norm)
+
+    def heads(z: Tensor) -> Tensor:
+        rows = z if position is None else strip_restore(z, position)
+        return rows.unflatten(-1, (-1, query.shape[-1]))
+
+    q, k, v = heads(z_q), heads(z_k), heads(z_v)
+    if q_norm is not None and k_norm is not None:
+        q, k = _rms_norm(q, q_norm, eps), _rms_norm(k, k_norm, eps)
+    q = rotary_permute(q.transpose(1, 2), cos, sin, query)
+    k = rotary_permute(k.transpose(1, 2), cos, sin, key)
+    return q, k, permute_features(v.transpose(1, 2), value)
 
 
 def attention(

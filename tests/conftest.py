@@ -10,13 +10,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA st
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on CPU tensors
+
 from tiny import VOCABULARY, tiny_model
 from transformers import PreTrainedModel
 
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan() -> Iterator[None]:
-    """Every fresh buffer is filled with NaN, so that a row nobody wrote is seen."""
+    """Random inputs repeat, and every fresh buffer is filled with NaN, so that a row nobody wrote is seen."""
+    torch.manual_seed(7)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

@@ -85,22 +85,34 @@ class EncodedAttention(nn.Module):
         keys = scx_step.layer_keys(self.layer_idx, device)
         feature_key = scx_step.feature_key(self.layer_idx, device)
 
-        q, k, v = (self._heads(keys.attention.leave(rows)) for rows in self._project(hidden_states, scx_step))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = ops.rotary_permute(q.transpose(1, 2), *position_embeddings, feature_key.query)
-        k = ops.rotary_permute(k.transpose(1, 2), *position_embeddings, feature_key.key)
-        v = ops.permute_features(v.transpose(1, 2), feature_key.value)
+        z_q, z_k, z_v = self._project(hidden_states, scx_step)
+        cos, sin = position_embeddings
+        q, k, v = ops.qkv_decode_encode(
+            z_q,
+            z_k,
+            z_v,
+            keys.attention.position,
+            cos,
+            sin,
+            feature_key.query,
+            feature_key.key,
+            feature_key.value,
+            **self._head_norms(),
+        )
 
         if past_key_values is not None:
             q, k, v, attention_mask = _meet_cache(past_key_values, self.layer_idx, q, k, v, attention_mask)
-        out, weights = self._attend(q, k, v, attention_mask, **kwargs)
-        out = ops.permute_features(out.to(device), feature_key.output)
-        out = out.transpose(1, 2).flatten(2)
+        output_index = scx_step.feature_key(self.layer_idx, q.device).output
+        out, weights = self._attend(q, k, v, attention_mask, output_index, **kwargs)
+        out = out.to(device).transpose(1, 2).flatten(2)
         return keys.output.enter_linear(out, self.o_proj), weights
 
-    def _heads(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (-1, self.head_dim))
+    def _head_norms(self) -> dict[str, Any]:
+        """Qwen3 normalises every head of q and k before the rotary step."""
+        norm = self._modules.get("q_norm")
+        if norm is None:
+            return {}
+        return {"q_norm": norm.weight, "k_norm": self.k_norm.weight, "eps": norm.variance_epsilon}
 
     def _project(self, rows: Tensor, step: Step) -> Sequence[Tensor]:
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -116,13 +128,15 @@ class EncodedAttention(nn.Module):
         ]
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, output_index: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention with the backend that the model is set to; (B, H, S, d) under V's permutation."""
+        """Attention with the backend that the model is set to; (B, H, S, d), V's permutation undone."""
         backend = self.config._attn_implementation
         if backend == "sdpa" and not self.training and kwargs.get("is_causal") is None:
             is_causal = mask is None and q.shape[2] > 1
-            return ops.attention(q, k, v, softmax_scale=self.scaling, mask=mask, is_causal=is_causal), None
+            scale = self.scaling
+            out = ops.attention(q, k, v, softmax_scale=scale, mask=mask, is_causal=is_causal, output_index=output_index)
+            return out, None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         out, weights = attend(
             self,
@@ -135,7 +149,7 @@ class EncodedAttention(nn.Module):
             sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
             **kwargs,
         )
-        return out.transpose(1, 2), weights
+        return ops.permute_features(out.transpose(1, 2), output_index), weights
 
 
 def _meet_cache(
