@@ -1,0 +1,103 @@
+"""Kernels that move rows into and out of an encoding."""
+
+import parity
+import pytest
+import torch
+from parity import assert_close, by_dtype, inverse, nans, permutations, randn
+
+from scx_kernels import reference
+from scx_kernels.kernels import rows
+
+LAYOUTS = ("plain", "transposed", "sliced", "expanded")
+
+
+def rms_norm(x, weight, eps):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@by_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 5, 0, 64), (2, 7, 3, 100), (3, 1, 2, 33)])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_inject(dtype, layout, shape, norm, noisy):
+    batch, tokens, decoys, features = shape
+    x = randn(batch, tokens, features, dtype=dtype, layout=layout)
+    redundant = randn(batch, decoys, features, dtype=dtype, layout=layout) if decoys else None
+    weight = randn(features, dtype=dtype) if norm else None
+    noise = 8 * randn(tokens + decoys, features) if noisy else None
+    row_index = permutations(batch, tokens + decoys)
+
+    def plain(x, redundant, weight, noise):
+        y = reference.inject_permute(x if weight is None else rms_norm(x, weight, 1e-5), row_index, redundant)
+        return y if noise is None else y.to(torch.promote_types(y.dtype, torch.float32)) + noise
+
+    out = nans(batch, tokens + decoys, features, dtype=torch.float32 if noisy else dtype, layout=layout)
+    got = rows.inject_permute(x, row_index, redundant, norm_weight=weight, eps=1e-5, noise=noise, out=out)
+    assert got is out
+    exact = plain(*parity.wide(x, redundant, weight, noise))
+    assert_close(got, plain(x, redundant, weight, noise), exact, dtype)
+    narrow = {"BLOCK_D": 32, "ONE_TILE": features <= 32, "BLOCK_M": 2}
+    again = rows.inject_permute(
+        x, row_index, redundant, norm_weight=weight, eps=1e-5, noise=noise, tile=narrow, force_int64=True
+    )
+    assert_close(again, plain(x, redundant, weight, noise), exact, dtype)
+
+
+@by_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 5, 5, 64), (2, 7, 10, 100), (3, 1, 3, 33)])
+@pytest.mark.parametrize("residue", [False, True])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_strip(dtype, layout, shape, residue, noisy):
+    batch, tokens, encoded, features = shape
+    z = randn(batch, encoded, features, dtype=torch.float32 if noisy else dtype, layout=layout)
+    residual = randn(batch, tokens, features, dtype=dtype, layout=layout) if residue else None
+    image = randn(encoded, features) if noisy else None
+    position = permutations(batch, encoded)[:, :tokens]
+
+    def plain(z, residual, image, dtype):
+        z = z if image is None else z - image
+        return reference.strip_restore(z.to(dtype), position, residual)
+
+    out = nans(batch, tokens, features, dtype=dtype, layout=layout)
+    got = rows.strip_restore(z, position, residual, image=image, out=out)
+    exact = plain(*parity.wide(z, residual, image), torch.float64)
+    assert_close(got, plain(z, residual, image, dtype), exact)
+    again = rows.strip_restore(
+        z, position, residual, image=image, dtype=dtype, tile={"BLOCK_D": 32, "BLOCK_M": 2}, force_int64=True
+    )
+    assert torch.equal(again, got)
+
+
+def test_strip_onto_its_residual():
+    z, residual, position = randn(2, 9, 40), randn(2, 6, 40), permutations(2, 9)[:, :6]
+    expected = reference.strip_restore(z, position, residual)
+    assert torch.equal(rows.strip_restore(z, position, residual, out=residual), expected)
+
+
+def test_round_trip_is_exact():
+    x, row_index = randn(2, 6, 48, dtype=torch.bfloat16), permutations(2, 8)
+    encoded = rows.inject_permute(x, row_index, randn(2, 2, 48, dtype=torch.bfloat16))
+    assert torch.equal(rows.strip_restore(encoded, inverse(row_index)[:, :6]), x)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
+def test_empty(shape):
+    x = torch.empty(shape)
+    index = torch.empty(shape[:2], dtype=torch.int64)
+    assert rows.inject_permute(x, index).shape == shape
+    assert rows.strip_restore(x, index).shape == shape
+
+
+def test_bad_arguments_are_named():
+    x, index = randn(1, 4, 8), permutations(1, 4)
+    with pytest.raises(TypeError, match="row_index"):
+        rows.inject_permute(x, index.int())
+    with pytest.raises(TypeError, match="x:"):
+        rows.inject_permute(x.double(), index)
+    with pytest.raises(ValueError, match="norm_weight"):
+        rows.inject_permute(x, index, norm_weight=randn(7))
+    with pytest.raises(ValueError, match="noise"):
+        rows.inject_permute(x, index, noise=randn(5, 8))
