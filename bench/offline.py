@@ -1,0 +1,213 @@
+"""Compile every kernel for machines that are not here, and read the result.
+
+`python -m bench.offline [--quick] [--only NAME] [--write FILE]` runs each launcher on tensors without memory (the
+"meta" device), records what it would launch, compiles that for cuda 80, 90, 100 and hip gfx942 and prints a table. It
+exits with 1 when something does not compile, spills registers, wants more shared memory than the target has, or when a
+half-precision product on sm_90 does without the Hopper matrix unit.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench.offline_cases import CASES
+from scx_kernels.kernels import launch
+from scx_kernels.kernels.launch import TARGETS, Target
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TYPE_NAMES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+OPTIONS = ("num_warps", "num_stages")
+# Instructions of each target's matrix unit, in its own assembly.
+MATRIX = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b", 942: r"\bv_mfma_"}
+HALF_MATRIX_BELOW_HOPPER = r"\bHMMA\b"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch: `call(dtype)` runs a launcher on meta tensors. `matrix` names the unit expected on sm_90."""
+
+    name: str
+    call: Callable[[torch.dtype], Any]
+    dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
+    matrix: str = ""
+    quick: bool = False
+
+
+@dataclass
+class Row:
+    case: str
+    kernel: str
+    dtype: str
+    target: str
+    tile: str
+    registers: int
+    stack: int
+    shared: int
+    matrix: str
+    warps_resident: str
+    problems: str
+
+
+def source_of(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
+    """What the JIT would compile for these arguments: integers equal to 1 and None are constants, multiples of 16
+    and tensors are marked as such."""
+    options = {name: meta[name] for name in OPTIONS if name in meta}
+    values = dict(zip((p.name for p in kernel.params), args, strict=False)) | meta
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        specialise = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialise and type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPE_NAMES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialise and value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([BINARIES / name, *args], check=True, capture_output=True, text=True).stdout
+
+
+def read_nvidia(compiled: Any, target: Target, warps: int) -> tuple[int, int, dict[str, int], int]:
+    """Registers, stack bytes, counted instructions, resident warps of a multiprocessor."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _tool("nvdisasm", "-c", file.name)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    patterns = {"HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b", "UTCMMA": r"\bUTC\w*MMA\b", "LDL": r"\bLDL\b|\bSTL\b"}
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in patterns.items()}
+    shared_of_multiprocessor = {80: 167_936, 90: 233_472, 100: 233_472}[target.arch]
+    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = shared_of_multiprocessor // (compiled.metadata.shared + 1024)
+    return registers, stack, counts, warps * min(by_registers, by_shared, 64 // warps)
+
+
+def read_amd(compiled: Any, target: Target, warps: int) -> tuple[int, int, dict[str, int], int]:
+    assembly = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    registers = field("vgpr_count") + field("agpr_count")
+    spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
+    counts = {"MFMA": len(re.findall(r"\bv_mfma_", assembly))}
+    # Four SIMDs, 512 registers of a lane each, at most 8 waves; shared memory bounds whole workgroups.
+    by_registers = 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps
+    by_shared = target.shared_memory // max(1, compiled.metadata.shared)
+    return registers, spills, counts, warps * min(by_registers, by_shared, 32 // warps)
+
+
+def compile_case(case_name: str, dtype_name: str, key: tuple[str, int]) -> list[Row]:
+    case = next(case for case in cases() if case.name == case_name)
+    target = TARGETS[key]
+    launches: list[tuple[Any, ...]] = []
+    with launch.recording(target, lambda *what: launches.append(what)):
+        case.call(DTYPES[dtype_name])
+    rows = []
+    for kernel, _, args, meta in launches:
+        source, options = source_of(kernel, args, meta)
+        tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in meta.items() if k.startswith(("BLOCK", "SPLIT")))
+        tile += f" w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
+        row = Row(case.name, kernel.__name__, dtype_name, f"{target.backend}{target.arch}", tile, 0, 0, 0, "", "", "")
+        rows.append(row)
+        arch = target.arch if target.backend == "cuda" else f"gfx{target.arch}"
+        try:
+            compiled = triton.compile(source, target=GPUTarget(target.backend, arch, target.warp_size), options=options)
+        except Exception as error:
+            row.problems = f"does not compile: {str(error).splitlines()[-1][:160] if str(error) else repr(error)}"
+            continue
+        read = read_nvidia if target.backend == "cuda" else read_amd
+        warps = compiled.metadata.num_warps
+        row.registers, row.stack, counts, resident = read(compiled, target, warps)
+        row.shared = compiled.metadata.shared
+        row.warps_resident = f"{resident}/{64 if target.backend == 'cuda' else 32}"
+        row.matrix = " ".join(f"{name} {count}" for name, count in counts.items() if count and name != "LDL") or "-"
+        problems = []
+        if row.stack or counts.get("LDL"):
+            problems.append(f"spills ({row.stack} B, {counts.get('LDL', 0)} LDL/STL)")
+        if row.shared > target.shared_memory:
+            problems.append("shared memory")
+        if case.matrix and dtype_name != "fp32" and "combine" not in kernel.__name__ and "sum" not in kernel.__name__:
+            wanted = {90: case.matrix, 80: "HMMA", 100: "MMA", 942: "MFMA"}[target.arch]
+            if wanted not in row.matrix:
+                problems.append(f"no {wanted}")
+        row.problems = ", ".join(problems)
+    return rows
+
+
+def cases() -> list[Case]:
+    return [Case(**entry) for entry in CASES]
+
+
+def table(rows: Iterable[Row]) -> str:
+    titles = ("case", "kernel", "dtype", "target", "tile", "regs", "stack", "shared", "matrix", "warps", "problems")
+    lines = [titles] + [tuple(str(value) for value in vars(row).values()) for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a representative set only")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--dtype", default="", help="one dtype only")
+    parser.add_argument("--arch", type=int, default=0, help="one target only")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--write", type=Path, help="a file for the table")
+    options = parser.parse_args()
+    work = [
+        (case.name, dtype, key)
+        for case in cases()
+        if options.only in case.name and (case.quick or not options.quick)
+        for dtype in case.dtypes
+        for key in TARGETS
+        if options.dtype in ("", dtype) and options.arch in (0, key[1])
+    ]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        rows = [row for found in pool.map(compile_case, *zip(*work, strict=True)) for row in found]
+    text = table(rows)
+    failures = [row for row in rows if row.problems]
+    summary = (
+        f"{len(rows)} compilations (torch {torch.__version__}, triton {triton.__version__}), {len(failures)} failures"
+    )
+    print(text, summary, sep="\n")
+    if options.write:
+        options.write.write_text(f"{text}\n{summary}\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The launches that are compiled offline: representative shapes on tensors without memory."""
+
+import torch
+
+from scx_kernels.kernels import attention, product, qkv, rows
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def index(*shape):
+    return meta(*shape, dtype=torch.int64)
+
+
+def inject(features, norm, noisy):
+    def call(dtype):
+        rows.inject_permute(
+            meta(2, 4096, features, dtype=dtype),
+            index(2, 4224),
+            meta(2, 128, features, dtype=dtype),
+            norm_weight=meta(features, dtype=dtype) if norm else None,
+            noise=meta(4224, features, dtype=torch.float32) if noisy else None,
+        )
+
+    return call
+
+
+def strip(features, noisy):
+    def call(dtype):
+        rows.strip_restore(
+            meta(2, 4224, features, dtype=torch.float32 if noisy else dtype),
+            index(2, 4096),
+            meta(2, 4096, features, dtype=dtype),
+            image=meta(4224, features, dtype=torch.float32) if noisy else None,
+            dtype=dtype,
+        )
+
+    return call
+
+
+def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=False):
+    def call(dtype):
+        z_dtype, encoded = torch.float32 if noisy else dtype, tokens + 128
+        z = meta(2, encoded, (heads + 2 * groups) * size, dtype=z_dtype)
+        widths = [heads * size, groups * size, groups * size]
+        weight = meta(size, dtype=dtype) if norm else None
+        qkv.qkv_decode_encode(
+            *z.split(widths, dim=-1),
+            index(2, tokens),
+            meta(1, tokens, size, dtype=dtype),
+            meta(1, tokens, size, dtype=dtype),
+            *(index(2, n, size) for n in (heads, groups, groups)),
+            images=tuple(meta(encoded, width, dtype=torch.float32) for width in widths) if noisy else None,
+            q_norm=weight,
+            k_norm=weight,
+            keys=meta(2, groups, 8192, size, dtype=dtype),
+            values=meta(2, groups, 8192, size, dtype=dtype),
+            offset=index(2) if offsets else 17,
+        )
+
+    return call
+
+
+def prefill(heads, groups, tokens, keys, size, window=None, lengths=False, permuted=False, mask=False):
+    def call(dtype):
+        q, k, v = (meta(2, m, n, size, dtype=dtype) for m, n in ((heads, tokens), (groups, keys), (groups, keys)))
+        attention.attention(
+            q,
+            k,
+            v,
+            softmax_scale=0.1,
+            is_causal=not mask,
+            mask=meta(2, 1, tokens, keys, dtype=torch.bool) if mask else None,
+            window=window,
+            kv_start=index(2) if lengths else None,
+            kv_length=index(2) if lengths else None,
+            output_index=index(2, heads, size),
+            position=index(2, tokens + 128) if permuted else None,
+            redundant=meta(2, 128, heads * size, dtype=dtype) if permuted else None,
+        )
+
+    return call
+
+
+def step(batch, heads, groups, tokens, capacity, size, permuted=False):
+    def call(dtype):
+        attention.attention_step(
+            meta(batch, heads, tokens, size, dtype=dtype),
+            meta(batch, groups, capacity, size, dtype=dtype),
+            meta(batch, groups, capacity, size, dtype=dtype),
+            softmax_scale=0.1,
+            output_index=index(batch, heads, size),
+            kv_length=index(batch),
+            position=index(batch, capacity - 128) if permuted else None,
+        )
+
+    return call
+
+
+def linear(batch, tokens, decoys, inner, columns, noisy=False, strip=False):
+    def call(dtype):
+        encoded = tokens + decoys
+        product.permuted_linear(
+            meta(batch, tokens, inner, dtype=dtype),
+            meta(columns, inner, dtype=dtype),
+            index(batch, encoded),
+            meta(batch, decoys, inner, dtype=dtype) if decoys else None,
+            meta(columns, dtype=dtype),
+            noise=meta(encoded, inner, dtype=torch.float32) if noisy else None,
+            image=meta(encoded, columns, dtype=torch.float32) if noisy else None,
+            scatter_index=index(batch, encoded) if strip else None,
+            out_rows=tokens if strip else None,
+        )
+
+    return call
+
+
+CASES = [
+    {"name": "inject 4096", "call": inject(4096, False, False), "quick": True},
+    {"name": "inject 576", "call": inject(576, False, False)},
+    {"name": "inject 4096 norm", "call": inject(4096, True, False), "quick": True},
+    {"name": "inject 4096 norm noise", "call": inject(4096, True, True)},
+    {"name": "inject 16384 norm noise", "call": inject(16384, True, True)},
+    {"name": "inject 18432 norm noise", "call": inject(18432, True, True)},
+    {"name": "strip 4096", "call": strip(4096, False), "quick": True},
+    {"name": "strip 4096 noise", "call": strip(4096, True)},
+    {"name": "strip 576", "call": strip(576, False)},
+    {"name": "qkv 4096 32x8x128", "call": transcode(4096, 32, 8, 128), "quick": True},
+    {"name": "qkv 4096 32x8x128 norm noise", "call": transcode(4096, 32, 8, 128, True, True), "quick": True},
+    {"name": "qkv 512 9x3x64", "call": transcode(512, 9, 3, 64)},
+    {"name": "qkv 512 32x32x80", "call": transcode(512, 32, 32, 80)},
+    {"name": "qkv 512 32x32x96 norm", "call": transcode(512, 32, 32, 96, True)},
+    {"name": "qkv 512 8x4x256 noise", "call": transcode(512, 8, 4, 256, False, True)},
+    {"name": "qkv 1 32x8x128", "call": transcode(1, 32, 8, 128, offsets=True)},
+    {"name": "attention 4096 128", "call": prefill(32, 8, 4096, 4096, 128), "matrix": "HGMMA", "quick": True},
+    {"name": "attention 4096 128 encoded", "call": prefill(32, 8, 4096, 4096, 128, permuted=True), "matrix": "HGMMA"},
+    {
+        "name": "attention 4096 128 window lengths",
+        "call": prefill(32, 8, 4096, 4096, 128, 1024, True),
+        "matrix": "HGMMA",
+    },
+    {"name": "attention 1024 128 mask", "call": prefill(32, 8, 1024, 1024, 128, mask=True), "matrix": "HGMMA"},
+    {
+        "name": "attention 4096 64",
+        "call": prefill(9, 3, 4096, 4096, 64, permuted=True),
+        "matrix": "HGMMA",
+        "quick": True,
+    },
+    {"name": "attention 4096 80", "call": prefill(32, 32, 4096, 4096, 80), "matrix": "HGMMA", "quick": True},
+    {"name": "attention 4096 96", "call": prefill(32, 32, 4096, 4096, 96, permuted=True), "matrix": "HGMMA"},
+    {"name": "attention 4096 192", "call": prefill(32, 32, 4096, 4096, 192), "matrix": "HGMMA"},
+    {"name": "attention 4096 256", "call": prefill(16, 8, 4096, 4096, 256, 1024, permuted=True), "matrix": "HGMMA"},
+    {"name": "attention 40 128", "call": prefill(32, 8, 40, 4096, 128), "matrix": "HGMMA"},
+    {"name": "step 1 8192 128", "call": step(1, 32, 8, 1, 8192, 128), "matrix": "MMA", "quick": True},
+    {"name": "step 8 65536 128 permuted", "call": step(8, 32, 8, 1, 65536, 128, True), "matrix": "MMA", "quick": True},
+    {"name": "step 4 8192 80", "call": step(4, 32, 32, 4, 8192, 80), "matrix": "MMA"},
+    {"name": "step 1 8192 256", "call": step(1, 16, 8, 16, 8192, 256, True), "matrix": "MMA"},
+    {"name": "step 1 8192 64", "call": step(1, 9, 3, 1, 8192, 64), "matrix": "MMA"},
+    {"name": "product 4224 4096 6144", "call": linear(1, 4096, 128, 4096, 6144), "matrix": "HGMMA", "quick": True},
+    {
+        "name": "product 4224 4096 6144 noise",
+        "call": linear(1, 4096, 128, 4096, 6144, True),
+        "matrix": "HGMMA",
+        "quick": True,
+    },
+    {"name": "product 4224 4096 6144 strip", "call": linear(1, 4096, 128, 4096, 6144, strip=True), "matrix": "HGMMA"},
+    {"name": "product 300 577 960", "call": linear(2, 140, 10, 577, 960), "matrix": "HGMMA"},
+    {"name": "product 300 4096 4096 noise", "call": linear(2, 140, 10, 4096, 4096, True), "matrix": "HGMMA"},
+    {"name": "product 1 4096 6144", "call": linear(1, 1, 0, 4096, 6144), "matrix": "HGMMA", "quick": True},
+    {"name": "product 16 4096 4096 noise", "call": linear(1, 12, 4, 4096, 4096, True), "matrix": "HGMMA"},
+    {"name": "product 33 577 1024", "call": linear(1, 30, 3, 577, 1024), "matrix": "HGMMA"},
+    {"name": "product 64 4096 1024", "call": linear(4, 16, 0, 4096, 1024), "matrix": "HGMMA"},
+    {"name": "step 4 4096 128 many rows", "call": step(4, 32, 4, 8, 4096, 128), "matrix": "MMA"},
+    {"name": "step 4 4096 96 many rows", "call": step(4, 32, 4, 8, 4096, 96, True), "matrix": "MMA"},
+    {"name": "product 64 4096 6144 noise", "call": linear(1, 60, 4, 4096, 6144, True), "matrix": "HGMMA"},
+]
