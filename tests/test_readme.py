@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from scx import decode_llama
 
@@ -20,7 +21,17 @@ def test_examples() -> None:
     assert names["gpu_kvcache"].get_seq_length() == names["cpu_kvcache"].get_seq_length() == 15
     decode_llama(names["model"])
     exec(second, names)  # noqa: S102
-    assert torch.equal(names["tokens"], names["model"].generate(names["input_ids"], max_new_tokens=64))
+    check_greedy(names["model"], names["tokens"], names["input_ids"].shape[1])
+
+
+@torch.no_grad()
+def check_greedy(model: LlamaForCausalLM, tokens: torch.Tensor, prompt: int) -> None:
+    """Every generated token is the plain model's choice. A random float16 model has ties: five steps of its logits'
+    0.004 count as one."""
+    assert tokens.shape[1] == prompt + 64
+    logits = model(tokens).logits[:, prompt - 1 : -1].double()
+    chosen = logits.gather(-1, tokens[:, prompt:, None])[..., 0]
+    assert (logits.amax(dim=-1) - chosen).max() < 2e-2
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint", "test-floor", "bench"])

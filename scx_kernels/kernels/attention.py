@@ -532,7 +532,9 @@ def attention_tile(tokens: int, size: int, dtype: torch.dtype, hidden: bool, tar
     blocks = _head_blocks(size)
     width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
     if dtype == torch.float32:
-        rows, keys, warps, stages = (32, 16, 16, 1) if width > 128 or hidden else (32, 32, 8, 1)
+        wide = width > 128 or hidden
+        # Sixteen of AMD's waves would leave each lane 128 registers.
+        rows, keys, warps, stages = 32, 16 if wide else 32, 16 if wide and target.backend == "cuda" else 8, 1
     elif target.backend == "hip":
         rows, keys, warps, stages = (128, 64, 4, 1) if width <= 128 else (64, 32, 4, 1)
     elif target.arch < 90:
