@@ -93,6 +93,11 @@ class EncodedCache(DynamicCache):
             raise RuntimeError(f"this cache carries the id of session {self.session_id}, not its keys; attach them")
         return self._session
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the session's keys are here, or its id alone."""
+        return self._session is not None
+
     def attach(self, session: Session) -> None:
         """Give a cache that was pickled or saved its session back. Raises ValueError if the id differs."""
         if session.id != self.session_id:
