@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from scx.container import Container, FileRefusedError, read_container, write_container
 from scx.keys import Session
-from scx.kvcache import AbsentLayer, EncodedCache
+from scx.kvcache import EncodedCache
 
 __all__ = ["load_kvcache", "save_kvcache"]
 
@@ -31,7 +31,7 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
 
     Args:
         path: the file; an old one of that name is replaced. It appears whole or not at all, with mode 0600.
-        cache: a whole cache, or one part of a split one.
+        cache: a whole cache; its layers may lie on different devices, as `merge_kvcache_dynamic` leaves them.
         session: the session it belongs to.
 
     Returns: the number of this save, one more than the newest that the session has written or read. Keep it where
@@ -43,6 +43,8 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
     _check_session(session)
     if session.id != cache.session_id:
         raise ValueError(f"session: this cache belongs to session {cache.session_id}, got {session.id}")
+    if not cache.is_complete:
+        raise ValueError("cache: this is one part of a split cache; merge the parts first")
     number = session.newest_save + 1
     metadata = {
         "session": session.id,
@@ -50,12 +52,9 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
         "number": str(number),
         "layers": json.dumps([_describe(index, layer) for index, layer in enumerate(cache.layers)]),
     }
-    if cache.split_id is not None:
-        metadata["split"] = cache.split_id
     tensors = {}
-    for index in cache.layer_indices:
-        tensors[f"layers.{index}.keys"] = cache.layers[index].keys
-        tensors[f"layers.{index}.values"] = cache.layers[index].values
+    for index, layer in enumerate(cache.layers):
+        tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
     if cache.sequences is not None:
         tensors["sequences"] = cache.sequences
     write_container(path, tensors, metadata, kind=_KIND, key=session.derive_key(_PURPOSE), encrypt=False)
@@ -113,8 +112,6 @@ def _check_session(session: Session) -> None:
 
 
 def _describe(index: int, layer: CacheLayerMixin) -> dict[str, Any]:
-    if type(layer) is AbsentLayer:
-        return {"kind": "absent"}
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise TypeError(f"cache: layer {index} is a {type(layer).__name__}, which cannot be saved")
     if layer.get_seq_length() == 0:
@@ -150,11 +147,10 @@ def _restore(container: Container, session: Session, device: torch.device | str)
     layers = [_restore_layer(i, layer, tensors, rows, session, device) for i, layer in enumerate(described)]
     if tensors:
         raise ValueError(f"tensors of no layer: {sorted(tensors)}")
-    present = [layer for layer in layers if not isinstance(layer, AbsentLayer)]
-    if len({layer.get_seq_length() for layer in present}) > 1 or len({layer.keys.dtype for layer in present}) > 1:
+    if len({(layer.get_seq_length(), layer.keys.dtype) for layer in layers}) != 1:
         raise ValueError("layers: expected one length and one dtype")
     cache = EncodedCache(session, layers)
-    cache.sequences, cache.split_id = sequences, container.metadata.get("split")
+    cache.sequences = sequences
     return cache
 
 
@@ -173,8 +169,6 @@ def _restore_layer(
     session: Session,
     device: torch.device | str,
 ) -> Any:
-    if described == {"kind": "absent"}:
-        return AbsentLayer()
     keys, values = tensors.pop(f"layers.{index}.keys"), tensors.pop(f"layers.{index}.values")
     shape = (rows, session.shape.num_kv_heads, keys.shape[-2] if keys.dim() == 4 else 0, session.shape.head_dim)
     if keys.shape != shape or values.shape != shape or 0 in shape:
@@ -193,7 +187,7 @@ def _empty_layer(index: int, described: Any, tokens: int) -> Any:
         return DynamicLayer()
     names = {"kind", "window", "length", "records_past"}
     if not isinstance(described, dict) or set(described) != names or described["kind"] != "sliding":
-        raise ValueError(f"layer {index}: expected a full, sliding or absent layer")
+        raise ValueError(f"layer {index}: expected a full or a sliding layer")
     window, length, records_past = described["window"], described["length"], described["records_past"]
     if (type(window), type(length), type(records_past)) != (int, int, bool) or not 2 <= window < 2**31:
         raise ValueError(f"layer {index}: expected the window and length of a sliding layer")
