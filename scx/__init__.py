@@ -1,18 +1,26 @@
 """SCX: stateless KV-cache encoding for confidential transformer serving."""
 
+from scx.cachefile import load_kvcache, save_kvcache
+from scx.container import FileRefusedError
+from scx.keyfile import load_keys, save_keys
 from scx.keys import SCXKeyGenerator, Session
 from scx.kvcache import EncodedCache, decode_kvcache, merge_kvcache_dynamic, split_kvcache_dynamic
 from scx.models.llama import decode_llama, encode_llama, encoded_llama
 
 __all__ = [
     "EncodedCache",
+    "FileRefusedError",
     "SCXKeyGenerator",
     "Session",
     "decode_kvcache",
     "decode_llama",
     "encode_llama",
     "encoded_llama",
+    "load_keys",
+    "load_kvcache",
     "merge_kvcache_dynamic",
+    "save_keys",
+    "save_kvcache",
     "split_kvcache_dynamic",
 ]
 __version__ = "0.1.0"

@@ -1,15 +1,23 @@
 """Keys: who draws them, for which session, and what they are.
 
-`SCXKeyGenerator` holds the master key. A prefill opens a `Session`; everything secret of that conversation is drawn
-from the master key and the session's public id: feature permutations once, because the cache is stored under them;
-token permutations, redundant rows and noise afresh for every forward pass.
+`SCXKeyGenerator` holds the master key. A prefill opens a `Session`, whose secret is derived from the master key and the
+session's public id. Everything secret of that conversation is drawn from the session secret, so a session can be saved
+and handed on without the master key.
+
+Two kinds of keys hang below it. Feature permutations and the keys that `Session.derive_key` gives belong to the
+session: they come out the same wherever it goes on, because its cache is stored under them. Token permutations,
+redundant rows and noise are used once and need never be drawn again: they belong to a *branch*, the life of the session
+in one process, and are numbered by counters that live and die with it. Every load, and every fork of the process,
+starts a branch under a fresh random nonce. So no counter has to survive a process, and two that load one file never
+draw the same one-time key.
 """
 
 import itertools
+import os
 import secrets
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -27,14 +35,15 @@ from scx.encoding import (
     inverse,
     upload,
 )
-from scx.keystream import KeyStream, Secret, StreamId
+from scx.keystream import KeyStream, Secret, StreamId, derive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ModelShape", "SCXKeyGenerator", "Session", "Step"]
+__all__ = ["KeySettings", "ModelShape", "SCXKeyGenerator", "Session", "Step"]
 
 SESSION_ID_BYTES = 16
+BRANCH_BYTES = 16
 NOISE_DISTRIBUTIONS = ("laplace", "normal")
 _NOISE_ROWS_AHEAD = 32
 
@@ -57,6 +66,23 @@ class ModelShape:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class KeySettings:
+    """What a generator was asked for, as it applies to one model: public, and carried by every session."""
+
+    redundant_num: int
+    alp: bool
+    noise_scale: float
+    noise_distribution: str
+    start_layers: tuple[int, ...]
+    end_layers: tuple[int, ...]
+
+    def difference(self, other: "KeySettings") -> str:
+        """The fields that differ, as "name a and b"; empty if none do."""
+        pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return ", ".join(f"{name} {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs)
+
+
 def _check_layers(name: str, layers: Iterable[int] | None) -> tuple[int, ...] | None:
     if layers is None:
         return None
@@ -77,6 +103,17 @@ def _positive(name: str, value: int, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
     return value
+
+
+def _public_bytes(name: str, value: str, size: int) -> bytes:
+    """Bytes written in hexadecimal."""
+    try:
+        read = bytes.fromhex(value)
+    except ValueError:
+        read = b""
+    if len(read) != size or read.hex() != value:
+        raise ValueError(f"{name}: expected {size} bytes in hexadecimal, got {value!r:.80}")
+    return read
 
 
 class SCXKeyGenerator:
@@ -144,6 +181,27 @@ class SCXKeyGenerator:
         options.setdefault("seq_len", 512)
         return cls(hidden_dim=shape.hidden_size, qk_hidden_dim=shape.head_dim, **options)
 
+    @classmethod
+    def for_session(cls, session: "Session", **options: Any) -> "SCXKeyGenerator":
+        """A generator with the sizes and settings of a session and, unless `options` say otherwise, a fresh master key.
+
+        A model encoded with it continues that session; its other sessions have nothing in common with it.
+        """
+        shape, settings = session.shape, session.settings
+        given: dict[str, Any] = {
+            "seq_len": 512,
+            "hidden_dim": shape.hidden_size,
+            "qk_hidden_dim": shape.head_dim,
+            "batch_size": session.batch_size,
+            "redundant_num": settings.redundant_num,
+            "alp": settings.alp,
+            "noise_scale": settings.noise_scale,
+            "noise_distribution": settings.noise_distribution,
+            "decode_start_layers": settings.start_layers,
+            "decode_end_layers": settings.end_layers,
+        }
+        return cls(**{**given, **options})
+
     def __repr__(self) -> str:
         return (
             f"SCXKeyGenerator(hidden_dim={self.hidden_dim}, qk_hidden_dim={self.qk_hidden_dim}, "
@@ -173,6 +231,11 @@ class SCXKeyGenerator:
             raise ValueError(f"decode_start_layers and decode_end_layers overlap: {list(start)} and {list(end)}")
         return start, end
 
+    def settings(self, shape: ModelShape) -> KeySettings:
+        """What this generator's sessions on a model of this shape are drawn for."""
+        start, end = self.protected(shape)
+        return KeySettings(self.redundant_num, self.alp, self.noise_scale, self.noise_distribution, start, end)
+
     def open_session(self, shape: ModelShape, batch_size: int, session_id: bytes | None = None) -> "Session":
         """Open a session for `batch_size` sequences on a model of this shape.
 
@@ -189,24 +252,57 @@ class SCXKeyGenerator:
         if session_id in self._opened:
             raise ValueError(f"session_id: {session_id.hex()} was opened before; two sessions never share keys")
         self._opened.add(session_id)
-        return Session(self, shape, _positive("batch_size", batch_size), session_id)
+        secret = derive(self._master_key, "scx session v1", session_id)
+        return Session(secret, self.settings(shape), shape, _positive("batch_size", batch_size), session_id)
+
+
+class _Branch:
+    """The one-time streams of a session in one process, and how far they are used up.
+
+    Noise rows that were drawn ahead and not taken end with the branch.
+    """
+
+    def __init__(self, session_secret: Secret, nonce: bytes) -> None:
+        self.nonce = nonce
+        self.process = os.getpid()
+        self.stream = KeyStream(derive(session_secret, "scx branch v1", nonce))
+        self.steps = itertools.count()
+        self.noise_draws = itertools.count()
+        self.noise_ahead: Noise | None = None
+        self.noise_used = 0
+        self.noise_lock = threading.Lock()
 
 
 class Session:
-    """One conversation's keys, carried by the cache that its prefill returns. `id` is public, the rest is not."""
+    """One conversation's keys, carried by the cache that its prefill returns.
 
-    def __init__(self, generator: SCXKeyGenerator, shape: ModelShape, batch_size: int, session_id: bytes) -> None:
-        self.generator = generator
+    `id`, `branch`, `settings`, `shape` and `batch_size` are public, the rest is not. `newest_save` is the number of the
+    newest saved cache that this session has written or read, 0 if none.
+
+    Args:
+        secret: the session's secret.
+        session_id: 16 public bytes.
+        branch: 16 bytes that no other holder of this session uses; zeros where the generator opens it.
+    """
+
+    def __init__(
+        self,
+        secret: Secret,
+        settings: KeySettings,
+        shape: ModelShape,
+        batch_size: int,
+        session_id: bytes,
+        branch: bytes = bytes(BRANCH_BYTES),
+    ) -> None:
+        self.settings = settings
         self.shape = shape
         self.batch_size = batch_size
         self.id = session_id.hex()
-        self.start_layers, self.end_layers = generator.protected(shape)
-        self._stream = KeyStream(generator._master_key, session_id)
-        self._steps = itertools.count()
-        self._noise_draws = itertools.count()
-        self._noise_ahead: Noise | None = None
-        self._noise_used = 0
-        self._noise_lock = threading.Lock()
+        self.start_layers, self.end_layers = settings.start_layers, settings.end_layers
+        self.newest_save = 0
+        self._secret = secret
+        self._stream = KeyStream(secret)
+        self._current_branch = _Branch(secret, branch)
         self._feature_keys: dict[torch.device, list[FeatureKey]] = {}
 
     def __repr__(self) -> str:
@@ -227,6 +323,34 @@ class Session:
     def shared_layers(self) -> tuple[int, ...]:
         """Layers whose keys may be shared with the untrusted side."""
         return tuple(range(len(self.start_layers), self.shape.num_layers - len(self.end_layers)))
+
+    @property
+    def _branch(self) -> _Branch:
+        # A forked process has copies of its parent's counters; it goes on in a branch of its own.
+        if self._current_branch.process != os.getpid():
+            self._current_branch = _Branch(self._secret, secrets.token_bytes(BRANCH_BYTES))
+        return self._current_branch
+
+    @property
+    def branch(self) -> str:
+        """The public name of the branch in which this process draws one-time keys, in hexadecimal."""
+        return self._branch.nonce.hex()
+
+    def derive_key(self, purpose: str, *, branch: str | None = None) -> Secret:
+        """A key of 32 bytes below this session for a purpose of its own, such as "sealed cache".
+
+        Args:
+            purpose: what the key is for; each purpose has a key of its own.
+            branch: the name of a branch. Without it, the key is the same for every holder of the session. Two holders
+                that go on from the same cache would encrypt different values under the same position, so a cipher that
+                must not repeat takes the writer's `session.branch`, and the reader finds it beside the data.
+
+        Raises: ValueError for an empty purpose or a branch that is not 16 bytes in hexadecimal.
+        """
+        if not purpose:
+            raise ValueError("purpose: expected a name, got an empty one")
+        salt = b"" if branch is None else _public_bytes("branch", branch, BRANCH_BYTES)
+        return derive(self._secret, f"scx session key v1, {'session' if branch is None else 'branch'}\0{purpose}", salt)
 
     def _streams(self, batch: int, step: int) -> list[StreamId]:
         return [(layer, sequence, step) for layer in range(self.shape.num_layers) for sequence in range(batch)]
@@ -261,15 +385,16 @@ class Session:
 
         Returns: the keys, on the CPU.
         """
-        step = next(self._steps)
+        branch = self._branch
+        step = next(branch.steps)
         streams = self._streams(batch, step)
-        layers, redundant_num = self.shape.num_layers, self.generator.redundant_num
+        layers, redundant_num = self.shape.num_layers, self.settings.redundant_num
         total = tokens + redundant_num
-        drawn = self._stream.permutations("token permutations", streams, total, len(ENCODINGS))
+        drawn = branch.stream.permutations("token permutations", streams, total, len(ENCODINGS))
         row_index = drawn.view(layers, batch, len(ENCODINGS), total).permute(2, 0, 1, 3).contiguous()
         rows = [(0, sequence, step) for sequence in range(batch)]
-        residual_index = self._stream.permutations("token permutation of the residual stream", rows, total)[:, 0]
-        decoys = self._stream.bits("redundant tokens", rows, redundant_num, torch.int64)
+        residual_index = branch.stream.permutations("token permutation of the residual stream", rows, total)[:, 0]
+        decoys = branch.stream.bits("redundant tokens", rows, redundant_num, torch.int64)
         decoys = decoys.remainder_(self.shape.vocab_size)
 
         def draw_redundant(encoding: str) -> Tensor | None:
@@ -279,7 +404,7 @@ class Session:
                 raise ValueError("scale: redundant rows need the scale of real rows")
             per_feature: Tensor = getattr(scale, encoding)
             features = per_feature.shape[-1]
-            normal = self._stream.normal(f"redundant rows, {encoding}", streams, redundant_num * features)
+            normal = branch.stream.normal(f"redundant rows, {encoding}", streams, redundant_num * features)
             rows = normal.view(layers, batch, redundant_num, features)
             return rows.mul_(per_feature[:, None, None]).to(dtype)
 
@@ -292,22 +417,23 @@ class Session:
         Noise for lone tokens is drawn several steps ahead, so that a step needs no product for its image. No row is
         ever given out twice.
         """
-        with self._noise_lock:
+        branch = self._branch
+        with branch.noise_lock:
             if rows > 1:
-                return self._draw_noise(batch, rows, weights)
-            ahead, start = self._noise_ahead, self._noise_used
+                return self._draw_noise(branch, batch, rows, weights)
+            ahead, start = branch.noise_ahead, branch.noise_used
             fits = ahead is not None and ahead.noise.shape[0] == batch and ahead.noise.device == weights[0].device
             if ahead is None or not fits or start >= ahead.noise.shape[1]:
-                ahead, start = self._draw_noise(batch, _NOISE_ROWS_AHEAD, weights), 0
-            self._noise_ahead, self._noise_used = ahead, start + 1
+                ahead, start = self._draw_noise(branch, batch, _NOISE_ROWS_AHEAD, weights), 0
+            branch.noise_ahead, branch.noise_used = ahead, start + 1
             return ahead[start : start + 1]
 
-    def _draw_noise(self, batch: int, rows: int, weights: Sequence[Tensor]) -> Noise:
-        number = next(self._noise_draws)
-        draw = getattr(self._stream, self.generator.noise_distribution)
+    def _draw_noise(self, branch: _Branch, batch: int, rows: int, weights: Sequence[Tensor]) -> Noise:
+        number = next(branch.noise_draws)
+        draw = getattr(branch.stream, self.settings.noise_distribution)
         streams = [(0, sequence, number) for sequence in range(batch)]
         drawn = draw("noise of the first block", streams, rows * self.shape.hidden_size)
-        drawn = drawn.view(batch, rows, -1).mul_(self.generator.noise_scale * self.shape.first_norm_rms)
+        drawn = drawn.view(batch, rows, -1).mul_(self.settings.noise_scale * self.shape.first_norm_rms)
         noise = upload(drawn.to(ops.accumulation_dtype(weights[0].dtype)), weights[0].device)
         return Noise(noise, tuple(ops.noise_image(noise, weight) for weight in weights))
 
@@ -363,7 +489,7 @@ class Step:
         device = weights[0].device
         self.feature_key(0, device)
         key = self.layer_keys(0, device).attention
-        if self.session.generator.alp:
+        if self.session.settings.alp:
             rows = tokens if key.entry is None else key.entry.shape[1]
             self.noise = self.session.take_noise(batch, rows, weights)
 

@@ -1,8 +1,13 @@
 """Randomness: everything secret is a function of the master key, through HKDF and ChaCha20.
 
-A stream is named by (session, purpose, layer, sequence, step). HKDF-SHA256 (RFC 5869) turns master key, session
-and purpose into a ChaCha20 key; layer, sequence and step are the 96-bit nonce (RFC 8439), so no two streams of a
-session share keystream and every draw can be repeated on any machine that holds the master key.
+HKDF-SHA256 (RFC 5869) leads down a tree, each secret to those below it and none upwards:
+
+    master key -> session secret -> keys by purpose
+                                 -> branch secret -> one-time keys by purpose
+
+A stream is named by (purpose, layer, sequence, step). The purpose's key is a ChaCha20 key; layer, sequence and step are
+the 96-bit nonce (RFC 8439), so no two streams of a secret share keystream, and every draw can be repeated on any
+machine that holds the secret.
 """
 
 import math
@@ -16,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
-__all__ = ["KEY_BYTES", "KeyStream", "Secret", "StreamId"]
+__all__ = ["KEY_BYTES", "KeyStream", "Secret", "StreamId", "derive"]
 
 KEY_BYTES = 32
 _LIMIT = 2**32
@@ -30,13 +35,13 @@ class Secret:
 
     __slots__ = ("_value",)
 
-    def __init__(self, value: bytes | None = None) -> None:
+    def __init__(self, value: bytes | None = None, name: str = "master_key") -> None:
         if value is None:
             value = secrets.token_bytes(KEY_BYTES)
         if not isinstance(value, (bytes, bytearray)):
-            raise TypeError(f"master_key: expected {KEY_BYTES} bytes, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected {KEY_BYTES} bytes, got {type(value).__name__}")
         if len(value) != KEY_BYTES:
-            raise ValueError(f"master_key: expected {KEY_BYTES} bytes, got {len(value)}")
+            raise ValueError(f"{name}: expected {KEY_BYTES} bytes, got {len(value)}")
         self._value = bytes(value)
 
     def reveal(self) -> bytes:
@@ -52,18 +57,23 @@ class Secret:
         return self
 
 
+def derive(secret: Secret, label: str, salt: bytes = b"") -> Secret:
+    """The secret named by (label, salt) below `secret`, by HKDF-SHA256 (RFC 5869, `label` as its info)."""
+    key = HKDF(hashes.SHA256(), KEY_BYTES, salt=salt, info=label.encode()).derive(secret.reveal())
+    return Secret(key, label)
+
+
 class KeyStream:
-    """The random streams of one session."""
+    """The random streams below one secret."""
 
-    __slots__ = ("_purpose_keys", "_secret", "_session_id")
+    __slots__ = ("_purpose_keys", "_secret")
 
-    def __init__(self, secret: Secret, session_id: bytes) -> None:
+    def __init__(self, secret: Secret) -> None:
         self._secret = secret
-        self._session_id = session_id
-        self._purpose_keys: dict[str, bytes] = {}
+        self._purpose_keys: dict[str, Secret] = {}
 
     def __repr__(self) -> str:
-        return f"KeyStream(session={self._session_id.hex()})"
+        return "KeyStream()"
 
     def __reduce__(self) -> str:
         raise TypeError("a key stream is never pickled")
@@ -71,10 +81,8 @@ class KeyStream:
     def _key(self, purpose: str) -> bytes:
         key = self._purpose_keys.get(purpose)
         if key is None:
-            info = b"scx keystream v1\0" + purpose.encode()
-            key = HKDF(hashes.SHA256(), KEY_BYTES, salt=self._session_id, info=info).derive(self._secret.reveal())
-            self._purpose_keys[purpose] = key
-        return key
+            key = self._purpose_keys[purpose] = derive(self._secret, f"scx keystream v2\0{purpose}")
+        return key.reveal()
 
     def bits(self, purpose: str, streams: Sequence[StreamId], count: int, dtype: torch.dtype) -> Tensor:
         """Uniform bits: (len(streams), count) integers of `dtype` (int32 or int64), on the CPU."""

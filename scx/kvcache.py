@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from scx.encoding import FeatureKey
 from scx.keys import Session
 
-__all__ = ["EncodedCache", "decode_kvcache", "merge_kvcache_dynamic", "split_kvcache_dynamic"]
+__all__ = ["EncodedCache", "GrowingLayer", "decode_kvcache", "merge_kvcache_dynamic", "split_kvcache_dynamic"]
 
 
 class AbsentLayer(CacheLayerMixin):
@@ -99,6 +99,15 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def _without_room(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """The layer as it leaves the process: tokens that it holds, not what lies behind them in its buffers."""
+    if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
+        return layer
+    twin = copy.copy(layer)
+    twin.keys, twin.values = layer.keys.contiguous(), layer.values.contiguous()
+    return twin
+
+
 def _growing(layer: CacheLayerMixin) -> CacheLayerMixin:
     return GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
 
@@ -141,7 +150,7 @@ class EncodedCache(DynamicCache):
         return f"EncodedCache(session={self.session_id}, layers={list(self.layer_indices)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_selected": {}}
+        return {**self.__dict__, "layers": [_without_room(x) for x in self.layers], "_session": None, "_selected": {}}
 
     def __deepcopy__(self, memo: dict) -> "EncodedCache":
         twin = type(self).__new__(type(self))
@@ -155,6 +164,11 @@ class EncodedCache(DynamicCache):
         if self._session is None:
             raise RuntimeError(f"this cache carries the id of session {self.session_id}, not its keys; attach them")
         return self._session
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the session's keys are here, or its id alone."""
+        return self._session is not None
 
     def attach(self, session: Session) -> None:
         """Give a cache that was pickled or saved its session back. Raises ValueError if the id differs."""

@@ -34,7 +34,7 @@ def session(session_id: bytes = bytes(16), batch: int = 1, **options) -> Session
 
 
 def stream() -> KeyStream:
-    return KeyStream(Secret(MASTER), bytes(16))
+    return KeyStream(Secret(MASTER))
 
 
 def scale(value: float = 1.0) -> RedundantScale:
@@ -43,10 +43,63 @@ def scale(value: float = 1.0) -> RedundantScale:
 
 def test_stream_is_hkdf_and_chacha20() -> None:
     """The bits are those of the two named algorithms, composed as the module says."""
-    key = HKDF(hashes.SHA256(), 32, salt=bytes(16), info=b"scx keystream v1\0a purpose").derive(MASTER)
+    key = HKDF(hashes.SHA256(), 32, salt=None, info=b"scx keystream v2\0a purpose").derive(MASTER)
     cipher = Cipher(algorithms.ChaCha20(key, struct.pack("<4I", 0, 5, 6, 7)), mode=None).encryptor()
     expected = torch.frombuffer(bytearray(cipher.update(bytes(400))), dtype=torch.int32)
     assert torch.equal(stream().bits("a purpose", [(5, 6, 7)], 100, torch.int32)[0], expected)
+
+
+def test_session_keys_are_hkdf_of_the_session_secret() -> None:
+    """Master key to session secret to the keys of session and branch, by RFC 5869 as the module draws it."""
+
+    def hkdf(secret: bytes, info: str, salt: bytes | None = None) -> bytes:
+        return HKDF(hashes.SHA256(), 32, salt=salt, info=info.encode()).derive(secret)
+
+    one = session(b"\5" * 16)
+    secret = hkdf(MASTER, "scx session v1", b"\5" * 16)
+    branch = hkdf(secret, "scx branch v1", bytes(16))
+    permutations = "feature permutations of K and V"
+    expected = KeyStream(Secret(secret)).permutations(permutations, [(0, 0, 0)], 16, 4)
+    assert torch.equal(one.feature_key(0, CPU).key[0], expected[0, :2])
+    expected = KeyStream(Secret(branch)).permutations("token permutations", [(0, 0, 0)], 7, 3)
+    assert torch.equal(one.draw_token_keys(7, 1, None, torch.float32).entry[0, 0, 0], expected[0, 0])
+    assert one.derive_key("some use").reveal() == hkdf(secret, "scx session key v1, session\0some use")
+    named = one.derive_key("some use", branch="07" * 16)
+    assert named.reveal() == hkdf(secret, "scx session key v1, branch\0some use", b"\7" * 16)
+
+
+def test_derived_keys_differ_by_everything_that_names_them() -> None:
+    one, other = session(), session(b"\1" * 16)
+    keys = [one.derive_key("a"), one.derive_key("b"), other.derive_key("a")]
+    keys += [one.derive_key("a", branch="00" * 16), one.derive_key("a", branch="01" * 16), one._secret]
+    assert len({key.reveal() for key in keys}) == 6
+    assert one.derive_key("a").reveal() == session().derive_key("a").reveal()
+    assert repr(keys[0]) == "Secret(32 bytes)"
+
+
+def test_a_forked_process_draws_one_time_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork copies the counters; the child must not go on under its parent's."""
+    parent, child = session(alp=True), session(alp=True)
+    for one in (parent, child):
+        one.take_noise(1, 1, [torch.randn(8, 96)])
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    fresh = child.draw_token_keys(40, 1, None, torch.float32), child.take_noise(1, 1, [torch.randn(8, 96)])
+    monkeypatch.undo()
+    mine = parent.draw_token_keys(40, 1, None, torch.float32), parent.take_noise(1, 1, [torch.randn(8, 96)])
+    assert child.branch != parent.branch
+    assert not torch.equal(fresh[0].entry, mine[0].entry)
+    assert not torch.equal(fresh[1].noise, mine[1].noise)
+    assert torch.equal(child.feature_key(1, CPU).key, parent.feature_key(1, CPU).key)
+
+
+@pytest.mark.parametrize("alp", [False, True])
+def test_a_generator_for_a_session_has_its_settings(alp: bool) -> None:
+    one = session(redundant_num=5, alp=alp, noise_scale=7.5, noise_distribution="normal", decode_end_layers=[])
+    keys = SCXKeyGenerator.for_session(one)
+    assert keys.settings(SHAPE) == one.settings
+    assert keys.settings(SHAPE).difference(one.settings) == ""
+    other = keys.open_session(SHAPE, 1, bytes.fromhex(one.id))
+    assert not torch.equal(other.feature_key(0, CPU).key, one.feature_key(0, CPU).key)
 
 
 def test_permutations_are_uniform() -> None:
@@ -279,6 +332,13 @@ class TestBadInput:
             keys.open_session(SHAPE, 1, bytes.fromhex(first.id))
         with pytest.raises(ValueError, match="session_id: expected 16 bytes"):
             keys.open_session(SHAPE, 1, b"short")
+
+    def test_derived_keys(self) -> None:
+        with pytest.raises(ValueError, match="purpose: expected a name"):
+            session().derive_key("")
+        for wrong in ("", "00", "zz" * 16, "AA" * 16):
+            with pytest.raises(ValueError, match="branch: expected 16 bytes in hexadecimal"):
+                session().derive_key("a", branch=wrong)
 
     def test_counters_do_not_wrap(self) -> None:
         with pytest.raises(ValueError, match="outside the 32-bit counters"):

@@ -117,6 +117,51 @@ def test_crop_and_reset(encoded, cache, prompt) -> None:
 
 
 @torch.no_grad()
+def test_cache_grows_in_place(encoded, prompt) -> None:
+    """New tokens go into room that is there; K and V of earlier ones are not copied at every step."""
+    cache = encoded(prompt(80)).past_key_values
+    places = []
+    for _ in range(24):
+        encoded(prompt(1), past_key_values=cache)
+        places.append(cache.layers[1].keys.data_ptr())
+    assert cache.get_seq_length() == 104
+    assert 1 < len(set(places)) <= 3, "moved once, when its first buffer was full, and not at every step"
+    held = sum(x.untyped_storage().nbytes() for x in tensors(cache))
+    assert held <= 1.3 * sum(x.nbytes for x in tensors(cache)), "room for a quarter more tokens at most"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["split", "deepcopy", "crop"])
+def test_nothing_is_written_over(encoded, prompt, kind: str) -> None:
+    """Two caches that began as one go on independently, whichever goes first."""
+    ids, other = prompt(70), prompt(1, seed=3)
+    cache = encoded(ids).past_key_values
+    encoded(prompt(1), past_key_values=cache)  # the buffers now have room
+    if kind == "split":
+        gpu, cpu = split_kvcache_dynamic(cache, gpu_layers=[1])
+        given = {"gpu_kvcache": gpu, "cpu_kvcache": cpu}
+    else:
+        given = {"past_key_values": copy.deepcopy(cache)}
+    if kind == "crop":
+        view = [x[:, :, :69] for x in tensors(cache)]
+        kept = [x.clone() for x in view]
+        cache.crop(-3)
+        encoded(other, past_key_values=cache)
+        assert all(torch.equal(a, b) for a, b in zip(view, kept, strict=True))
+        return
+    alone = encoded(other, past_key_values=copy.deepcopy(cache)).logits
+    encoded(prompt(1, seed=5), past_key_values=cache)
+    torch.testing.assert_close(encoded(other, **given).logits, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_pickled_cache_holds_its_tokens_alone(cache) -> None:
+    """What lies behind the tokens in a layer's buffers does not leave the process."""
+    loaded = pickle.loads(pickle.dumps(cache))
+    for x in tensors(loaded):
+        assert x.untyped_storage().nbytes() == x.nbytes
+
+
+@torch.no_grad()
 def test_deepcopy_forks_a_conversation(encoded, cache, prompt) -> None:
     """Two continuations of one prefix share its session and go their own ways."""
     fork = copy.deepcopy(cache)

@@ -13,15 +13,21 @@ from scx import decode_llama
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_examples() -> None:
-    """The first opens and continues a session; the second generates with the same model, made plain again."""
-    first, second = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first opens and continues a session; the second generates with the same model, made plain again; the third
+    goes on from files."""
+    monkeypatch.chdir(tmp_path)
+    first, second, third = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(first, names)  # noqa: S102
     assert names["gpu_kvcache"].get_seq_length() == names["cpu_kvcache"].get_seq_length() == 15
     decode_llama(names["model"])
     exec(second, names)  # noqa: S102
     check_greedy(names["model"], names["tokens"], names["input_ids"].shape[1])
+    exec(third, names)  # noqa: S102
+    longer, tokens = names["longer"], names["tokens"]
+    assert torch.equal(longer[:, : tokens.shape[1]], tokens)
+    assert longer.shape[1] == tokens.shape[1] + 8
 
 
 @torch.no_grad()

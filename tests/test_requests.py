@@ -200,11 +200,21 @@ class TestRefusedRequests:
         assert cache.get_seq_length() == 4
 
     @torch.no_grad()
-    def test_cache_of_another_generator(self, llama, prompt) -> None:
+    def test_cache_of_other_settings(self, llama, prompt) -> None:
+        """A session goes on under any generator of its own settings, and no other."""
         with encoded_llama(llama, keys_for(llama)):
             cache = llama(prompt(4)).past_key_values
+        for other, named in (
+            ({"redundant_num": 4}, "redundant_num 3 and 4"),
+            ({"alp": False}, "alp True and False"),
+            ({"noise_scale": 6.0}, "noise_scale 5.0 and 6.0"),
+            ({"protected_layers": 0}, r"start_layers \(0,\) and \(\), end_layers \(2,\) and \(\)"),
+        ):
+            with encoded_llama(llama, keys_for(llama, **other)):
+                self.refuse(llama, ValueError, f"generator differ: {named}", prompt(1), past_key_values=cache)
+        assert cache.get_seq_length() == 4
         with encoded_llama(llama, keys_for(llama)):
-            self.refuse(llama, ValueError, "opened by another key generator", prompt(1), past_key_values=cache)
+            assert llama(prompt(1), past_key_values=cache).past_key_values.get_seq_length() == 5
 
     @torch.no_grad()
     def test_parts_of_a_split_cache(self, encoded, prompt) -> None:

@@ -384,13 +384,16 @@ class ModelEncoding:
         if not cache.is_complete:
             raise ValueError("past_key_values: this is one part of a split cache; give gpu_kvcache and cpu_kvcache")
         known = self._sessions.get(cache.session_id)
-        if known is not None:
+        if known is not None and not cache.is_attached:
             cache.attach(known)
         session = cache.session
         if session.shape.fingerprint != self.shape.fingerprint:
             raise ValueError(f"past_key_values: session {session.id} belongs to another model")
-        if session.generator is not self.generator:
-            raise ValueError(f"past_key_values: session {session.id} was opened by another key generator")
+        difference = session.settings.difference(self.generator.settings(self.shape))
+        if difference:
+            raise ValueError(
+                f"past_key_values: session {session.id} and the model's key generator differ: {difference}"
+            )
         if cache.rows != batch:
             raise ValueError(f"past_key_values: holds {cache.rows} sequences, the input has {batch}")
         return session
@@ -494,7 +497,7 @@ def _calibrate(decoder: Decoder, generator: SCXKeyGenerator, shape: ModelShape) 
         handles.append(layer.input_layernorm.register_forward_pre_hook(record("attention")))
         handles.append(layer.self_attn.o_proj.register_forward_pre_hook(record("output")))
         handles.append(layer.post_attention_layernorm.register_forward_pre_hook(record("feed_forward")))
-    stream = KeyStream(generator._master_key, bytes(16))
+    stream = KeyStream(generator._master_key)
     draws = stream.bits("calibration tokens", [(0, 0, 0)], _CALIBRATION_TOKENS, torch.int64)
     tokens = draws.remainder(decoder.config.vocab_size).to(decoder.embed_tokens.weight.device)
     was_training = decoder.training

@@ -1,0 +1,198 @@
+"""Encoded caches on disk: K and V as they are stored, authenticated with a key of their session.
+
+The file holds no key. What it shows to whoever reads it is what the cache in memory shows: K and V encoded, their
+shapes, and the public ids. Its tag says that the session's holder wrote exactly this cache; saves of a session are
+numbered, so that an old file is told from a new one by whoever remembers a number.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from scx.container import Container, FileRefusedError, read_container, write_container
+from scx.keys import Session
+from scx.kvcache import EncodedCache, GrowingLayer
+
+__all__ = ["load_kvcache", "save_kvcache"]
+
+_KIND = "cache"
+_PURPOSE = "cache file"
+_MAX_SAVES = 2**31
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Session) -> int:
+    """Write an encoded cache, as it is stored, into an authenticated file that `load_kvcache` reads.
+
+    Args:
+        path: the file; an old one of that name is replaced. It appears whole or not at all, with mode 0600.
+        cache: a whole cache; its layers may lie on different devices, as `merge_kvcache_dynamic` leaves them.
+        session: the session it belongs to.
+
+    Returns: the number of this save, one more than the newest that the session has written or read. Keep it where
+        the file's keeper cannot change it (saving the session's keys after its cache does) to refuse older files.
+    Raises: TypeError, ValueError naming the argument; OSError if the file cannot be written.
+    """
+    if not isinstance(cache, EncodedCache):
+        raise TypeError(f"cache: expected an encoded cache, as a prefill returns it, got {type(cache).__name__}")
+    _check_session(session)
+    if session.id != cache.session_id:
+        raise ValueError(f"session: this cache belongs to session {cache.session_id}, got {session.id}")
+    if not cache.is_complete:
+        raise ValueError("cache: this is one part of a split cache; merge the parts first")
+    number = session.newest_save + 1
+    metadata = {
+        "session": session.id,
+        "model": session.shape.fingerprint,
+        "number": str(number),
+        "layers": json.dumps([_describe(index, layer) for index, layer in enumerate(cache.layers)]),
+    }
+    tensors = {}
+    for index, layer in enumerate(cache.layers):
+        tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
+    if cache.sequences is not None:
+        tensors["sequences"] = cache.sequences
+    write_container(path, tensors, metadata, kind=_KIND, key=session.derive_key(_PURPOSE), encrypt=False)
+    session.newest_save = max(session.newest_save, number)
+    return number
+
+
+def load_kvcache(
+    path: str | os.PathLike[str],
+    session: Session,
+    *,
+    at_least: int | None = None,
+    device: torch.device | str = "cpu",
+    max_bytes: int | None = None,
+) -> EncodedCache:
+    """Read a cache that `save_kvcache` wrote and give it to its session.
+
+    The tag is checked over the bytes that are loaded, in the same pass, before any of them is given out.
+
+    Args:
+        path: the file.
+        session: the session it belongs to, from `load_keys` or still alive.
+        at_least: the lowest number of a save to accept; default: the newest that the session has written or read.
+            0 accepts every save, to go back to an earlier state knowingly.
+        device: where the cache goes, as a rule the model's device.
+        max_bytes: how many bytes to accept; default: what the file has.
+
+    Raises: FileRefusedError, whose `reason` is "format", "version", "kind", "session", "model", "replay" or "key", and
+        nothing is loaded; TypeError, ValueError naming the argument; OSError if the file cannot be read.
+    """
+    _check_session(session)
+    oldest = session.newest_save if at_least is None else at_least
+    if type(oldest) is not int or oldest < 0:
+        raise ValueError(f"at_least: expected a number from 0, got {at_least!r}")
+
+    container = read_container(
+        path,
+        kind=_KIND,
+        key=session.derive_key(_PURPOSE),
+        protection="authenticated",
+        check=lambda metadata: _check_owner(metadata, session, oldest),
+        max_bytes=max_bytes,
+    )
+    try:
+        cache = _restore(container, session, device)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FileRefusedError("format", f"the file describes no cache: {error!s:.200}") from None
+    session.newest_save = max(session.newest_save, int(container.metadata["number"]))
+    return cache
+
+
+def _check_session(session: Session) -> None:
+    if not isinstance(session, Session):
+        raise TypeError(f"session: expected a Session, got {type(session).__name__}")
+
+
+def _describe(index: int, layer: CacheLayerMixin) -> dict[str, Any]:
+    if type(layer) not in (GrowingLayer, DynamicSlidingWindowLayer):
+        raise TypeError(f"cache: layer {index} is a {type(layer).__name__}, which cannot be saved")
+    if layer.get_seq_length() == 0:
+        raise ValueError(f"cache: layer {index} holds no tokens")
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return {"kind": "full"}
+    window, length, records_past = layer.sliding_window, layer.cumulative_length, layer.record_past
+    return {"kind": "sliding", "window": window, "length": length, "records_past": records_past}
+
+
+def _check_owner(metadata: Mapping[str, str], session: Session, oldest: int) -> None:
+    if metadata.get("session") != session.id:
+        named = metadata.get("session", "")
+        raise FileRefusedError("session", f"the cache belongs to session {named!r:.80}, got {session.id}")
+    if metadata.get("model") != session.shape.fingerprint:
+        raise FileRefusedError("model", "the cache belongs to another model than the session")
+    number = metadata.get("number", "")
+    if not (number.isascii() and number.isdigit() and len(number) < 12 and 0 < int(number) < _MAX_SAVES):
+        raise FileRefusedError("format", f"number: expected that of a save, got {number!r:.80}")
+    if int(number) < oldest:
+        raise FileRefusedError("replay", f"the file is save {number} of its session, expected {oldest} or a newer one")
+
+
+def _restore(container: Container, session: Session, device: torch.device | str) -> EncodedCache:
+    """The cache in a file. Raises KeyError, TypeError, ValueError if the tensors do not fit together."""
+    tensors, described = container.tensors, json.loads(container.metadata["layers"])
+    if not isinstance(described, list) or len(described) != session.shape.num_layers:
+        raise ValueError(f"layers: expected {session.shape.num_layers}")
+    sequences = tensors.pop("sequences", None)
+    if sequences is not None:
+        _check_sequences(sequences, session)
+    rows = session.batch_size if sequences is None else len(sequences)
+    layers = [_restore_layer(i, layer, tensors, rows, session, device) for i, layer in enumerate(described)]
+    if tensors:
+        raise ValueError(f"tensors of no layer: {sorted(tensors)}")
+    if len({(layer.get_seq_length(), layer.keys.dtype) for layer in layers}) != 1:
+        raise ValueError("layers: expected one length and one dtype")
+    cache = EncodedCache(session, layers)
+    cache.sequences = sequences
+    return cache
+
+
+def _check_sequences(sequences: Tensor, session: Session) -> None:
+    if sequences.dtype != torch.int64 or sequences.dim() != 1 or sequences.numel() == 0:
+        raise ValueError("sequences: expected int64 (rows,)")
+    if sequences.min() < 0 or sequences.max() >= session.batch_size:
+        raise ValueError(f"sequences: expected 0..{session.batch_size - 1}")
+
+
+def _restore_layer(
+    index: int,
+    described: Any,
+    tensors: dict[str, Tensor],
+    rows: int,
+    session: Session,
+    device: torch.device | str,
+) -> Any:
+    keys, values = tensors.pop(f"layers.{index}.keys"), tensors.pop(f"layers.{index}.values")
+    shape = (rows, session.shape.num_kv_heads, keys.shape[-2] if keys.dim() == 4 else 0, session.shape.head_dim)
+    if keys.shape != shape or values.shape != shape or 0 in shape:
+        raise ValueError(f"layer {index}: expected K and V (rows, heads, tokens, head size) of the session")
+    if keys.dtype not in _DTYPES or values.dtype != keys.dtype:
+        raise ValueError(f"layer {index}: expected K and V of one of {_DTYPES}")
+    layer = _empty_layer(index, described, tokens=shape[2])
+    keys, values = keys.to(device), values.to(device)
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values  # in place of `update`, which would copy them
+    return layer
+
+
+def _empty_layer(index: int, described: Any, tokens: int) -> Any:
+    if described == {"kind": "full"}:
+        return GrowingLayer()
+    names = {"kind", "window", "length", "records_past"}
+    if not isinstance(described, dict) or set(described) != names or described["kind"] != "sliding":
+        raise ValueError(f"layer {index}: expected a full or a sliding layer")
+    window, length, records_past = described["window"], described["length"], described["records_past"]
+    if (type(window), type(length), type(records_past)) != (int, int, bool) or not 2 <= window < 2**31:
+        raise ValueError(f"layer {index}: expected the window and length of a sliding layer")
+    if not min(length, window - 1) <= tokens <= length:
+        raise ValueError(f"layer {index}: {tokens} tokens do not fit a length of {length}")
+    layer = DynamicSlidingWindowLayer(sliding_window=window)
+    layer.cumulative_length, layer.record_past = length, records_past
+    return layer

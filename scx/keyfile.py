@@ -1,0 +1,183 @@
+"""Sessions on disk: the keys of one conversation in an encrypted file, without the master key.
+
+The file holds the session's secret and, public in its header, what the keys are drawn for. No counter of one-time keys
+is in it, because none is needed: whoever loads the file goes on in a branch of its own (`scx.keys`), so that two
+processes that load it, or one that loads it and one that never stopped, draw different one-time keys, and the same
+keys of the cache.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scx.container import FileRefusedError, read_container, write_container
+from scx.keys import BRANCH_BYTES, NOISE_DISTRIBUTIONS, SESSION_ID_BYTES, KeySettings, ModelShape, Session
+from scx.keystream import KEY_BYTES, Secret
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["load_keys", "save_keys"]
+
+_KIND = "session"
+_MAX_BYTES = 4096
+_MAX_SIZE = 2**31
+"""Layers, heads, features, sequences, saves: nothing counts further."""
+
+
+def save_keys(
+    path: str | os.PathLike[str],
+    session: Session,
+    *,
+    passphrase: str | bytes | None = None,
+    key: Secret | bytes | None = None,
+) -> None:
+    """Write a session's keys into an encrypted file that `load_keys` reads.
+
+    The header shows the session's id, settings and sizes and the model's fingerprint; the secret is encrypted with
+    AES-256-GCM and the whole file authenticated. The file is written as a whole or not at all, with mode 0600.
+
+    Args:
+        path: the file; an old one of that name is replaced.
+        session: `cache.session` of the conversation.
+        passphrase: text or bytes from which Scrypt makes the key. Give either this or `key`.
+        key: 32 bytes.
+
+    Raises: TypeError, ValueError naming the argument; OSError if the file cannot be written.
+    """
+    if not isinstance(session, Session):
+        raise TypeError(f"session: expected a Session, got {type(session).__name__}")
+    metadata = {
+        "session": session.id,
+        "model": session.shape.fingerprint,
+        "batch_size": str(session.batch_size),
+        "newest_save": str(session.newest_save),
+        "shape": json.dumps(asdict(session.shape)),
+        "settings": json.dumps(asdict(session.settings)),
+    }
+    secret = torch.frombuffer(bytearray(session._secret.reveal()), dtype=torch.uint8)
+    write_container(path, {"secret": secret}, metadata, kind=_KIND, passphrase=passphrase, key=key)
+
+
+def load_keys(
+    path: str | os.PathLike[str],
+    *,
+    passphrase: str | bytes | None = None,
+    key: Secret | bytes | None = None,
+    model: "PreTrainedModel | ModelShape | None" = None,
+) -> Session:
+    """Read a session that `save_keys` wrote, to go on with it here.
+
+    Feature permutations and derived keys are the saved session's; one-time keys come from a branch that nobody else
+    has, however often the file is loaded. A model continues the session if it is encoded with a generator of the same
+    settings, such as `SCXKeyGenerator.for_session(session)`.
+
+    Args:
+        path: the file.
+        passphrase, key: what it was written with.
+        model: the model, plain or encoded, or its shape: a session of another one is refused. Without it, the model
+            refuses a foreign session when it is given its cache.
+
+    Raises: FileRefusedError, whose `reason` is "format", "version", "kind", "model" or "key", and nothing is loaded;
+        TypeError, ValueError naming the argument; OSError if the file cannot be read.
+    """
+    expected = None if model is None else _fingerprint(model)
+
+    def check(metadata: Mapping[str, str]) -> None:
+        if expected is not None and metadata.get("model") != expected:
+            raise FileRefusedError("model", "the session belongs to another model than the one given")
+
+    container = read_container(path, kind=_KIND, passphrase=passphrase, key=key, check=check, max_bytes=_MAX_BYTES)
+    secret = container.tensors.get("secret")
+    if secret is None or secret.dtype != torch.uint8 or secret.shape != (KEY_BYTES,):
+        raise FileRefusedError("format", f"the payload: expected the tensor secret of {KEY_BYTES} bytes")
+    try:
+        return _restore(Secret(secret.numpy().tobytes()), container.metadata)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FileRefusedError("format", f"the header describes no session: {error!s:.200}") from None
+
+
+def _fingerprint(model: "PreTrainedModel | ModelShape") -> str:
+    from scx.models.llama import EncodedModel, model_shape
+
+    if isinstance(model, ModelShape):
+        return model.fingerprint
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a model or a ModelShape, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, EncodedModel):
+            return module._scx.shape.fingerprint
+    return model_shape(model).fingerprint
+
+
+def _restore(secret: Secret, metadata: Mapping[str, str]) -> Session:
+    """A session in a branch of its own. Raises KeyError, TypeError, ValueError for what describes none."""
+    shape = _read_shape(_read_object("shape", metadata["shape"], ModelShape))
+    settings = _read_settings(_read_object("settings", metadata["settings"], KeySettings), shape)
+    session_id = bytes.fromhex(metadata["session"])
+    if len(session_id) != SESSION_ID_BYTES or session_id.hex() != metadata["session"]:
+        raise ValueError("session: expected 16 bytes in hexadecimal")
+    if metadata["model"] != shape.fingerprint:
+        raise ValueError("model: not the fingerprint in shape")
+    batch_size = _count("batch_size", int(metadata["batch_size"]), least=1)
+    session = Session(secret, settings, shape, batch_size, session_id, secrets.token_bytes(BRANCH_BYTES))
+    session.newest_save = _count("newest_save", int(metadata["newest_save"]))
+    return session
+
+
+def _read_object(name: str, text: str, kind: type[Any]) -> dict[str, Any]:
+    read = json.loads(text)
+    names = {f.name for f in fields(kind)}
+    if not isinstance(read, dict) or set(read) != names:
+        raise ValueError(f"{name}: expected an object with {sorted(names)}")
+    return read
+
+
+def _count(name: str, value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < _MAX_SIZE:
+        raise ValueError(f"{name}: expected a whole number from {least}")
+    return value
+
+
+def _number(name: str, value: Any, most: float) -> float:
+    if type(value) not in (int, float) or not 0 < value < most:
+        raise ValueError(f"{name}: expected a number between 0 and {most:g}")
+    return float(value)
+
+
+def _read_shape(read: dict[str, Any]) -> ModelShape:
+    rms, fingerprint = _number("first_norm_rms", read.pop("first_norm_rms"), 1e9), read.pop("fingerprint")
+    if not isinstance(fingerprint, str):
+        raise ValueError("fingerprint: expected text")
+    sizes = {name: _count(name, value, least=1) for name, value in read.items()}
+    if sizes["num_heads"] % sizes["num_kv_heads"]:
+        raise ValueError("num_heads: expected a multiple of num_kv_heads")
+    return ModelShape(**sizes, first_norm_rms=rms, fingerprint=fingerprint)
+
+
+def _read_settings(read: dict[str, Any], shape: ModelShape) -> KeySettings:
+    if type(read["alp"]) is not bool or read["noise_distribution"] not in NOISE_DISTRIBUTIONS:
+        raise ValueError("settings: expected alp to be a boolean and noise_distribution a known one")
+    start, end = read["start_layers"], read["end_layers"]
+    layers = range(shape.num_layers)
+    if not isinstance(start, list) or start != list(layers[: len(start)]):
+        raise ValueError("start_layers: expected the first layers")
+    if (
+        not isinstance(end, list)
+        or end != list(layers[shape.num_layers - len(end) :])
+        or len(start + end) > len(layers)
+    ):
+        raise ValueError("end_layers: expected the last layers")
+    return KeySettings(
+        redundant_num=_count("redundant_num", read["redundant_num"]),
+        alp=read["alp"],
+        noise_scale=_number("noise_scale", read["noise_scale"], 1e4),
+        noise_distribution=read["noise_distribution"],
+        start_layers=tuple(start),
+        end_layers=tuple(end),
+    )
