@@ -23,7 +23,7 @@ import scx_kernels as ops
 from bench.model_cases import EAGER, PLAIN, Contestant, ModelCase, compiled_cases, model_cases
 from bench.run import Run, attempt
 from bench.shapes import SHAPES
-from bench.timing import TransferCounter, peak_memory, spread, spread_twice, synchronize
+from bench.timing import TransferCounter, peak_memory, spread_twice, synchronize
 from scx import EncodedCache, SCXKeyGenerator, encode_llama
 from scx.smollm2 import smollm2_path
 
@@ -240,7 +240,8 @@ def time_rounds(field: Field, workloads: dict[str, Workload], entries: dict[str,
     for name, own in times.items():
         entries[name]["ms"] = spread_twice(own[::2], own[1::2])
         if plain is not None:
-            entries[name]["ratio"] = spread([a / b for a, b in zip(own, plain, strict=True)])
+            ratios = [a / b for a, b in zip(own, plain, strict=True)]
+            entries[name]["ratio"] = spread_twice(ratios[::2], ratios[1::2])
     return rounds
 
 

@@ -97,4 +97,4 @@ def progress(entry: dict[str, Any]) -> str:
         status = contestant.get("status")
         result = f"{contestant['ms']['median']:.4g} ms" if status is None else status.split(":")[0]
         told.append(f"{contestant['name']} {result}")
-    return ", ".join(told)
+    return "; ".join(told)
