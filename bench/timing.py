@@ -17,7 +17,9 @@ QUANTILES = (0.2, 0.5, 0.8)
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and the range from the 20 % to the 80 % quantile."""
-    low, median, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES).double()).tolist()
+    low, median, high = (
+        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    )
     return {"median": median, "q20": low, "q80": high}
 
 
