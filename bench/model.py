@@ -8,6 +8,7 @@ differ from the plain model's is reported as failed and not timed.
 import copy
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -162,9 +163,9 @@ def compare(field: Field, contestant: Contestant, logits: Tensor, expected: Tens
     if contestant is PLAIN:
         return 0.0, None
     if expected is None:
-        return float("inf"), "failed: the plain model gave no logits to compare with"
+        return float("inf"), "not compared: the plain model gave no logits"
     error = relative_error(logits, expected)
-    if contestant is EAGER:
+    if contestant is EAGER and math.isfinite(error):
         field.eager_error = max(field.eager_error, error)
     is_noisy = bool(contestant.keys and contestant.keys.get("alp"))
     growth = NOISE_GROWTH if is_noisy and logits.dtype == torch.float32 else 1  # half precision adds noise in float32
@@ -205,7 +206,7 @@ def measure(field: Field, case: ModelCase, seconds: float) -> dict[str, Any]:
             logits = seen.pop("logits")
             expected = logits if contestant is PLAIN else expected
             error, problem = compare(field, contestant, logits, expected)
-            entry |= {**seen, "logit_error": error}
+            entry |= {**seen, "logit_error": error if math.isfinite(error) else None}
             workloads[contestant.name] = workload
         if problem is not None:
             entry["status"] = problem

@@ -5,6 +5,7 @@ To measure one more operation or one more way to compute it, add to `OPERATIONS`
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace as Inputs
 from typing import Any
@@ -71,11 +72,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Someone who computes from the inputs. `finish` is what its result lacks to be compared; it is not timed."""
+    """Someone who computes from the inputs.
+
+    Not timed: `within` is entered around all calls; `finish` adds what a result lacks to be compared.
+    """
 
     name: str
     kind: str
     call: Callable[[Inputs], Any]
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
     finish: Callable[[Inputs, Any], Any] = lambda inputs, result: result
 
 
@@ -144,12 +149,9 @@ def copy_of(bytes_: Callable[[Case], int], case: Case) -> Contestant:
     return Contestant("copy of the same bytes", BOUND, call)
 
 
-def by_triton(call: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
-    def forced(inputs: Inputs) -> Any:
-        with ops.backend("triton"):
-            return call(inputs)
-
-    return forced
+def by_triton(call: Callable[[Inputs], Any]) -> Contestant:
+    """SCX with its kernel where it would take PyTorch's."""
+    return Contestant("SCX, Triton", TRITON, call, within=lambda: ops.backend("triton"))
 
 
 # Rows in and out of the encoded order.
@@ -280,7 +282,7 @@ def product_operation(*, noise: bool = False) -> Operation:
 
         found = [Contestant("SCX", SCX, scx)]
         if not noise:
-            found.append(Contestant("SCX, Triton", TRITON, by_triton(scx)))
+            found.append(by_triton(scx))
         found.append(Contestant("PyTorch, unfused", RIVAL, product_unfused))
         if not noise:
             found.append(Contestant("product alone, rows encoded", RIVAL, lambda i: F.linear(i.encoded, i.weight)))
@@ -478,11 +480,10 @@ def sdpa(i: Inputs) -> Tensor:
 def sdpa_by(name: str, backend: SDPBackend) -> Contestant:
     """One of PyTorch's backends on the encoded Q, K, V; it leaves the output in the order of V's features."""
 
-    def call(i: Inputs) -> Tensor:
-        with sdpa_kernel(backend):
-            return sdpa(i)
+    def finish(i: Inputs, out: Tensor) -> Tensor:
+        return gathered(out, i.output_index)
 
-    return Contestant(f"sdpa, {name}", RIVAL, call, finish=lambda i, out: gathered(out, i.output_index))
+    return Contestant(f"sdpa, {name}", RIVAL, sdpa, within=lambda: sdpa_kernel(backend), finish=finish)
 
 
 def sample(x: Tensor) -> Tensor:
@@ -524,7 +525,7 @@ def attention_contestants(case: Case) -> tuple[Contestant, ...]:
 
     return (
         Contestant("SCX", SCX, scx),
-        *(() if case.cached else (Contestant("SCX, Triton", TRITON, by_triton(scx)),)),
+        *(() if case.cached else (by_triton(scx),)),
         Contestant("PyTorch, unfused", RIVAL, lambda i: gathered(sdpa(i), i.output_index)),
         sdpa_by("flash", SDPBackend.FLASH_ATTENTION),
         sdpa_by("cuDNN", SDPBackend.CUDNN_ATTENTION),

@@ -61,7 +61,7 @@ def check(operation: Operation, contestants: Iterable[Contestant], inputs: Input
     plain = operation.select(operation.plain(inputs))
     found: dict[str, str | None] = {}
     for contestant in contestants:
-        with poisoned():
+        with poisoned(), contestant.within():
             result, problem = attempt(lambda contestant=contestant: contestant.call(inputs))
         if problem is None and contestant.kind != BOUND:
             result = operation.select(contestant.finish(inputs, result))
@@ -117,17 +117,17 @@ def _time_all(
     """Each contestant's times, in two rounds, and its memory; or why it has none."""
     memory: dict[str, int] = {}
     series: dict[str, list[list[float]]] = {}
-    for round_number in range(2):
+    for _ in range(2):
         for contestant in contestants:
-            name = contestant.name
+            name, call = contestant.name, rotating(contestant.call, inputs)
             if problems[name] is not None:
                 continue
-            call = rotating(contestant.call, inputs)
-            if not round_number:
-                memory[name], problems[name] = attempt(lambda call=call: peak_memory(call, device))
-            if problems[name] is None:
-                times, problems[name] = attempt(lambda call=call: time_calls(call, device, milliseconds))
-                series.setdefault(name, []).append(times)
+            with contestant.within():
+                if name not in memory:
+                    memory[name], problems[name] = attempt(lambda call=call: peak_memory(call, device))
+                times, problem = attempt(lambda call=call: time_calls(call, device, milliseconds))
+            problems[name] = problems[name] or problem
+            series.setdefault(name, []).append(times)
     entries = []
     for contestant in contestants:
         entry = {"name": contestant.name, "kind": contestant.kind}

@@ -53,6 +53,7 @@ def draw_context(content: Content, path: Path) -> bool:
     for column, model in enumerate(models):
         for row, kind in enumerate(("prefill", "token")):
             chosen = [entry for entry in entries if (entry["model"], entry["kind"]) == (model, kind)]
+            axes[row][column].set_visible(bool(chosen))
             _draw_ratios(axes[row][column], chosen)
             axes[row][column].set_title(f"{model}, {'first token' if kind == 'prefill' else 'one more token'}")
     axes[0][0].legend(fontsize=7)

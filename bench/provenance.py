@@ -139,7 +139,7 @@ def write_json(path: Path, content: Any) -> Path:
     """Replace a file at once, so that whoever interrupts finds the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
     return path
 

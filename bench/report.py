@@ -144,7 +144,7 @@ def cost_table(content: Content) -> Table | None:
             size_text(contestant["memory_bytes"]),
             size_text(contestant.get("host_to_device_bytes")),
             size_text(contestant.get("device_to_host_bytes")),
-            f"{contestant['logit_error']:.1e}",
+            "–" if contestant["logit_error"] is None else f"{contestant['logit_error']:.1e}",
         )
         for entry in of_suite(content, "model")
         for contestant in measured(entry)
@@ -179,6 +179,8 @@ def remarks(content: Content) -> list[str]:
     if ceilings:
         products = ", ".join(f"{rate:.3g} TFLOP/s in {name}" for name, rate in ceilings["product_tflop_s"].items())
         found.append(f"ceilings of this run: copy {ceilings['copy_gb_s']:.4g} GB/s; large product {products}")
+        if about["cuda_device"] is None:
+            found.append("results that stay in a processor's caches are written faster than a large copy: over 100 %")
     return [
         *found,
         *(f"doubtful: {text}" for text in about["warnings"]),

@@ -29,5 +29,5 @@ def test_operation(benchmark: Any, case: Case, contestant: Contestant) -> None:
     if problem is not None:
         pytest.fail(problem)
     benchmark.group = case.id
-    with torch.no_grad():
+    with torch.no_grad(), contestant.within():
         benchmark(rotating(contestant.call, enough_inputs(operation, case, CPU, first)))

@@ -224,6 +224,24 @@ def test_a_model_out_of_memory_while_timed(field: Field, monkeypatch: pytest.Mon
     assert scx["ratio"]["median"] > 0
 
 
+def test_a_plain_model_out_of_memory(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without anything to agree with SCX is not timed, and nobody says that it failed."""
+    original = model.inspect
+
+    def inspect(field: Field, workload: Workload) -> dict[str, Any]:
+        if workload.contestant is PLAIN:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(field, workload)
+
+    monkeypatch.setattr(model, "inspect", inspect)
+    found = {"id": "x", **measure(field, ModelCase("tiny", "prefill", 9, 1, "float32", (PLAIN, SCX)), 0.0)}
+    plain, scx = found["contestants"]
+    assert plain["status"] == OUT_OF_MEMORY
+    assert scx["status"].startswith("not compared")
+    assert not failures({"cases": [found]})
+    json.dumps(found, allow_nan=False)
+
+
 def test_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(model, "load", raising(torch.OutOfMemoryError("CUDA out of memory")))
     run = Run(tmp_path / "run.json", {}, ["context=8/"])
