@@ -248,7 +248,7 @@ def make_product(case: Case, device: torch.device, *, noise: bool = False) -> In
         inputs.noise = 5 * randn(case, device, 1, case.rows, inner, dtype=torch.float32)
         # In float64: the image is an input here, exact to its last bit, and not part of what is measured.
         inputs.image = ops.noise_image(inputs.noise.double(), inputs.weight).float()
-    inputs.encoded = reference.inject_permute(inputs.x, inputs.row_index, inputs.redundant)
+    inputs.encoded = rows_from(appended(inputs.x, inputs.redundant), inputs.row_index)
     return inputs
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import scx_kernels
 from bench import operation_cases, operations
 from bench.model_cases import compiled_cases, model_cases
-from bench.operation_cases import BOUND, OPERATIONS, SCX, TRITON, Case, cases, wide
+from bench.operation_cases import BOUND, OPERATIONS, RIVAL, SCX, TRITON, Case, cases, wide
 from bench.provenance import machine_name, warnings_of
 from bench.shapes import SHAPES, Shape
 from bench.timing import TransferCounter, peak_memory, rotating, spread, spread_twice
@@ -76,6 +76,25 @@ def test_contestants_agree(tiny: Case, name: str) -> None:
         problem = problems[contestant.name]
         assert problem is None or problem.startswith("not available: raised RuntimeError"), problem
     assert any(c.kind == "rival" and problems[c.name] is None for c in contestants)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_cases_on_cuda_fit_together(name: str) -> None:
+    """Every size asked of a GPU, on tensors without memory: inputs fit the kernels' rules, contestants the result."""
+    operation = OPERATIONS[name]
+    for case in cases(on_cuda=True):
+        if case.operation != name:
+            continue
+        inputs = operation.make(case, torch.device("meta"))
+        found = {}
+        for contestant in operation.contestants(case):
+            if contestant.kind in (SCX, TRITON, RIVAL) and "sdpa" not in contestant.name:
+                with scx_kernels.backend("triton"):
+                    result = contestant.call(inputs)
+                found[contestant.name] = [(x.shape, x.dtype) for x in operations.tensors_of(result)]
+        expected = found.pop("SCX")
+        assert expected
+        assert all(result == expected for result in found.values()), (case.id, expected, found)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
