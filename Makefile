@@ -64,6 +64,7 @@ bench-compare: $(READY)
 
 # The same workloads under pytest-benchmark, for its own tools (compare, histogram).
 bench-pytest: $(READY)
+	mkdir -p bench/latest
 	$(RUN) -m pytest bench --benchmark-json=bench/latest/pytest.json $(BENCH)
 
 .venv-floor/ready: pyproject.toml constraints-floor.txt
