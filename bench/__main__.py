@@ -1,0 +1,71 @@
+"""SCX beside what would run otherwise, on this machine: operations, whole models, and the first call.
+
+Every case is written to the result file as soon as it is measured; an interrupted run keeps what it has.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from bench.first_call import run_first_call
+from bench.model import run_compiled, run_models
+from bench.model_cases import left_out
+from bench.operations import run_operations
+from bench.provenance import RESULTS, machine_name, provenance
+from bench.report import show, write_report
+from bench.results import failures
+from bench.run import Run
+
+LATEST = RESULTS.parent / "latest"
+MINUTES = {"cuda": 8.0, "cpu": 3.0}
+SHARE_OF_MODELS = 0.6
+"""Of the run's time, after which no further whole model is begun: the operations follow."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose name contains one of these words")
+    parser.add_argument("--minutes", type=float, help="begin no further case after these (default: 8; 3 on a CPU)")
+    parser.add_argument("--all", action="store_true", help="also what takes too long on this machine, however long")
+    parser.add_argument("--keep", action="store_true", help="write to bench/results instead of bench/latest")
+    parser.add_argument("--commit", help="what to call the code where the checkout has no history")
+    return parser.parse_args()
+
+
+def measure(run: Run, device: torch.device, everything: bool) -> bool:
+    """Run every suite. Returns whether it was interrupted."""
+    on_cuda = device.type == "cuda"
+    for text in left_out(on_cuda, everything):
+        run.leave_out(text)
+    try:
+        run_models(run, device, everything, SHARE_OF_MODELS)
+        run_first_call(run, on_cuda)
+        run_operations(run, device)
+        run_compiled(run, device, everything)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def main() -> int:
+    """Returns 0, 1 if something of SCX failed, 130 after an interruption."""
+    options = arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = provenance(options.commit)
+    minutes = None if options.all else options.minutes or MINUTES[device.type]
+    path = (RESULTS if options.keep else LATEST) / f"{machine_name(about)}.json"
+    run = Run(path, about, options.only.replace(",", " ").split(), minutes)
+    for text in about["warnings"]:
+        print(f"doubtful: {text}", flush=True)
+    interrupted = measure(run, device, options.all)
+    run.finish(interrupted)
+    show(run.content)
+    print("written:", run.path, *write_report(run.content, run.path))
+    if interrupted:
+        return 130
+    return 1 if failures(run.content) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What the first request of a process costs: imports, and compilation with and without Triton's cache."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.run import Run, attempt
+from bench.timing import spread_twice
+
+__all__ = ["run_first_call"]
+
+Figures = dict[str, float]
+
+
+def _probe(who: str, triton_cache: Path) -> Figures:
+    """Milliseconds of a fresh process's imports and requests; `who` is "plain" or "scx"."""
+    done = subprocess.run(
+        (sys.executable, "-m", "bench.probe", who),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_CACHE_DIR": str(triton_cache)},
+        cwd=Path(__file__).parents[1],
+        timeout=300,
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["the process said nothing"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(on_cuda: bool) -> dict[str, list[Figures]]:
+    """Two processes of each variant. Without CUDA nothing is compiled, so there is one variant of SCX."""
+    with tempfile.TemporaryDirectory() as directory:
+        caches = [Path(directory) / name for name in ("first", "second")]
+        found = {"plain": [_probe("plain", cache) for cache in caches]}
+        if not on_cuda:
+            return {**found, "SCX": [_probe("scx", cache) for cache in caches]}
+        for variant in ("SCX, cold", "SCX, Triton's cache kept"):  # the second finds what the first left
+            found[variant] = [_probe("scx", cache) for cache in caches]
+    return found
+
+
+def entries(found: dict[str, Sequence[Figures]]) -> dict[str, list[dict[str, Any]]]:
+    """Contestants of each case: imports, first request, second request."""
+
+    def contestant(name: str, kind: str, figure: str, who: str) -> dict[str, Any]:
+        first, second = found[who]
+        return {"name": name, "kind": kind, "ms": spread_twice([first[figure]], [second[figure]])}
+
+    def requests(figure: str) -> list[dict[str, Any]]:
+        return [contestant(who, "rival" if who == "plain" else "scx", figure, who) for who in found]
+
+    imports = [
+        contestant("torch and transformers", "rival", "libraries", "plain"),
+        contestant("scx on top of them", "scx", "package", "plain"),
+    ]
+    return {"imports": imports, "first request": requests("first"), "second request": requests("second")}
+
+
+def run_first_call(run: Run, on_cuda: bool, share: float = 1.0) -> None:
+    """The cases of this suite, from one set of processes."""
+    found = functools.cache(lambda: attempt(lambda: entries(measure(on_cuda))))
+
+    def entry(name: str) -> dict[str, Any]:
+        contestants, problem = found()
+        status = {"status": problem} if problem else {}
+        return {"suite": "first call", **status, "contestants": contestants[name] if contestants else []}
+
+    for name in ("imports", "first request", "second request"):
+        run.measure(f"first call/{name}", functools.partial(entry, name), share)

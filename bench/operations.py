@@ -1,0 +1,173 @@
+"""Operations beside their rivals, and the ceilings of the machine: bandwidth of a copy, rate of a large product."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.operation_cases import BOUND, OPERATIONS, RIVAL, TRITON, Case, Contestant, Inputs, Operation, cases, wide
+from bench.run import Run, attempt
+from bench.timing import peak_memory, rotating, spread_twice, time_calls
+
+__all__ = ["check", "measure", "measure_ceilings", "run_operations"]
+
+FLOOR = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""One rounding, relative to the largest element: allowed also where plain PyTorch happens to be exact."""
+
+MOST_INPUTS = 16
+CPU_CACHE = 32 << 20
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is filled with NaN, so that an element nobody writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # only the filling is wanted, not the advice
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def tensors_of(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def disagreement(got: Any, plain: Any, exact: Any) -> str | None:
+    """None if every element's error is at most twice that of plain PyTorch in the same dtype plus one rounding."""
+    for result, usual, right in zip(*map(tensors_of, (got, plain, exact)), strict=True):
+        if result.shape != right.shape:
+            return f"failed: shape {tuple(result.shape)}, expected {tuple(right.shape)}"
+        if result.isnan().any():
+            return "failed: an element was not written"
+        allowed = 2 * (usual.double() - right).abs().max() + FLOOR[result.dtype] * right.abs().max()
+        error = (result.double() - right).abs().max()
+        if not error <= allowed:
+            return f"failed: error {error:.3g}, allowed {allowed:.3g}"
+    return None
+
+
+@torch.no_grad()
+def check(operation: Operation, contestants: Iterable[Contestant], inputs: Inputs) -> dict[str, str | None]:
+    """What is wrong with each contestant's result, None for nothing. Limits compute something else: they only run."""
+    exact = operation.exact(inputs) if operation.exact else operation.plain(wide(inputs))
+    plain = operation.select(operation.plain(inputs))
+    found: dict[str, str | None] = {}
+    for contestant in contestants:
+        with poisoned(), contestant.within():
+            result, problem = attempt(lambda contestant=contestant: contestant.call(inputs))
+        if problem is None and contestant.kind != BOUND:
+            result = operation.select(contestant.finish(inputs, result))
+            problem = disagreement(result, plain, exact)
+        elif problem is not None and contestant.kind == RIVAL and problem.startswith("raised"):
+            problem = f"not available: {problem}"
+        found[contestant.name] = problem
+        del result
+    return found
+
+
+def enough_inputs(operation: Operation, case: Case, device: torch.device, first: Inputs) -> list[Inputs]:
+    """As many inputs as together exceed the last cache twice: a repeated one would be read from there."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
+    size = sum(x.nbytes for x in vars(first).values() if isinstance(x, Tensor))
+    count = min(MOST_INPUTS, max(1, math.ceil(2 * cache / size)))
+    return [first, *(operation.make(case, device) for _ in range(count - 1))]
+
+
+@torch.no_grad()
+def measure(case: Case, device: torch.device, milliseconds: float) -> dict[str, Any]:
+    """The entry of a case: every contestant that agrees with the reference, timed twice in turns."""
+    operation = OPERATIONS[case.operation]
+    entry = {
+        "suite": "operations",
+        **dataclasses.asdict(case),
+        "bytes": operation.bytes(case),
+        "flops": operation.flops(case),
+    }
+    contestants = [c for c in operation.contestants(case) if c.kind != TRITON or device.type == "cuda"]
+    torch.manual_seed(0)
+
+    def prepare() -> tuple[list[Inputs], dict[str, str | None]]:
+        first = operation.make(case, device)
+        problems = check(operation, contestants, first)
+        return enough_inputs(operation, case, device, first), problems
+
+    prepared, problem = attempt(prepare)
+    if problem is not None:
+        return {**entry, "status": problem, "contestants": []}
+    inputs, problems = prepared
+    entry["contestants"] = _time_all(contestants, problems, inputs, device, milliseconds)
+    return entry
+
+
+def _time_all(
+    contestants: Iterable[Contestant],
+    problems: dict[str, str | None],
+    inputs: list[Inputs],
+    device: torch.device,
+    milliseconds: float,
+) -> list[dict[str, Any]]:
+    """Each contestant's times, in two rounds, and its memory; or why it has none."""
+    memory: dict[str, int] = {}
+    series: dict[str, list[list[float]]] = {}
+    for _ in range(2):
+        for contestant in contestants:
+            name, call = contestant.name, rotating(contestant.call, inputs)
+            if problems[name] is not None:
+                continue
+            with contestant.within():
+                if name not in memory:
+                    memory[name], problems[name] = attempt(lambda call=call: peak_memory(call, device))
+                times, problem = attempt(lambda call=call: time_calls(call, device, milliseconds))
+            problems[name] = problems[name] or problem
+            series.setdefault(name, []).append(times)
+    entries = []
+    for contestant in contestants:
+        entry = {"name": contestant.name, "kind": contestant.kind}
+        if problems[contestant.name] is not None:
+            entries.append({**entry, "status": problems[contestant.name]})
+        else:
+            times = spread_twice(*series[contestant.name])
+            entries.append({**entry, "ms": times, "memory_bytes": memory[contestant.name]})
+    return entries
+
+
+def measure_ceilings(device: torch.device, dtypes: Iterable[str]) -> dict[str, Any]:
+    """GB/s of a large copy (read and written) and TFLOP/s of a large product of random numbers in each dtype."""
+    found: dict[str, Any] = {"copy_gb_s": _copy_rate(device), "product_tflop_s": {}}
+    size = 8192 if device.type == "cuda" else 1024
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+        times = time_calls(lambda a=a, b=b: a @ b, device, 100)
+        found["product_tflop_s"][dtype] = _rate(2 * size**3 / 1e12, times)
+    return found
+
+
+def _copy_rate(device: torch.device) -> float:
+    size = (1 << 30) if device.type == "cuda" else (1 << 27)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return _rate(2 * size / 1e9, time_calls(lambda: target.copy_(source), device, 100))
+
+
+def _rate(amount: float, milliseconds: list[float]) -> float:
+    return amount / (torch.tensor(milliseconds).median().item() / 1e3)
+
+
+def run_operations(run: Run, device: torch.device, share: float = 1.0) -> None:
+    """Every wanted operation case, after the machine's ceilings."""
+    on_cuda = device.type == "cuda"
+    wanted = [case for case in cases(on_cuda) if run.wants(case.id)]
+    if not wanted:
+        return
+    print("measuring the machine's ceilings", flush=True)
+    run.content["ceilings"] = measure_ceilings(device, sorted({case.dtype for case in wanted}))
+    for case in sorted(wanted, key=lambda case: not case.headline):  # what the short table shows comes first
+        run.measure(case.id, lambda case=case: measure(case, device, 20), share)

@@ -1,0 +1,234 @@
+"""Tables and pictures of a result file: `python -m bench.report FILE` prints the short table and writes the rest.
+
+Beside FILE.json go FILE.md (every case, and short tables for the README), FILE-roofline.png and FILE-context.png.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.plots import draw_context, draw_roofline
+from bench.results import PAPER, Content, Entry, best_rival, failures, load_results, measured, of_suite, rate, ratio
+
+__all__ = ["Table", "markdown", "show", "tables", "write_report"]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        lines = [self.header, ("---", *["---:"] * (len(self.header) - 1)), *self.rows]
+        return f"### {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def time_text(milliseconds: float) -> str:
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1e3:.3g} s"
+    return f"{milliseconds:.3g} ms" if milliseconds >= 0.1 else f"{1e3 * milliseconds:.3g} µs"
+
+
+def size_text(size: float | None) -> str:
+    if size is None:
+        return "–"
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def range_text(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.3f} ({spread['q20']:.3f}–{spread['q80']:.3f})"
+
+
+def size_of(entry: Entry) -> str:
+    """The sizes of an operation's case, in words."""
+    if entry["cached"]:
+        return f"{entry['cached']:,} cached, batch {entry['batch']}"
+    redundant = f" + {entry['redundant']:,} redundant" if entry["redundant"] else ""
+    return f"{entry['tokens']:,}{redundant}"
+
+
+# Operations.
+
+
+def headline_table(content: Content) -> Table | None:
+    """SCX beside its best rival, where a case is of the short table."""
+    rows = []
+    for entry in of_suite(content, "operations"):
+        own = next((c for c in measured(entry) if c["kind"] == "scx"), None) if entry.get("headline") else None
+        if own is None:
+            continue
+        value, unit, fraction = rate(content, entry, own)
+        rival = best_rival(entry)
+        name, shape = f"{entry['operation']}, {size_of(entry)}", f"{entry['model']}, {entry['dtype']}"
+        speed = (time_text(own["ms"]["median"]), f"{value:.3g} {unit}", f"{100 * fraction:.0f} %")
+        beside = ("–", "–") if rival is None else (rival["name"], number(ratio(entry, own)))
+        rows.append((name, shape, *speed, *beside, size_text(own["memory_bytes"])))
+    header = ("operation, tokens", "shape", "SCX", "rate", "of ceiling", "best rival", "SCX / rival", "peak memory")
+    return Table("Operations", header, tuple(rows)) if rows else None
+
+
+def operation_tables(content: Content) -> Iterator[Table]:
+    """Every case and contestant, a table for each operation."""
+    header = ("shape", "tokens", "who", "time (20–80 %)", "rate", "of ceiling", "over best rival", "peak memory")
+    by_name: dict[str, list[tuple[str, ...]]] = {}
+    for entry in of_suite(content, "operations"):
+        rows = by_name.setdefault(entry["operation"], [])
+        place = (f"{entry['model']}, {entry['dtype']}", size_of(entry))
+        if "status" in entry:
+            rows.append((*place, "everybody", entry["status"], *["–"] * 4))
+        rows.extend((*place, *_contestant_row(content, entry, contestant)) for contestant in entry["contestants"])
+    for name, rows in by_name.items():
+        yield Table(name, header, tuple(rows))
+
+
+def _contestant_row(content: Content, entry: Entry, contestant: Entry) -> tuple[str, ...]:
+    if "status" in contestant:
+        return (contestant["name"], contestant["status"].replace("|", "/"), *["–"] * 4)
+    value, unit, fraction = rate(content, entry, contestant)
+    ms = contestant["ms"]
+    spread = f"{time_text(ms['median'])} ({time_text(ms['q20'])}–{time_text(ms['q80'])})"
+    speed = (f"{value:.3g} {unit}", f"{100 * fraction:.0f} %")
+    return (contestant["name"], spread, *speed, number(ratio(entry, contestant)), size_text(contestant["memory_bytes"]))
+
+
+# Whole models.
+
+
+def model_tables(content: Content) -> Iterator[Table]:
+    """Ratios to the plain model, a table for each model and kind, with the paper's beside ours."""
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in of_suite(content, "model"):
+        if "kind" in entry:
+            names = tuple(contestant["name"] for contestant in entry["contestants"])
+            groups.setdefault((entry["model"], entry["dtype"], entry["weights"], entry["kind"], *names), []).append(
+                entry
+            )
+    for (model, dtype, weights, kind, *names), entries in groups.items():
+        what = "time to first token" if kind == "prefill" else "time per token"
+        title = f"{model}, {dtype}, {weights} weights: {what}, over plain (sdpa)"
+        header = ("batch × context", "plain", *names[1:], "the paper's SCX")
+        yield Table(title, header, tuple(_model_row(entry) for entry in entries))
+
+
+def _model_row(entry: Entry) -> tuple[str, ...]:
+    plain, *others = entry["contestants"]
+    paper = PAPER.get((entry["kind"], entry["context"])) if entry["batch"] == 1 else None
+    first = plain["status"] if "status" in plain else time_text(plain["ms"]["median"])
+    shown = (c["status"] if "status" in c else range_text(c["ratio"]) if "ratio" in c else "–" for c in others)
+    return (
+        f"{entry['batch']} × {entry['context']:,}",
+        first,
+        *shown,
+        "–" if paper is None else f"{paper[0]:g} ({paper[1]})",
+    )
+
+
+def cost_table(content: Content) -> Table | None:
+    """Memory and transfers of the whole models' cases."""
+    rows = [
+        (
+            f"{entry['model']}, {entry['kind']}, {entry['batch']} × {entry['context']:,}",
+            contestant["name"],
+            time_text(contestant["ms"]["median"]),
+            size_text(contestant["memory_bytes"]),
+            size_text(contestant.get("host_to_device_bytes")),
+            size_text(contestant.get("device_to_host_bytes")),
+            "–" if contestant["logit_error"] is None else f"{contestant['logit_error']:.1e}",
+        )
+        for entry in of_suite(content, "model")
+        for contestant in measured(entry)
+    ]
+    header = ("case", "who", "time", "peak memory", "host to device", "device to host", "logits differ by")
+    return Table("Whole models: memory, transfers, agreement", header, tuple(rows)) if rows else None
+
+
+def first_call_table(content: Content) -> Table | None:
+    rows = [
+        (entry["id"].split("/")[1], contestant["name"], time_text(contestant["ms"]["median"]))
+        for entry in of_suite(content, "first call")
+        for contestant in measured(entry)
+    ]
+    return Table("First call of a process", ("what", "who", "time"), tuple(rows)) if rows else None
+
+
+def tables(content: Content, everything: bool = False) -> list[Table]:
+    """The short tables, or all of them."""
+    found = [headline_table(content), *model_tables(content), first_call_table(content)]
+    if everything:
+        found += [cost_table(content), *operation_tables(content)]
+    return [table for table in found if table is not None]
+
+
+def remarks(content: Content) -> list[str]:
+    """What a reader must know beside the numbers: where they come from, and what is doubtful or missing."""
+    about, ceilings = content["provenance"], content["ceilings"]
+    where = about["cuda_device"] or f"{about['processor']}, {about['threads']} threads"
+    versions = ", ".join(f"{name} {number}" for name, number in about["packages"].items() if number)
+    found = [f"{where}; Python {about['python']}, {versions}; commit {about['commit']}, {about['date']}"]
+    if ceilings:
+        products = ", ".join(f"{rate:.3g} TFLOP/s in {name}" for name, rate in ceilings["product_tflop_s"].items())
+        found.append(f"ceilings of this run: copy {ceilings['copy_gb_s']:.4g} GB/s; large product {products}")
+        if about["cuda_device"] is None:
+            found.append("results that stay in a processor's caches are written faster than a large copy: over 100 %")
+    return [
+        *found,
+        *(f"doubtful: {text}" for text in about["warnings"]),
+        *map("left out: {}".format, content["left_out"]),
+    ]
+
+
+def markdown(content: Content) -> str:
+    parts = [f"# Measured with `{content['provenance']['command']}`\n", *(f"- {text}" for text in remarks(content)), ""]
+    return "\n".join([*parts, *(table.markdown() for table in tables(content, everything=True))])
+
+
+def show(content: Content) -> None:
+    """Print the short tables."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables(content):
+        shown = RichTable(title=table.title, title_justify="left")
+        for index, name in enumerate(table.header):
+            shown.add_column(name, justify="right" if index else "left")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    for text in remarks(content):
+        console.print(text if len(text) < 400 else f"{text[:400]} …", markup=False, highlight=False)
+    for text in failures(content):
+        console.print(f"FAILED {text}", markup=False, highlight=False)
+
+
+def write_report(content: Content, path: Path) -> list[Path]:
+    """Write Markdown and pictures beside a result file. Returns what was written."""
+    text = path.with_suffix(".md")
+    text.write_text(markdown(content))
+    roofline, context = (path.with_name(f"{path.stem}-{name}.png") for name in ("roofline", "context"))
+    drawn = [(draw_roofline, roofline), (draw_context, context)]
+    return [text, *(target for draw, target in drawn if draw(content, target))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="a result file")
+    path = parser.parse_args().file
+    content = load_results(path)
+    show(content)
+    print("written:", *write_report(content, path))
+
+
+if __name__ == "__main__":
+    main()

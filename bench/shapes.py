@@ -1,0 +1,56 @@
+"""The sizes of the models that are measured."""
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["SHAPES", "Shape"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one device holds of a model: D hidden size, H query and G key/value heads, d head size, F feed-forward."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def config(self, **options: Any) -> Any:
+        """The transformers configuration of a model of this shape."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.feed_forward,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=32_768,
+            eos_token_id=None,
+            **options,
+        )
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("Llama-3-8B", 4096, 32, 8, 128, 14336, 32, 128_256),
+        Shape("Llama-2-7B", 4096, 32, 32, 128, 11008, 32, 32_000),
+        Shape("Llama-3-70B/8", 8192, 8, 1, 128, 3584, 80, 128_256),  # one of eight tensor-parallel ranks
+        Shape("SmolLM2", 576, 9, 3, 64, 1536, 30, 49_152),
+    )
+}

@@ -1,0 +1,33 @@
+"""The operations on the CPU, beside what would run otherwise, under pytest-benchmark."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench.operation_cases import OPERATIONS, RIVAL, SCX, Case, Contestant, cases
+from bench.operations import check, enough_inputs
+from bench.timing import rotating
+
+CPU = torch.device("cpu")
+COMPETITIONS = [
+    pytest.param(case, contestant, id=f"{case.operation}-{contestant.name}")
+    for case in cases(on_cuda=False)
+    if case.headline
+    for contestant in OPERATIONS[case.operation].contestants(case)
+    if contestant.kind in (SCX, RIVAL)
+]
+
+
+@pytest.mark.parametrize(("case", "contestant"), COMPETITIONS)
+def test_operation(benchmark: Any, case: Case, contestant: Contestant) -> None:
+    operation = OPERATIONS[case.operation]
+    first = operation.make(case, CPU)
+    problem = check(operation, [contestant], first)[contestant.name]
+    if problem is not None and problem.startswith("not available"):
+        pytest.skip(problem)
+    if problem is not None:
+        pytest.fail(problem)
+    benchmark.group = case.id
+    with torch.no_grad(), contestant.within():
+        benchmark(rotating(contestant.call, enough_inputs(operation, case, CPU, first)))

@@ -1,0 +1,131 @@
+"""How times, memory and transfers are measured; the same calls on either kind of device."""
+
+import itertools
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+QUANTILES = (0.2, 0.5, 0.8)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and the range from the 20 % to the 80 % quantile."""
+    low, median, high = (
+        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    )
+    return {"median": median, "q20": low, "q80": high}
+
+
+def spread_twice(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """The spread of one case measured twice, and `again`: the second series' median over the first's, minus 1."""
+    again = statistics.median(second) / statistics.median(first) - 1 if first and second else 0.0
+    return {**spread([*first, *second]), "again": again}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rotating(function: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], Any]:
+    """A call that takes the next of several inputs each time, so that no input waits in a cache for it."""
+    turn = itertools.cycle(inputs)
+    return lambda: function(next(turn))
+
+
+def time_calls(call: Callable[[], Any], device: torch.device, milliseconds: float) -> list[float]:
+    """Milliseconds of each of several calls, about `milliseconds` altogether and at least three.
+
+    On CUDA between events, the L2 cache emptied before each call (`triton.testing.do_bench`).
+    """
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=milliseconds / 4, rep=milliseconds, return_mode="all")
+    times: list[float] = []
+    call()
+    while len(times) < 3 or sum(times) < milliseconds:
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes of tensors alive at once during a call, beyond those before it; on CUDA with what operators need inside."""
+    if device.type != "cuda":
+        with LiveBytes() as live:
+            call()
+        return live.peak
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages that operators make, from their making to their end: bytes alive, and the most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._followed: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage() not in given:
+                self._follow(x.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._followed:
+            return
+        self._followed.add(storage)
+        self._change(storage.nbytes())
+        weakref.finalize(storage, self._change, -storage.nbytes())
+
+    def _change(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class TransferCounter(TorchDispatchMode):
+    """Counts the bytes of tensors that are copied between the host and a device, in either direction.
+
+    Single values read on the host (`item`) count with their own size; sizes that an operator reads inside do not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host_to_device = 0
+        self.device_to_host = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket
+        if name is torch.ops.aten._local_scalar_dense:
+            self._count(args[0], None)
+        elif name is torch.ops.aten._to_copy:
+            self._count(args[0], result)
+        elif name is torch.ops.aten.copy_:
+            self._count(args[1], args[0])
+        return result
+
+    def _count(self, source: Tensor, target: Tensor | None) -> None:
+        on_host = target is None or target.device.type == "cpu"
+        if source.device.type == "cpu" and not on_host:
+            self.host_to_device += target.nbytes
+        elif source.device.type != "cpu" and on_host:
+            self.device_to_host += source.nbytes if target is None else target.nbytes

@@ -1,0 +1,242 @@
+"""The benchmarks' case lists, and what they count: bytes, operations, memory, transfers."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import scx_kernels
+from bench import operation_cases, operations
+from bench.model_cases import compiled_cases, model_cases
+from bench.operation_cases import BOUND, OPERATIONS, RIVAL, SCX, TRITON, Case, cases, wide
+from bench.provenance import machine_name, warnings_of
+from bench.shapes import SHAPES, Shape
+from bench.timing import TransferCounter, peak_memory, rotating, spread, spread_twice
+
+CPU = torch.device("cpu")
+NOT_MEASURED = {"accumulation_dtype", "backend", "check_permutation"}  # they compute nothing
+ROWS_READ = {"strip_restore": "z", "qkv_decode_encode": "z_q z_k z_v"}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Case:
+    """A case of a shape that takes no time; operations are put in."""
+    monkeypatch.setitem(SHAPES, "tiny", Shape("tiny", 24, 4, 2, 8, 48, 2, 50))
+    return Case("", "tiny", 12, redundant=5, dtype="float32")
+
+
+def case_of(tiny: Case, operation: str) -> Case:
+    if operation.startswith("attention"):
+        step = {"tokens": 1, "cached": 19, "batch": 3}
+        return dataclasses.replace(tiny, operation=operation, redundant=0, **(step if "step" in operation else {}))
+    return dataclasses.replace(tiny, operation=operation)
+
+
+def nbytes(*values: object) -> int:
+    return sum(x.nbytes for x in values if isinstance(x, Tensor))
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_ids_are_unique(on_cuda: bool) -> None:
+    """Two results are compared by id."""
+    found = [*cases(on_cuda), *model_cases(on_cuda, True), *compiled_cases(on_cuda, True)]
+    assert len({case.id for case in found}) == len(found) > 20
+
+
+def test_every_public_operation_is_measured() -> None:
+    measured = {name.split("+")[0] for name in OPERATIONS}
+    assert set(scx_kernels.__all__) - NOT_MEASURED <= measured, "add the operation to bench/operation_cases.py"
+    for on_cuda in (False, True):
+        assert {case.operation for case in cases(on_cuda)} == OPERATIONS.keys()
+
+
+def test_sizes_on_cuda() -> None:
+    """The sizes that are asked of a GPU: every shape, 1 to 16k tokens, none, 100 and as many redundant rows."""
+    found = [case for case in cases(True) if case.operation == "permuted_linear"]
+    assert {case.model for case in found} == SHAPES.keys()
+    assert {1, 16384} <= {case.tokens for case in found}
+    assert {(4096, 0), (4096, 100), (4096, 4096)} <= {(case.tokens, case.redundant) for case in found}
+    sizes = {(case.kind, case.batch, case.context) for case in model_cases(True)}
+    assert {("prefill", 1, context) for context in (8, 128, 512, 1024, 4096, 10240)} <= sizes
+    assert {("token", batch, context) for batch in (1, 8, 64) for context in (128, 10240)} <= sizes
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_contestants_agree(tiny: Case, name: str) -> None:
+    """Everybody who is timed as a rival computes the operation's result."""
+    case = case_of(tiny, name)
+    operation = OPERATIONS[name]
+    contestants = [c for c in operation.contestants(case) if c.kind != TRITON]
+    problems = operations.check(operation, contestants, operation.make(case, CPU))
+    assert problems[contestants[0].name] is None
+    assert contestants[0].kind == SCX
+    for contestant in contestants:
+        problem = problems[contestant.name]
+        assert problem is None or problem.startswith("not available: raised RuntimeError"), problem
+    assert any(c.kind == "rival" and problems[c.name] is None for c in contestants)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_cases_on_cuda_fit_together(name: str) -> None:
+    """Every size asked of a GPU, on tensors without memory: inputs fit the kernels' rules, contestants the result."""
+    operation = OPERATIONS[name]
+    for case in cases(on_cuda=True):
+        if case.operation != name:
+            continue
+        inputs = operation.make(case, torch.device("meta"))
+        found = {}
+        for contestant in operation.contestants(case):
+            if contestant.kind in (SCX, TRITON, RIVAL) and "sdpa" not in contestant.name:
+                with scx_kernels.backend("triton"):
+                    result = contestant.call(inputs)
+                found[contestant.name] = [(x.shape, x.dtype) for x in operations.tensors_of(result)]
+        expected = found.pop("SCX")
+        assert expected
+        assert all(result == expected for result in found.values()), (case.id, expected, found)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_counted_bytes(tiny: Case, name: str) -> None:
+    """Each input read once, of row-permuted ones the rows that are used, and each output written once."""
+    case = case_of(tiny, name)
+    inputs = OPERATIONS[name].make(case, CPU)
+    result = OPERATIONS[name].plain(inputs)
+    used = dict(vars(inputs))
+    used.pop("encoded", None)  # what a rival is given
+    if name == "noise_image":
+        used = {key: used[key] for key in ("noise", "weight")}
+    if name == "permute_features":
+        used = {key: used[key] for key in ("x", "feature_index")}
+    stripped = sum(used[key].nbytes for key in ROWS_READ.get(name, "").split()) * case.redundant // case.rows
+    expected = nbytes(*used.values()) - stripped + nbytes(*operations.tensors_of(result))
+    assert OPERATIONS[name].bytes(case) == expected
+
+
+@pytest.mark.parametrize("name", ["permuted_linear", "permuted_linear+noise", "linear+noise", "attention_step"])
+def test_counted_operations(tiny: Case, name: str) -> None:
+    """Products are counted as PyTorch's own counter does."""
+    case = case_of(tiny, name)
+    operation = OPERATIONS[name]
+    inputs = operation.make(case, CPU)
+    with FlopCounterMode(display=False) as counter:
+        (operation_cases.exact_attention if name == "attention_step" else operation.plain)(inputs)
+    sampled = 2 / case.batch if name == "attention_step" else 1  # the first and last of three sequences
+    assert counter.get_total_flops() == operation.flops(case) * sampled
+
+
+def test_causal_attention_counts_pairs_that_see_each_other(tiny: Case) -> None:
+    case = case_of(tiny, "attention")
+    seen = torch.ones(case.tokens, case.tokens).tril().sum().item()
+    assert OPERATIONS["attention"].flops(case) == 4 * case.shape.query_width * seen
+
+
+def test_exact_attention_is_the_reference(tiny: Case) -> None:
+    """Sampled queries by the formula against the whole of PyTorch's."""
+    for name in ("attention", "attention_step"):
+        operation = OPERATIONS[name]
+        inputs = operation.make(dataclasses.replace(case_of(tiny, name), batch=3), CPU)
+        whole = operation.plain(wide(inputs))
+        torch.testing.assert_close(operation.exact(inputs), operation.select(whole))
+
+
+@pytest.mark.parametrize("wrong", ["one element off", "an element unwritten", "another shape"])
+def test_disagreement_is_found(wrong: str) -> None:
+    exact = torch.randn(40, 30, dtype=torch.float64)
+    plain, got = exact.float(), exact.float()
+    assert operations.disagreement(got, plain, exact) is None
+    if wrong == "another shape":
+        got = got[:-1]
+    else:
+        got[17, 3] += 1e-3 if wrong == "one element off" else float("nan")
+    assert operations.disagreement(got, plain, exact).startswith("failed")
+
+
+def test_copy_moves_the_counted_bytes(tiny: Case) -> None:
+    case = case_of(tiny, "strip_restore")
+    operation = OPERATIONS["strip_restore"]
+    copy = next(c for c in operation.contestants(case) if c.kind == BOUND)
+    moved = []
+    inputs = operation.make(case, CPU)
+    copy.call(inputs)
+    with _Copies(moved):
+        copy.call(inputs)
+    assert abs(sum(moved) - operation.bytes(case)) <= 1
+
+
+class _Copies(TransferCounter):
+    """Notes what a copy reads and writes."""
+
+    def __init__(self, moved: list[int]) -> None:
+        super().__init__()
+        self.moved = moved
+
+    def _count(self, source: Tensor, target: Tensor | None) -> None:
+        self.moved += [source.nbytes, target.nbytes]
+
+
+def test_inputs_exceed_the_cache(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of(tiny, "strip_restore")
+    operation = OPERATIONS["strip_restore"]
+    first = operation.make(case, CPU)
+    monkeypatch.setattr(operations, "CPU_CACHE", 4 * nbytes(*vars(first).values()))
+    sets = operations.enough_inputs(operation, case, CPU, first)
+    assert len(sets) == 8
+    seen: list[int] = []
+    call = rotating(lambda i: seen.append(id(i)), sets)
+    for _ in range(16):
+        call()
+    assert seen == [id(i) for i in sets] * 2
+
+
+def test_peak_memory() -> None:
+    """Tensors alive at once count, freed ones and views do not."""
+    x = torch.ones(1024)
+
+    def two_at_once() -> Tensor:
+        return (x + 1).mul(2).view(-1)[:5]
+
+    def one_after_the_other() -> None:
+        y = x + 1
+        del y
+        x.add(1)
+
+    assert peak_memory(two_at_once, CPU) == 2 * x.nbytes
+    assert peak_memory(one_after_the_other, CPU) == x.nbytes
+
+
+def test_transfers_are_counted() -> None:
+    """Both directions, with the dtype they have on the way; the meta device stands for an accelerator."""
+    with TransferCounter() as seen:
+        there = torch.ones(10).to("meta")
+        there.copy_(torch.ones(10))
+        torch.ones(3) + 1
+    assert (seen.host_to_device, seen.device_to_host) == (80, 0)
+    seen._count(there, None)
+    assert seen.device_to_host == 40
+
+
+def test_spread() -> None:
+    assert spread([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == pytest.approx({"median": 3.5, "q20": 2.0, "q80": 5.0})
+    assert spread_twice([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])["again"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("state", "load", "expected"),
+    [
+        ({"utilization.gpu": "3 %"}, 0.1, 0),
+        ({"utilization.gpu": "6 %"}, 0.1, 1),
+        ({"not readable": "no such file"}, 0.1, 1),
+        (None, 0.1, 0),
+        (None, 3.5, 1),
+    ],
+)
+def test_a_busy_machine_is_said(state: dict[str, str] | None, load: float, expected: int) -> None:
+    assert len(warnings_of(state, load, 8)) == expected
+
+
+def test_machine_name() -> None:
+    about = {"cuda_device": "NVIDIA H200", "processor": "Intel(R) Xeon(R) Processor", "threads": 2}
+    assert machine_name(about) == "nvidia-h200"
+    assert machine_name({**about, "cuda_device": None}) == "intel-xeon-2-threads"

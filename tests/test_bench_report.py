@@ -1,0 +1,143 @@
+"""Result files: the figures that follow from them, tables, pictures, and what became slower between two of them."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.compare import compare
+from bench.provenance import write_json
+from bench.report import markdown, tables, write_report
+from bench.results import best_rival, load_results, rate, ratio
+
+ROOT = Path(__file__).parents[1]
+
+
+def spread(median: float, again: float = 0.01) -> dict[str, float]:
+    return {"median": median, "q20": 0.9 * median, "q80": 1.1 * median, "again": again}
+
+
+def contestant(name: str, kind: str, median: float, **more: Any) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "ms": spread(median), "memory_bytes": 2048, **more}
+
+
+def model_entry(context: int, ratio: float) -> dict[str, Any]:
+    measured = {"host_to_device_bytes": 10, "device_to_host_bytes": 0, "logit_error": 1e-6}
+    return {
+        "id": f"model/tiny/prefill/context={context}",
+        "suite": "model",
+        **{"model": "tiny", "kind": "prefill", "context": context, "batch": 1, "dtype": "float32", "weights": "random"},
+        "contestants": [
+            contestant("plain, sdpa", "rival", 2.0, ratio=spread(1.0), **measured),
+            contestant("SCX", "scx", 2.0 * ratio, ratio=spread(ratio), **measured),
+        ],
+    }
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    """A result: one operation at 4 ms that moves 1 GB and computes 2 TFLOP, two model cases."""
+    size = {"model": "tiny", "tokens": 4096, "redundant": 100, "cached": 0, "batch": 1, "dtype": "float32"}
+    operation = {
+        **{"id": "operations/permuted_linear/x", "suite": "operations", "operation": "permuted_linear", **size},
+        **{"headline": True, "bytes": 10**9, "flops": 2 * 10**12},
+        "contestants": [
+            contestant("SCX", "scx", 4.0),
+            contestant("PyTorch, unfused", "rival", 8.0),
+            contestant("product alone", "rival", 5.0),
+            {"name": "broken", "kind": "rival", "status": "not available: raised RuntimeError: a | b"},
+            contestant("copy of the same bytes", "bound", 1.0),
+        ],
+    }
+    about = {"cuda_device": None, "processor": "A", "threads": 2, "python": "3.11", "packages": {"torch": "2"}}
+    return {
+        "provenance": {**about, "commit": "abc", "date": "today", "command": "python -m bench", "warnings": ["busy"]},
+        "ceilings": {"copy_gb_s": 1000.0, "product_tflop_s": {"float32": 800.0}},
+        "left_out": ["no CUDA: much"],
+        "cases": [operation, model_entry(8, 1.5), model_entry(512, 1.2)],
+    }
+
+
+def test_rate_and_ratio(content: dict[str, Any]) -> None:
+    """2 TFLOP in 4 ms are 500 TFLOP/s, 62.5 % of a ceiling of 800; the best rival takes 5 ms, and the copy is none."""
+    operation = content["cases"][0]
+    scx = operation["contestants"][0]
+    assert rate(content, operation, scx) == pytest.approx((500.0, "TFLOP/s", 0.625))
+    assert best_rival(operation)["name"] == "product alone"
+    assert ratio(operation, scx) == pytest.approx(0.8)
+    operation["flops"] = 0
+    assert rate(content, operation, scx) == pytest.approx((250.0, "GB/s", 0.25))
+    assert ratio(content["cases"][1], content["cases"][1]["contestants"][1]) == 1.5
+
+
+def test_tables(content: dict[str, Any]) -> None:
+    short = {table.title: table for table in tables(content)}
+    assert short["Operations"].rows[0][2:7] == ("4 ms", "500 TFLOP/s", "62 %", "product alone", "0.80")
+    (models,) = (table for title, table in short.items() if title.startswith("tiny"))
+    assert [row[-1] for row in models.rows] == ["3.6 (first token, context 8)", "–"]
+    assert models.rows[0][2] == "1.500 (1.350–1.650)"
+    for table in tables(content, everything=True):
+        assert {len(row) for row in table.rows} == {len(table.header)}
+
+
+def test_markdown(content: dict[str, Any]) -> None:
+    """Every row has its table's columns, and doubts and gaps are told."""
+    text = markdown(content)
+    assert "doubtful: busy" in text
+    assert "left out: no CUDA: much" in text
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 4
+    assert all(len({line.count("|") for line in block}) == 1 for block in blocks)
+
+
+def test_pictures(content: dict[str, Any], tmp_path: Path) -> None:
+    written = write_report(content, tmp_path / "m.json")
+    assert [path.name for path in written] == ["m.md", "m-roofline.png", "m-context.png"]
+    assert all(path.stat().st_size > 500 for path in written)
+    content["cases"] = []
+    assert len(write_report(content, tmp_path / "empty.json")) == 1
+
+
+def test_slower_beyond_noise(content: dict[str, Any]) -> None:
+    """Noise of 1 % lets 2 % pass; a case that is noisier by itself lets more pass."""
+    new = copy.deepcopy(content)
+    new["cases"][0]["contestants"][0]["ms"] = spread(4.2)
+    new["cases"][1]["contestants"][1]["ratio"] = spread(1.5 * 1.015)
+    found = compare(content, new)
+    assert [(change.case, change.name) for change in found.slower] == [("operations/permuted_linear/x", "SCX")]
+    assert found.slower[0].change == pytest.approx(0.05)
+    assert not found.faster
+    assert [change.case for change in compare(new, content).faster] == ["operations/permuted_linear/x"]
+    content["cases"][0]["contestants"][0]["ms"]["again"] = -0.03
+    assert not compare(content, new).slower
+
+
+def test_lost_and_differing(content: dict[str, Any]) -> None:
+    new = copy.deepcopy(content)
+    new["provenance"]["processor"] = "B"
+    new["cases"][0]["contestants"][0]["status"] = "failed: error 1"
+    del new["cases"][2]
+    found = compare(content, new)
+    assert found.lost == ["operations/permuted_linear/x, SCX: failed: error 1"]
+    assert "processor differs: A before, B now" in found.remarks
+    assert "3 figures are in the old file alone, 0 in the new one alone" in found.remarks
+
+
+@pytest.mark.parametrize(("time", "status"), [(4.0, 0), (5.0, 1)])
+def test_compare_command(content: dict[str, Any], tmp_path: Path, time: float, status: int) -> None:
+    old = write_json(tmp_path / "old.json", content)
+    content["cases"][0]["contestants"][0]["ms"] = spread(time)
+    new = write_json(tmp_path / "new.json", content)
+    command = [sys.executable, "-m", "bench.compare", str(old), str(new)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == status, done.stderr
+    assert ("SCX: +25.0 %" in done.stdout) == bool(status)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "x.json", {"results": []})
+    with pytest.raises(ValueError, match="result file"):
+        load_results(path)
