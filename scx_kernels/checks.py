@@ -110,7 +110,8 @@ def check_strip(z: Tensor, position: Tensor, residual: Tensor | None, image: Ten
 
 
 def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "weight") -> None:
-    fits = weight.dtype == x.dtype or (x.dtype == torch.promote_types(weight.dtype, torch.float32))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    fits = x.dtype == weight.dtype or x.dtype == torch.promote_types(x.dtype, wide)
     if weight.dim() != 2 or weight.shape[1] != x.shape[2] or weight.device != x.device or not fits:
         raise ValueError(f"{name}: expected (M, {x.shape[2]}) {x.dtype} on {x.device}, got {_describe(weight)}")
     if bias is not None and (tuple(bias.shape) != (weight.shape[0],) or bias.device != x.device):
