@@ -23,6 +23,7 @@ __all__ = [
     "Noise",
     "RedundantScale",
     "ResidualKey",
+    "RowKey",
     "TokenKey",
     "TokenKeys",
     "inverse",
@@ -78,6 +79,13 @@ class FeatureKey:
     def __repr__(self) -> str:
         return f"FeatureKey(batch={self.key.shape[0]}, heads={self.key.shape[1]}, head_dim={self.key.shape[2]})"
 
+    @classmethod
+    def compose(cls, key: Tensor, value: Tensor, groups: int, device: torch.device) -> "FeatureKey":
+        """The key on `device`, from the permutations of K and V, (B, G, d) each, and query heads per group."""
+        key_inverse, value_inverse = inverse(key), inverse(value)
+        query, output = (index.repeat_interleave(groups, dim=1) for index in (key, value_inverse))
+        return cls(*(upload(x, device) for x in (query, key, value, output, key_inverse, value_inverse)))
+
     def select(self, sequences: Tensor) -> "FeatureKey":
         """The keys of the given sequences, (B',) int64."""
         return FeatureKey(*(getattr(self, f.name).index_select(0, sequences) for f in fields(self)))
@@ -117,6 +125,38 @@ class TokenKey:
     def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
         """The residual stream plus rows of this encoding, both (B, T, D)."""
         return residual + rows if self.back is None else ops.strip_restore(rows, self.back, residual)
+
+
+@dataclass(frozen=True, repr=False)
+class RowKey:
+    """π_l and r of one crossing of a boundary, from token order and back.
+
+    `row_index` (B, T) orders tokens and redundant rows, `position` (B, S) says where each token lies, `redundant`
+    (B, R, F) are the redundant rows or None.
+    """
+
+    row_index: Tensor
+    position: Tensor
+    redundant: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"RowKey(rows={self.row_index.shape[1]})"
+
+    def encode(self, rows: Tensor, norm: nn.Module | None = None, noise: "Noise | None" = None) -> Tensor:
+        """(B, S, F) rows in token order -> (B, T, F) encoded rows, normalised and under noise if these are given."""
+        if norm is not None:
+            return TokenKey(self.row_index, self.redundant).enter(rows, norm, noise)
+        return ops.inject_permute(rows, self.row_index, self.redundant)
+
+    def encode_heads(self, heads: Tensor, feature_index: Tensor) -> Tensor:
+        """(B, H, S, d) attention output -> (B, T, H*d) encoded rows, their features in the order of feature_index."""
+        return ops.inject_permute(
+            heads.transpose(1, 2).flatten(2), self.row_index, self.redundant, feature_index=feature_index
+        )
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """(B, T, F) -> (B, S, F) in token order, redundant rows dropped."""
+        return ops.strip_restore(rows, self.position)
 
 
 @dataclass(frozen=True, repr=False)

@@ -31,6 +31,7 @@ from scx.encoding import (
     Noise,
     RedundantScale,
     ResidualKey,
+    RowKey,
     TokenKeys,
     inverse,
     upload,
@@ -40,7 +41,9 @@ from scx.keystream import KeyStream, Secret, StreamId, derive
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["KeySettings", "ModelShape", "SCXKeyGenerator", "Session", "Step"]
+    from scx.party.sharing import SharedKeys
+
+__all__ = ["KeySettings", "ModelShape", "PassKeys", "SCXKeyGenerator", "Session", "Step"]
 
 SESSION_ID_BYTES = 16
 BRANCH_BYTES = 16
@@ -268,8 +271,7 @@ class _Branch:
         self.stream = KeyStream(derive(session_secret, "scx branch v1", nonce))
         self.steps = itertools.count()
         self.noise_draws = itertools.count()
-        self.noise_ahead: Noise | None = None
-        self.noise_used = 0
+        self.noise_ahead: dict[int, tuple[Noise, int]] = {}  # by layer: rows drawn, and how many of them are used
         self.noise_lock = threading.Lock()
 
 
@@ -304,6 +306,7 @@ class Session:
         self._stream = KeyStream(secret)
         self._current_branch = _Branch(secret, branch)
         self._feature_keys: dict[torch.device, list[FeatureKey]] = {}
+        self._shared_keys: SharedKeys | None = None  # of its prefill, where that crossed a boundary
 
     def __repr__(self) -> str:
         return f"Session(id={self.id}, batch_size={self.batch_size})"
@@ -351,6 +354,17 @@ class Session:
             raise ValueError("purpose: expected a name, got an empty one")
         salt = b"" if branch is None else _public_bytes("branch", branch, BRANCH_BYTES)
         return derive(self._secret, f"scx session key v1, {'session' if branch is None else 'branch'}\0{purpose}", salt)
+
+    def share_keys(self) -> "SharedKeys":
+        """What key sharing (stage 2) gives to the untrusted side: the token permutations of the middle blocks, in the
+        prefill of this session, and of no other block.
+
+        Raises: RuntimeError if no prefill of this session crossed a boundary in this process: a cache of the fused
+            placement lies in token order, and no token permutation opens it.
+        """
+        if self._shared_keys is None:
+            raise RuntimeError("share_keys: this session had no prefill in the split placement in this process")
+        return self._shared_keys
 
     def _streams(self, batch: int, step: int) -> list[StreamId]:
         return [(layer, sequence, step) for layer in range(self.shape.num_layers) for sequence in range(batch)]
@@ -411,31 +425,116 @@ class Session:
         redundant = tuple(draw_redundant(encoding) for encoding in ENCODINGS)
         return TokenKeys.compose(row_index, residual_index, decoys, redundant)
 
-    def take_noise(self, batch: int, rows: int, weights: Sequence[Tensor]) -> Noise:
+    def draw_feature_key(self, layer: int, batch: int, device: torch.device) -> FeatureKey:
+        """Feature permutations of one layer to be used once."""
+        branch, shape = self._branch, self.shape
+        step = next(branch.steps)
+        streams = [(layer, sequence, step) for sequence in range(batch)]
+        drawn = branch.stream.permutations("one-time feature keys", streams, shape.head_dim, 2 * shape.num_kv_heads)
+        key, value = drawn.view(batch, 2, shape.num_kv_heads, shape.head_dim).unbind(1)
+        return FeatureKey.compose(key, value, shape.num_heads // shape.num_kv_heads, device)
+
+    def open_pass(
+        self, tokens: int, batch: int, scale: RedundantScale | None, dtype: torch.dtype, device: torch.device
+    ) -> "PassKeys":
+        """The row keys of one prefill over a boundary; arguments as in `draw_token_keys`, and where the keys go."""
+        branch = self._branch
+        return PassKeys(self, branch.stream, next(branch.steps), tokens, batch, scale, dtype, device)
+
+    def take_noise(
+        self, batch: int, rows: int, weights: Sequence[Tensor], *, layer: int = 0, rms: float | None = None
+    ) -> Noise:
         """One-time noise for `rows` rows of `batch` sequences entering `weights` (each (N, D)), with its images.
 
         Noise for lone tokens is drawn several steps ahead, so that a step needs no product for its image. No row is
         ever given out twice.
+
+        Args:
+            layer: the block whose input it covers. rms: the unit of the noise scale there; default: the first block's.
         """
         branch = self._branch
+        rms = self.shape.first_norm_rms if rms is None else rms
         with branch.noise_lock:
             if rows > 1:
-                return self._draw_noise(branch, batch, rows, weights)
-            ahead, start = branch.noise_ahead, branch.noise_used
+                return self._draw_noise(branch, batch, rows, weights, layer, rms)
+            ahead, start = branch.noise_ahead.get(layer, (None, 0))
             fits = ahead is not None and ahead.noise.shape[0] == batch and ahead.noise.device == weights[0].device
             if ahead is None or not fits or start >= ahead.noise.shape[1]:
-                ahead, start = self._draw_noise(branch, batch, _NOISE_ROWS_AHEAD, weights), 0
-            branch.noise_ahead, branch.noise_used = ahead, start + 1
+                ahead, start = self._draw_noise(branch, batch, _NOISE_ROWS_AHEAD, weights, layer, rms), 0
+            branch.noise_ahead[layer] = (ahead, start + 1)
             return ahead[start : start + 1]
 
-    def _draw_noise(self, branch: _Branch, batch: int, rows: int, weights: Sequence[Tensor]) -> Noise:
+    def _draw_noise(
+        self, branch: _Branch, batch: int, rows: int, weights: Sequence[Tensor], layer: int, rms: float
+    ) -> Noise:
         number = next(branch.noise_draws)
         draw = getattr(branch.stream, self.settings.noise_distribution)
-        streams = [(0, sequence, number) for sequence in range(batch)]
+        streams = [(layer, sequence, number) for sequence in range(batch)]
         drawn = draw("noise of the first block", streams, rows * self.shape.hidden_size)
-        drawn = drawn.view(batch, rows, -1).mul_(self.settings.noise_scale * self.shape.first_norm_rms)
+        drawn = drawn.view(batch, rows, -1).mul_(self.settings.noise_scale * rms)
         noise = upload(drawn.to(ops.accumulation_dtype(weights[0].dtype)), weights[0].device)
         return Noise(noise, tuple(ops.noise_image(noise, weight) for weight in weights))
+
+
+class PassKeys:
+    """Row keys of one prefill over a boundary, drawn as its blocks need them, each once; `Session.open_pass` makes it.
+
+    Args:
+        stream, step: the branch's stream, and the number of this pass in it.
+        tokens, batch, scale, dtype, device: of the rows to be encoded.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        stream: KeyStream,
+        step: int,
+        tokens: int,
+        batch: int,
+        scale: RedundantScale | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._redundant_num = session.settings.redundant_num
+        self._stream = stream
+        self._step = step
+        self._tokens = tokens
+        self._batch = batch
+        self._scale = scale
+        self._dtype = dtype
+        self._device = device
+
+    def __repr__(self) -> str:
+        return f"PassKeys(batch={self._batch}, tokens={self._tokens})"
+
+    def _streams(self, layer: int) -> list[StreamId]:
+        return [(layer, sequence, self._step) for sequence in range(self._batch)]
+
+    def permutation(self, layer: int, purpose: str) -> tuple[Tensor, Tensor]:
+        """A `row_index` (B, T) and its inverse (B, T), int64."""
+        total = self._tokens + self._redundant_num
+        index = self._stream.permutations(f"row permutation, {purpose}", self._streams(layer), total)[:, 0]
+        return upload(index.contiguous(), self._device), upload(inverse(index), self._device)
+
+    def draw(self, layer: int, encoding: str) -> RowKey:
+        """The key of one of ENCODINGS in a layer."""
+        row_index, place = self.permutation(layer, encoding)
+        return RowKey(row_index, place[:, : self._tokens].contiguous(), self._redundant(layer, encoding))
+
+    def renew(self, key: RowKey, layer: int, encoding: str) -> RowKey:
+        """The permutation of `key` with fresh redundant rows."""
+        return RowKey(key.row_index, key.position, self._redundant(layer, encoding))
+
+    def _redundant(self, layer: int, encoding: str) -> Tensor | None:
+        if not self._redundant_num:
+            return None
+        if self._scale is None:
+            raise ValueError("scale: redundant rows need the scale of real rows")
+        per_feature: Tensor = getattr(self._scale, encoding)[layer]
+        count = self._redundant_num * len(per_feature)
+        normal = self._stream.normal(f"redundant rows, {encoding}", self._streams(layer), count)
+        rows = normal.view(self._batch, self._redundant_num, -1).mul_(per_feature)
+        return upload(rows.to(self._dtype), self._device)
 
 
 class FeatureKeys(Protocol):

@@ -311,9 +311,17 @@ def split_kvcache_dynamic(
         gpu_device: device of the untrusted part; default: where its layers lie.
         cpu_device: device of the secure part, which gets the other layers.
 
+    A cache of the split placement is divided between the parties already; its two parts stand for what each side holds,
+    and `gpu_layers` must be the layers of the untrusted side.
+
     Returns: (untrusted part, secure part). They grow in place when a decode call is given both.
     Raises: TypeError for a plain cache; ValueError for layers out of range, named twice or protected, or a part.
     """
+    from scx.party.cache import SplitCache
+
+    if isinstance(cache, SplitCache):
+        parts: Any = cache.divide(gpu_layers)
+        return parts
     _check_encoded(cache, "cache")
     if not cache.is_complete:
         raise ValueError("cache: this is one part of a split cache; merge the parts before splitting them anew")

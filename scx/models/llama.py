@@ -233,14 +233,14 @@ class EncodedModel(nn.Module):
         **kwargs: Any,
     ) -> Any:
         encoding = self._scx
-        batch, tokens = _check_input(input_ids, inputs_embeds, self.config.vocab_size)
+        batch, tokens = check_input(input_ids, inputs_embeds, self.config.vocab_size)
         cache = _join_caches(past_key_values, gpu_kvcache, cpu_kvcache)
-        is_prefill = _is_prefill(mode, cache)
-        _check_positions(cache_position, _cached_tokens(cache), tokens)
+        opens = is_prefill(mode, cache)
+        check_positions(cache_position, cached_tokens(cache), tokens)
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training and self.gradient_checkpointing)
 
-        if is_prefill:
+        if opens:
             encoding.check_adoptable(cache)
             session = encoding.open_session(batch)
             if cache is not None:
@@ -250,7 +250,7 @@ class EncodedModel(nn.Module):
         else:
             session = encoding.check_cache(cache, batch)
 
-        step = encoding.open_step(session, cache, tokens, batch, permute_tokens=is_prefill or tokens > 1)
+        step = encoding.open_step(session, cache, tokens, batch, permute_tokens=opens or tokens > 1)
         attention = self.layers[0].self_attn
         step.prepare(batch, tokens, [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         # Who names a stage serves a model: the kernels, which have no backward, are not to be kept out by its weights.
@@ -272,7 +272,7 @@ class EncodedModel(nn.Module):
         return outputs if return_dict else outputs.to_tuple()
 
 
-def _check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int) -> tuple[int, int]:
+def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int) -> tuple[int, int]:
     """(sequences, tokens) of a request."""
     given, name, expected = (
         (input_ids, "input_ids", 2) if inputs_embeds is None else (inputs_embeds, "inputs_embeds", 3)
@@ -301,15 +301,15 @@ def _join_caches(
     return join_parts(gpu_kvcache, cpu_kvcache)
 
 
-def _cached_tokens(cache: Cache | None) -> int:
+def cached_tokens(cache: Cache | None) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def _is_prefill(mode: str | None, cache: Cache | None) -> bool:
+def is_prefill(mode: str | None, cache: Cache | None) -> bool:
     """The mode asked for, or what the cache says: without tokens in it a request opens a session."""
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode: expected one of {MODES} or None, got {mode!r}")
-    cached = _cached_tokens(cache)
+    cached = cached_tokens(cache)
     if mode == "prefill" and cached:
         raise ValueError("mode: 'prefill' opens a session, but the cache given holds tokens of another already")
     if mode == "decode" and not cached:
@@ -317,7 +317,7 @@ def _is_prefill(mode: str | None, cache: Cache | None) -> bool:
     return not cached
 
 
-def _check_positions(cache_position: Tensor | None, cached: int, tokens: int) -> None:
+def check_positions(cache_position: Tensor | None, cached: int, tokens: int) -> None:
     """Positions follow from the cache; a caller's `cache_position` is only held against them."""
     if cache_position is None:
         return
@@ -541,7 +541,14 @@ def _swap(module: Any, kind: type[Any]) -> None:
     add_hook_to_module(module, hook)
 
 
-def encode_llama(model: PreTrainedModel, key_generator: SCXKeyGenerator) -> PreTrainedModel:
+def encode_llama(
+    model: PreTrainedModel,
+    key_generator: SCXKeyGenerator,
+    secure_device: torch.device | str | None = None,
+    *,
+    crossings: str = "few",
+    reuse_feature_keys: bool = False,
+) -> PreTrainedModel:
     """Change a Llama-like model in place so that it runs under SCX with the keys of `key_generator`.
 
     Weights, parameter names and outputs stay as they are; every prefill opens a session, whose keys the returned
@@ -551,19 +558,38 @@ def encode_llama(model: PreTrainedModel, key_generator: SCXKeyGenerator) -> PreT
         model: Llama, Mistral, Qwen2 or Qwen3 of transformers, alone or with any head, in float32, float16 or
             bfloat16.
         key_generator: its sizes must be the model's.
+        secure_device: None for the fused placement, on the model's own device. A device, or SCX_SECURE_DEVICE in the
+            environment, for the split placement (`scx.party`): keys, tokens, embedding, head and what the secure side
+            computes go there, the blocks stay with an untrusted party, and every message crosses a boundary, also
+            where both devices are the same.
+        crossings: of the split placement's boundary. "few": between one attention and the next, rows stay on the
+            untrusted side. "paper": rows come back after every product.
+        reuse_feature_keys: in the split placement, keep one feature permutation per start block over a generation, so
+            that only new keys and values cross, not the whole encoded cache of these blocks in every step. It costs
+            secrecy: with every step the same order is seen on more rows.
 
     Returns: `model`.
     Raises: TypeError for a model that is not supported or has quantised or split projections, ValueError for one
-        that is encoded already or does not fit the generator. The model is unchanged then.
+        that is encoded already or does not fit the generator, and for options of the split placement that are not
+        known. The model is unchanged then.
     """
+    from scx.models import split
+
     decoder = _find_decoder(model)
     shape = model_shape(model)
     _check_generator(key_generator, shape)
+    plan, secure = None, split.secure_device(secure_device)
+    if secure is not None:
+        plan = split.split_plan(key_generator, shape, crossings, reuse_feature_keys)
     _check_forwards(decoder)
     if key_generator.alp:
         for name in _QKV_PROJECTIONS:
             _check_plain_linear(decoder.layers[0].get_submodule(name), f"model: layers.0.{name}")
     scale = _calibrate(decoder, key_generator, shape) if key_generator.redundant_num else None
+    if plan is not None and secure is not None:
+        decoder._scx = split.make_parties(model, decoder, plan, key_generator, shape, scale, secure)
+        _swap(decoder, _encoded_class(type(decoder), split.SplitModel))
+        return model
     layer_class, attention_class = SUPPORTED[type(decoder)]
 
     decoder._scx = ModelEncoding(key_generator, shape, scale, decoder.embed_tokens.weight.dtype)
@@ -579,22 +605,32 @@ def decode_llama(model: PreTrainedModel) -> PreTrainedModel:
 
     Returns: `model`, as it was before. Raises: ValueError if it is not encoded.
     """
+    from scx.models import split
+
     decoders: list[Decoder] = [module for module in model.modules() if isinstance(module, EncodedModel)]
     if not decoders:
         raise ValueError("model: it is not encoded")
     for decoder in decoders:
-        for layer in decoder.layers:
-            for module in (layer.self_attn, layer):
-                _swap(module, type(module).__bases__[1])
+        if isinstance(decoder, split.SplitModel):
+            decoder._scx.restore_devices()
+        else:
+            for layer in decoder.layers:
+                for module in (layer.self_attn, layer):
+                    _swap(module, type(module).__bases__[1])
         _swap(decoder, type(decoder).__bases__[1])
         del decoder._scx
     return model
 
 
 @contextmanager
-def encoded_llama(model: PreTrainedModel, key_generator: SCXKeyGenerator) -> Iterator[PreTrainedModel]:
-    """`encode_llama` for the length of a `with` block."""
-    encode_llama(model, key_generator)
+def encoded_llama(
+    model: PreTrainedModel,
+    key_generator: SCXKeyGenerator,
+    secure_device: torch.device | str | None = None,
+    **options: Any,
+) -> Iterator[PreTrainedModel]:
+    """`encode_llama`, with its arguments, for the length of a `with` block."""
+    encode_llama(model, key_generator, secure_device, **options)
     try:
         yield model
     finally:

@@ -1,0 +1,283 @@
+"""The split placement of a Llama-like model: the decoder leads the protocol between two parties.
+
+The blocks stay as transformers made them and belong to the untrusted party; embedding, final norm and head go to the
+secure side's device, where token ids, masks and logits are. Only the decoder's class is changed.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from scx.encoding import RedundantScale, upload
+from scx.keys import ModelShape, SCXKeyGenerator
+from scx.models.llama import (
+    Decoder,
+    EncodedModel,
+    ModelEncoding,
+    cached_tokens,
+    check_input,
+    check_positions,
+    is_prefill,
+)
+from scx.party.boundary import Boundary, Transcript
+from scx.party.cache import CachePart, SplitCache
+from scx.party.generation import Generation
+from scx.party.plan import Plan
+from scx.party.prefill import Prefill
+from scx.party.secure import Rope, SecureParty
+from scx.party.untrusted import UntrustedParty
+
+__all__ = ["SplitModel", "record_transcript", "secure_device"]
+
+
+class SplitEncoding(ModelEncoding):
+    """What a split model knows beyond its weights: the secure party and the way to the untrusted one."""
+
+    def __init__(
+        self, generator: SCXKeyGenerator, shape: ModelShape, scale: RedundantScale | None, dtype: torch.dtype,
+        party: SecureParty, outer: list[tuple[nn.Module, torch.device]],
+    ) -> None:  # fmt: skip
+        super().__init__(generator, shape, scale, dtype)
+        self.party = party
+        self.outer = outer  # modules that were moved to the secure side, and where they were
+
+    def __deepcopy__(self, memo: dict) -> "SplitEncoding":
+        raise TypeError("a model in the split placement is one of two parties and is not copied; decode_llama it first")
+
+    def restore_devices(self) -> None:
+        """Bring what was moved to the secure side back to where it was."""
+        for module, device in self.outer:
+            module.to(device)
+
+    def check_empty(self, cache: Cache | None) -> None:
+        """An empty cache given to a prefill must be one that can become a conversation."""
+        if cache is not None and (type(cache) not in (DynamicCache, SplitCache) or cache.offloading):
+            kind = "an off-loading cache" if getattr(cache, "offloading", False) else type(cache).__name__
+            raise TypeError(f"past_key_values: the split placement fills a DynamicCache, got {kind}")
+
+    def check_conversation(self, cache: Cache | None, batch: int) -> SplitCache:
+        """A cache that is to be continued by `batch` sequences."""
+        if not isinstance(cache, SplitCache):
+            raise TypeError(
+                f"past_key_values: expected a cache of the split placement, got a {type(cache).__name__} that holds "
+                "tokens; prefill with the split model"
+            )
+        if cache.party is not self.party:
+            raise ValueError(f"past_key_values: session {cache.session_id} was begun with another untrusted party")
+        if cache.rows != batch:
+            raise ValueError(f"past_key_values: holds {cache.rows} sequences, the input has {batch}")
+        return cache
+
+
+class SplitModel(EncodedModel):
+    """The decoder stack as the secure side: admits a request and leads its stage."""
+
+    _scx: SplitEncoding
+    rotary_emb: nn.Module
+    norm: nn.Module
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        mode: str | None = None,
+        cache_position: Tensor | None = None,
+        gpu_kvcache: Any = None,
+        cpu_kvcache: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        encoding = self._scx
+        batch, tokens = check_input(input_ids, inputs_embeds, self.config.vocab_size)
+        cache = _join_parts(past_key_values, gpu_kvcache, cpu_kvcache)
+        past, opens = cached_tokens(cache), is_prefill(mode, cache)
+        check_positions(cache_position, past, tokens)
+        _check_inference(self, kwargs)
+        first_key = _padding(attention_mask, batch, past + tokens)
+        if use_cache is None:
+            use_cache = self.config.use_cache
+
+        if opens:
+            encoding.check_empty(cache)
+        else:
+            conversation = encoding.check_conversation(cache, batch)
+            _check_padding(first_key, conversation.first_key)
+        hidden = self._embed(input_ids, inputs_embeds)
+        rope = self._rope(hidden, position_ids, past)
+        if opens:
+            hidden, kept = self._prefill(hidden, rope, first_key, cache, use_cache)
+        else:
+            hidden, kept = Generation(encoding.party, conversation, rope).run(hidden), conversation
+        hidden = self.norm(hidden)
+        outputs = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _prefill(
+        self, hidden: Tensor, rope: Rope, first_key: Tensor | None, cache: Cache | None, use_cache: bool
+    ) -> tuple[Tensor, SplitCache | None]:
+        encoding = self._scx
+        session = encoding.open_session(len(hidden))
+        kept = None
+        if use_cache or cache is not None:
+            held: Any = DynamicCache() if cache is None else cache
+            kept = SplitCache.adopt(held, session, encoding.party, len(hidden))
+        if first_key is not None:
+            first_key = upload(first_key, encoding.party.device)
+        return Prefill(encoding.party, session, rope, first_key, kept).run(hidden), kept
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        device = self._scx.party.device
+        if inputs_embeds is not None:
+            return inputs_embeds.to(device)
+        assert input_ids is not None  # noqa: S101
+        embedded: Tensor = self.embed_tokens(input_ids.to(device))
+        return embedded
+
+    def _rope(self, hidden: Tensor, position_ids: Tensor | None, past: int) -> Rope:
+        if position_ids is None:
+            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        position_ids = position_ids.to(hidden.device)
+        rows, tokens = (1, hidden.shape[0]), hidden.shape[1]
+        if position_ids.dim() != 2 or position_ids.shape[0] not in rows or position_ids.shape[1] != tokens:
+            raise ValueError(f"position_ids: expected ({rows[1]} or 1, {tokens}), got {tuple(position_ids.shape)}")
+        cos, sin = self.rotary_emb(hidden, position_ids=position_ids)
+        return Rope(position_ids, cos, sin)
+
+
+def _join_parts(past: Cache | None, gpu_kvcache: Any, cpu_kvcache: Any) -> Cache | None:
+    if gpu_kvcache is None and cpu_kvcache is None:
+        return past
+    if past is not None:
+        raise ValueError("past_key_values: give either a whole cache, or gpu_kvcache and cpu_kvcache")
+    for name, part in (("gpu_kvcache", gpu_kvcache), ("cpu_kvcache", cpu_kvcache)):
+        if not isinstance(part, CachePart):
+            raise TypeError(f"{name}: expected a part of a cache of the split placement, got {type(part).__name__}")
+    if gpu_kvcache.conversation is not cpu_kvcache.conversation:
+        raise ValueError("gpu_kvcache and cpu_kvcache: they are parts of different conversations")
+    conversation: Cache = gpu_kvcache.conversation
+    return conversation
+
+
+def _check_inference(model: Any, kwargs: dict[str, Any]) -> None:
+    """Gradients and inner states do not come back over the boundary."""
+    if model.training:
+        raise RuntimeError("the split placement serves inference only: call model.eval()")
+    for name in ("output_attentions", "output_hidden_states"):
+        wanted = kwargs.get(name)
+        if getattr(model.config, name, False) if wanted is None else wanted:
+            raise ValueError(f"{name}: inner states are not recorded in the split placement; use the fused one")
+
+
+def _padding(attention_mask: Tensor | None, batch: int, total: int) -> Tensor | None:
+    """(B,) int64, the first token of each sequence that is no padding; None where there is no padding."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, total):
+        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask: the split placement expects ({batch}, {total}) with 0 and 1, got {shape}")
+    mask = attention_mask.cpu().to(torch.int64)
+    if ((mask != 0) & (mask != 1)).any() or (mask.diff(dim=1) < 0).any() or not mask[:, -1].all():
+        raise ValueError("attention_mask: the split placement expects left padding, zeros before ones")
+    first = total - mask.sum(dim=1)
+    return first if first.any() else None
+
+
+def _check_padding(given: Tensor | None, known: Tensor | None) -> None:
+    """The padding of a conversation is that of its prompt."""
+    if given is not None and (known is None or not torch.equal(given.cpu(), known.cpu())):
+        raise ValueError(
+            f"attention_mask: the conversation's first tokens are {None if known is None else known.tolist()}, "
+            f"got {given.tolist()}"
+        )
+
+
+def secure_device(given: torch.device | str | None) -> torch.device | None:
+    """The secure side's device: as given, else SCX_SECURE_DEVICE; None for the fused placement.
+
+    Raises: ValueError for what names no device.
+    """
+    named = os.environ.get("SCX_SECURE_DEVICE") or None if given is None else given
+    try:
+        return None if named is None else torch.device(named)
+    except RuntimeError:
+        raise ValueError(f"secure_device: expected a device such as 'cpu' or 'cuda:1', got {named!r}") from None
+
+
+def _one_device(layers: Any) -> torch.device:
+    devices = {parameter.device for parameter in layers.parameters()}
+    if len(devices) != 1:
+        raise ValueError(
+            f"model: the split placement expects all blocks on one device, got {sorted(map(str, devices))}"
+        )
+    return devices.pop()
+
+
+def _outer_modules(model: PreTrainedModel, decoder: Decoder) -> list[nn.Module]:
+    """What is not the blocks': embedding, norm, rotary embedding, and whatever head is on top."""
+    inside = {id(module) for module in decoder.modules()}
+    heads = [child for child in model.children() if child is not decoder and id(child) not in inside]
+    return [decoder.embed_tokens, decoder.norm, decoder.rotary_emb, *heads]
+
+
+def split_plan(generator: SCXKeyGenerator, shape: ModelShape, crossings: str, reuse_feature_keys: bool) -> Plan:
+    """The agreement of the parties. Raises ValueError for settings that it cannot keep."""
+    start, end = generator.protected(shape)
+    if generator.alp and not start:
+        raise ValueError(
+            "decode_start_layers: in the split placement alp=True needs the first layer among them; noise on a block "
+            "whose keys are shared would stay in its cache"
+        )
+    return Plan(shape.num_layers, len(start), len(end), crossings, reuse_feature_keys, generator.alp)
+
+
+def make_parties(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    plan: Plan,
+    generator: SCXKeyGenerator,
+    shape: ModelShape,
+    scale: RedundantScale | None,
+    device: torch.device,
+) -> SplitEncoding:
+    """Divide a model: blocks to an untrusted party where they lie, the rest to the secure side's device."""
+    untrusted_device = _one_device(decoder.layers)
+    rotary = copy.deepcopy(decoder.rotary_emb).to(untrusted_device)
+    untrusted = UntrustedParty(decoder.layers, rotary, plan)
+    outer = [(module, _device_of(module, untrusted_device)) for module in _outer_modules(model, decoder)]
+    for module, _ in outer:
+        module.to(device)
+    party = SecureParty(decoder.layers, plan, shape, scale, Boundary(untrusted, device, untrusted_device))
+    return SplitEncoding(generator, shape, scale, decoder.embed_tokens.weight.dtype, party, outer)
+
+
+def _device_of(module: nn.Module, default: torch.device) -> torch.device:
+    return next((x.device for x in (*module.parameters(), *module.buffers())), default)
+
+
+@contextmanager
+def record_transcript(model: PreTrainedModel) -> Iterator[Transcript]:
+    """Record everything that crosses the boundary of a model in the split placement, within a `with` block.
+
+    Raises: ValueError if the model is not in the split placement.
+    """
+    decoders: list[Any] = [module for module in model.modules() if isinstance(module, SplitModel)]
+    if not decoders:
+        raise ValueError("model: it is not in the split placement; encode_llama(..., secure_device=...) puts it there")
+    with decoders[0]._scx.party.boundary.record() as transcript:
+        yield transcript

@@ -1,0 +1,21 @@
+"""Who runs where: a secure and an untrusted party, and the boundary between them."""
+
+from scx.party.boundary import MESSAGES, Boundary, Transcript
+from scx.party.cache import SplitCache
+from scx.party.plan import Plan
+from scx.party.secure import SecureParty
+from scx.party.sharing import SharedKeys, load_shared_keys, save_shared_keys
+from scx.party.untrusted import UntrustedParty
+
+__all__ = [
+    "MESSAGES",
+    "Boundary",
+    "Plan",
+    "SecureParty",
+    "SharedKeys",
+    "SplitCache",
+    "Transcript",
+    "UntrustedParty",
+    "load_shared_keys",
+    "save_shared_keys",
+]

@@ -1,0 +1,202 @@
+"""The boundary: the only way between the parties, and who listens at it.
+
+Every message has a name, a stage and a block. What may cross is `MESSAGES` and nothing else; the boundary refuses any
+other tensor. Beside its tensors a request shows its operation, the public id of its conversation, its block, and in a
+generation the number of its `step`, `past` (tokens cached before it) and `key_rows` (rows of the end blocks' encoded
+keys before it).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["MESSAGES", "STAGES", "Boundary", "Crossing", "Request", "Transcript"]
+
+STAGES = ("prefill", "key sharing", "generation")
+
+_PRODUCTS = ("query_product", "key_product", "value_product")
+_SCORES = ("scores", "value")
+
+MESSAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "open": (("first_key",), ()),
+    "project_qkv": (("attention_input",), _PRODUCTS),
+    "attend": (("query", "key", "value"), ("attention",)),
+    "project_output": (("attention_rows",), ("output",)),
+    "feed_forward": (("feed_forward_input",), ("feed_forward",)),
+    "enter": (("feed_forward_input",), (*_PRODUCTS, "hidden")),
+    "advance": (("attention_rows",), (*_PRODUCTS, "hidden")),
+    "unlock": (("token_position", "positions"), ()),
+    "encoded_keys": (("encoded_keys",), ()),
+    "run_middle": (("hidden", "positions"), ("hidden",)),
+    "score": (("hidden", "positions"), _SCORES),
+    "pass_on": (("hidden", "positions"), ("hidden", *_SCORES)),
+    "select": (("rows",), ()),
+    "close": ((), ()),
+}
+"""Operation -> the names of tensors that it may send to the untrusted side, and that may come back."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One message to the untrusted side: what to do, in which conversation and block, and the tensors for it."""
+
+    operation: str
+    conversation: str
+    stage: str
+    block: int
+    step: int
+    past: int
+    key_rows: int
+    tensors: Mapping[str, Tensor]
+
+
+class Receiver(Protocol):
+    """The far end of a boundary: an untrusted party, or what leads to one in another process."""
+
+    def receive(self, request: Request) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One tensor that crossed. `tensor` is kept, on the CPU, of what the untrusted side received."""
+
+    direction: str
+    stage: str
+    block: int
+    operation: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    tensor: Tensor | None = field(default=None, repr=False, compare=False)
+
+
+class Transcript:
+    """Everything that crossed while it was recorded, in order. `requests` counts round trips with tensors, by
+    stage."""
+
+    def __init__(self) -> None:
+        self.crossings: list[Crossing] = []
+        self.requests: dict[str, int] = dict.fromkeys(STAGES, 0)
+
+    def __repr__(self) -> str:
+        return f"Transcript({len(self.crossings)} tensors, {self.nbytes()} bytes)"
+
+    def nbytes(self, stage: str | None = None, direction: str | None = None) -> int:
+        """Bytes that crossed, of one stage or direction ("to untrusted", "to secure") if given."""
+        return sum(x.nbytes for x in self.select(stage=stage, direction=direction))
+
+    def select(
+        self, *, stage: str | None = None, direction: str | None = None, name: str | None = None
+    ) -> list[Crossing]:
+        """The crossings of a stage, a direction and a name, each if given."""
+        wanted = {"stage": stage, "direction": direction, "name": name}
+        chosen = {key: value for key, value in wanted.items() if value is not None}
+        return [x for x in self.crossings if all(getattr(x, key) == value for key, value in chosen.items())]
+
+    def received(self, stage: str | None = None) -> list[Crossing]:
+        """What the untrusted side received."""
+        return self.select(stage=stage, direction="to untrusted")
+
+
+class Boundary:
+    """Moves named tensors between the secure side's device and the untrusted party, and counts them.
+
+    Args:
+        receiver: the untrusted party, or what leads to it.
+        secure_device, untrusted_device: where tensors go.
+    """
+
+    def __init__(self, receiver: Receiver, secure_device: torch.device, untrusted_device: torch.device) -> None:
+        self._receiver = receiver
+        self.secure_device = secure_device
+        self.untrusted_device = untrusted_device
+        self._transcripts: list[Transcript] = []
+
+    @contextmanager
+    def record(self) -> Iterator[Transcript]:
+        """Record what crosses within a `with` block."""
+        transcript = Transcript()
+        self._transcripts.append(transcript)
+        try:
+            yield transcript
+        finally:
+            self._transcripts.remove(transcript)
+
+    def ask(
+        self,
+        operation: str,
+        *,
+        conversation: str,
+        stage: str,
+        block: int = -1,
+        step: int = 0,
+        past: int = 0,
+        key_rows: int = 0,
+        tensors: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Send a request and wait for the reply.
+
+        Args:
+            operation: one of `MESSAGES`.
+            conversation: its public id.
+            stage: one of `STAGES`.
+            block: the block meant; -1 for none.
+            step, past, key_rows: lengths as above.
+            tensors: by name, on the secure side's device.
+
+        Returns: the reply's tensors by name, on the secure side's device.
+        Raises: ValueError for a tensor that is not in `MESSAGES`.
+        """
+        sent, returned = MESSAGES[operation]
+        _check_names(operation, tensors, sent)
+        moved = _move(tensors, self.untrusted_device)
+        self._note("to untrusted", stage, block, operation, moved)
+        for transcript in self._transcripts:
+            transcript.requests[stage] += bool(moved)
+        reply = self._receiver.receive(Request(operation, conversation, stage, block, step, past, key_rows, moved))
+        _check_names(operation, reply, returned)
+        back = _move(reply, self.secure_device)
+        self._note("to secure", stage, block, operation, back)
+        return back
+
+    def _note(self, direction: str, stage: str, block: int, operation: str, tensors: Mapping[str, Tensor]) -> None:
+        if not self._transcripts:
+            return
+        for name, x in tensors.items():
+            kept = x.detach().cpu().clone() if direction == "to untrusted" else None
+            crossing = Crossing(
+                direction, stage, block, operation, name, tuple(x.shape), x.dtype, x.numel() * x.element_size(), kept
+            )
+            for transcript in self._transcripts:
+                transcript.crossings.append(crossing)
+
+
+def _check_names(operation: str, tensors: Mapping[str, Tensor], allowed: tuple[str, ...]) -> None:
+    unknown = sorted(set(tensors) - set(allowed))
+    if unknown:
+        raise ValueError(f"{operation}: tensors {unknown} do not cross the boundary, expected some of {list(allowed)}")
+
+
+def _move(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on `device`, each in memory of its own size: a view would take along what lies around it."""
+    moved, waits = {}, None
+    for name, x in tensors.items():
+        x = x.detach().contiguous()
+        if x.device == device:
+            moved[name] = x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
+        elif device.type == "cuda" and x.device.type == "cpu":
+            moved[name] = x.pin_memory().to(device, non_blocking=True)
+        elif device.type == "cpu" and x.device.type == "cuda":
+            # All tensors of a reply are copied at once, into pinned memory, and waited for once.
+            moved[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            waits = x.device
+        else:
+            moved[name] = x.to(device)
+    if waits is not None:
+        torch.cuda.current_stream(waits).synchronize()
+    return moved

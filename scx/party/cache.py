@@ -1,0 +1,182 @@
+"""The cache of the split placement: the secure side's part of a conversation, and the handle of the whole of it.
+
+It holds K and V of the first blocks and V of the last ones, plain, on the secure side's device. The rest lies with the
+untrusted party under the session's public id, and goes when this object does.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from scx.keys import Session
+from scx.kvcache import AbsentLayer, GrowingLayer
+from scx.party.sharing import SharedKeys
+
+if TYPE_CHECKING:
+    from scx.party.secure import SecureParty
+
+__all__ = ["CachePart", "SplitCache"]
+
+
+class SplitCache(DynamicCache):
+    """A conversation whose cache is divided between the parties.
+
+    `session` has its keys, `party` the secure side that leads it. `tokens` counts cached tokens, `steps` those of its
+    generation and `rows` sequences; `prefill_rows` is T of the prefill. `first_key` (rows,) is the first token of each
+    sequence that is no padding, or None. `is_shared` says whether the untrusted side has the middle blocks' token
+    permutations; the first generated token shares them if nobody did before.
+    """
+
+    session: Session
+    party: "SecureParty"
+    tokens: int
+    steps: int
+    rows: int
+    prefill_rows: int
+    first_key: Tensor | None
+    is_shared: bool
+    sequences: Tensor | None
+    values: dict[int, Tensor]
+    columns: dict[int, Tensor]
+    pending_keys: dict[int, Tensor]
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache, session: Session, party: "SecureParty", rows: int) -> "SplitCache":
+        """Turn an empty plain cache, in place, into that of a session; its other holders see the same object."""
+        adopted: Any = cache
+        adopted.__class__ = cls
+        start = party.plan.start_blocks
+        layers = [GrowingLayer() if i in start else AbsentLayer() for i in range(party.plan.num_layers)]
+        Cache.__init__(adopted, layers=layers)
+        adopted.session, adopted.party = session, party
+        adopted.tokens = adopted.steps = adopted.prefill_rows = 0
+        adopted.rows, adopted.first_key = rows, None
+        adopted.is_shared, adopted.sequences = False, None
+        adopted.values = {}  # end block -> V (rows, G, tokens, d)
+        adopted.columns = {}  # end block -> (rows, tokens): which column of the scores is which token
+        adopted.pending_keys = {}  # end block -> Kᶜ, until it is sent with the shared keys
+        weakref.finalize(adopted, party.forget, session.id)
+        return adopted
+
+    def __repr__(self) -> str:
+        return f"SplitCache(session={self.session_id}, tokens={self.tokens})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a cache of the split placement is the handle of a conversation that two parties hold, and its own part is "
+            "plain: it is neither pickled nor copied"
+        )
+
+    def __deepcopy__(self, memo: dict) -> "SplitCache":
+        return self.__reduce_ex__(4)
+
+    @property
+    def session_id(self) -> str:
+        """The session's public id, in hexadecimal."""
+        return self.session.id
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def key_rows(self) -> int:
+        """Rows of the end blocks' encoded keys on the untrusted side: the prefill's, and those of later tokens."""
+        return max((self.prefill_rows, *(int(columns.max()) + 1 for columns in self.columns.values())))
+
+    def unlock(self, shared: SharedKeys) -> None:
+        """Give shared keys to the untrusted side, which unlocks its cache of the middle blocks with them.
+
+        Raises: ValueError for keys of another session; RuntimeError if they were given already.
+        """
+        if shared.session != self.session_id:
+            raise ValueError(f"shared: this cache belongs to session {self.session_id}, got {shared.session}")
+        if self.is_shared:
+            raise RuntimeError("unlock: the untrusted side has these keys already")
+        self.party.share(self, shared)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.tokens + query_length, 0
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What a plain model would call."""
+        raise RuntimeError("a plain model was given a cache of the split placement")
+
+    def select_rows(self, index: Tensor) -> None:
+        """Go on with the given rows of the batch, (rows',) int64, here and on the untrusted side."""
+        index = index.to(self.party.device)
+        self.party.select(self, index)
+        for layer in self.layers:
+            if isinstance(layer, GrowingLayer):
+                layer.batch_select_indices(index)
+        current = torch.arange(self.rows, device=index.device) if self.sequences is None else self.sequences
+        self.sequences = current.index_select(0, index)
+        self.values = {block: values.index_select(0, index) for block, values in self.values.items()}
+        self.columns = {block: columns.index_select(0, index) for block, columns in self.columns.items()}
+        self.first_key = None if self.first_key is None else self.first_key.index_select(0, index)
+        self.rows = len(index)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select_rows(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: -n removes n; as older transformers call it, n keeps n."""
+        kept = self.tokens + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.tokens)
+        if not 0 < kept <= self.tokens:
+            raise ValueError(f"crop: the cache holds {self.tokens} tokens and must keep one, got {tokens_to_remove}")
+        if kept < self.tokens:
+            self.party.share(self)
+            self.truncate(kept)
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first tokens on the secure side; the untrusted side follows with the next request."""
+        for layer in self.layers:
+            if isinstance(layer, GrowingLayer) and layer.get_seq_length() > tokens:
+                layer.crop(tokens - layer.get_seq_length())
+        self.values = {block: values[:, :, :tokens] for block, values in self.values.items()}
+        self.columns = {block: columns[:, :tokens] for block, columns in self.columns.items()}
+        self.tokens = tokens
+
+    def reset(self) -> None:
+        raise RuntimeError("reset: a conversation of the split placement is not reused; begin another one")
+
+    def divide(self, gpu_layers: Iterable[int]) -> tuple["CachePart", "CachePart"]:
+        """(untrusted part, secure part), as `split_kvcache_dynamic` returns them.
+
+        Raises: ValueError if `gpu_layers` are not the middle blocks, of which alone the untrusted side holds the cache.
+        """
+        wanted, middle = sorted(gpu_layers), list(self.party.plan.middle_blocks)
+        if wanted != middle:
+            raise ValueError(
+                f"gpu_layers: in the split placement the untrusted side holds the layers {middle} between "
+                f"decode_start_layers and decode_end_layers, got {wanted}"
+            )
+        return CachePart(self, tuple(middle)), CachePart(self, self.party.plan.protected_blocks)
+
+
+class CachePart:
+    """One side's part of a divided conversation. It grows with the conversation."""
+
+    def __init__(self, conversation: SplitCache, layer_indices: tuple[int, ...]) -> None:
+        self.conversation = conversation
+        self.layer_indices = layer_indices
+
+    def __repr__(self) -> str:
+        return f"CachePart(session={self.conversation.session_id}, layers={list(self.layer_indices)})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Cached tokens."""
+        return self.conversation.get_seq_length()

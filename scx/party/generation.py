@@ -1,0 +1,149 @@
+"""Stage 3: new tokens on a cached conversation, as the secure side leads it. Keys are fresh in every step."""
+
+import torch
+from torch import Tensor
+
+import scx_kernels as ops
+from scx.encoding import FeatureKey, Noise, TokenKey
+from scx.party.cache import SplitCache
+from scx.party.secure import Rope, SecureParty
+from scx.party.untrusted import append
+
+__all__ = ["Generation"]
+
+_IN_ORDER = TokenKey()
+
+
+class Generation:
+    """One step: n new tokens of a conversation, as a rule one.
+
+    Args:
+        party: the secure side.
+        cache: the conversation's; keys are shared first if they were not.
+        rope: rotary positions of the new tokens.
+    """
+
+    def __init__(self, party: SecureParty, cache: SplitCache, rope: Rope) -> None:
+        self.party = party
+        self.plan = party.plan
+        self.cache = cache
+        self.session = cache.session
+        self.rope = rope
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Embeddings (B, n, D) -> hidden states behind the last block, (B, n, D). A step that fails leaves the cache as
+        it was."""
+        past = self.cache.tokens
+        self.party.share(self.cache)
+        self.line = self.party.line(self.session.id, "generation", self.cache)
+        try:
+            hidden = self._run_few(hidden) if self.plan.few else self._run_paper(hidden)
+        except BaseException:
+            self.cache.truncate(past)
+            raise
+        self.cache.tokens = past + self.rope.cos.shape[1]
+        return hidden
+
+    def _run_paper(self, hidden: Tensor) -> Tensor:
+        for block in self.plan.start_blocks:
+            hidden = self._feed_forward(block, hidden + self._attend(block, hidden))
+        if self.plan.middle_blocks:
+            hidden = self.line.ask("run_middle", hidden=hidden, positions=self.rope.positions)["hidden"]
+        for block in self.plan.end_blocks:
+            reply = self.line.ask("score", block, hidden=hidden, positions=self.rope.positions)
+            hidden = self._feed_forward(block, hidden + self._finish(block, reply))
+        return hidden
+
+    def _run_few(self, hidden: Tensor) -> Tensor:
+        """Nothing comes back between a block's attention and the next one that the secure side takes part in."""
+        last = -1
+        for last in self.plan.start_blocks:
+            hidden = hidden + self._attend(last, hidden)
+            if last + 1 in self.plan.start_blocks:
+                hidden = self._feed_forward(last, hidden)
+        reply = self._pass_on(last, hidden)
+        for block in self.plan.end_blocks:
+            reply = self._pass_on(block, reply["hidden"] + self._finish(block, reply))
+        return reply["hidden"]
+
+    def _pass_on(self, block: int, hidden: Tensor) -> dict[str, Tensor]:
+        return self.line.ask("pass_on", block, hidden=hidden, positions=self.rope.positions)
+
+    def _feed_forward(self, block: int, hidden: Tensor) -> Tensor:
+        return hidden + self.line.ask("feed_forward", block, feed_forward_input=hidden)["feed_forward"]
+
+    def _attend(self, block: int, hidden: Tensor) -> Tensor:
+        """A start block's attention on the secure side's own cache: (B, n, D), projected."""
+        batch, tokens, _ = hidden.shape
+        noise = self.party.noise(self.session, block, batch, tokens)
+        rows = _IN_ORDER.enter(hidden, self.party.weights.attention_norm[block], noise)
+        products = self.line.ask("project_qkv", block, attention_input=rows)
+        key = self._feature_key(block, batch)
+        q, k, v = self._restore(block, products, noise, key)
+        all_k, all_v = append(self.cache.layers[block], *key.decode_cache(k, v))
+        if not self.plan.reuse_feature_keys:
+            k, v = ops.permute_features(all_k, key.key), ops.permute_features(all_v, key.value)
+        attended = self.line.ask("attend", block, query=q, key=k, value=v)["attention"]
+        return self._project(block, ops.permute_features(attended, key.output))
+
+    def _feature_key(self, block: int, batch: int) -> FeatureKey:
+        if self.plan.reuse_feature_keys:
+            return self.party.feature_key(self.session, block, self.cache.sequences)
+        return self.session.draw_feature_key(block, batch, self.party.device)
+
+    def _restore(
+        self, block: int, products: dict[str, Tensor], noise: Noise | None, key: FeatureKey
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Subtract the noise's image, rotate, permute features: q (B, H, n, d), k and v (B, G, n, d)."""
+        weights = self.party.weights
+        return ops.qkv_decode_encode(
+            products["query_product"],
+            products["key_product"],
+            products["value_product"],
+            None,
+            self.rope.cos,
+            self.rope.sin,
+            key.query,
+            key.key,
+            key.value,
+            images=None if noise is None else noise.images,
+            dtype=weights.dtype,
+            **weights.head_norms[block],
+        )
+
+    def _project(self, block: int, heads: Tensor) -> Tensor:
+        projected: Tensor = self.party.weights.o_proj[block](heads.transpose(1, 2).flatten(2))
+        return projected
+
+    def _finish(self, block: int, reply: dict[str, Tensor]) -> Tensor:
+        """An end block's attention from scores on Kᶜ: un-permute columns, drop redundant ones, softmax, own V."""
+        scores, value = reply["scores"], reply["value"]
+        tokens = value.shape[2]
+        columns = self._extend_columns(block, scores.shape[-1], tokens)
+        self.cache.values[block] = values = torch.cat((self.cache.values[block], value), dim=2)
+        index = columns[:, None, None].expand(*scores.shape[:3], columns.shape[1])
+        probabilities = self._mask(block, scores.gather(-1, index)).softmax(dim=-1).to(value.dtype)
+        groups = values.shape[1]
+        attended = probabilities.unflatten(1, (groups, -1)) @ values.unsqueeze(2)
+        return self._project(block, attended.flatten(1, 2))
+
+    def _extend_columns(self, block: int, rows: int, tokens: int) -> Tensor:
+        """Which column of the scores is which token, (B, N): new tokens' keys were appended in order."""
+        known = self.cache.columns[block]
+        new = torch.arange(rows - tokens, rows, device=known.device).expand(len(known), tokens)
+        self.cache.columns[block] = columns = torch.cat((known, new), dim=1)
+        return columns
+
+    def _mask(self, block: int, scores: Tensor) -> Tensor:
+        """Scores (B, H, n, N), -inf where a query does not see a key: later, padding, or outside the window."""
+        tokens, keys = scores.shape[-2:]
+        window, first = self.party.weights.window[block], self.cache.first_key
+        if tokens == 1 and first is None and (window is None or keys <= window):
+            return scores
+        key = torch.arange(keys, device=scores.device)
+        own = torch.arange(keys - tokens, keys, device=scores.device)[:, None]
+        seen = key <= own
+        if window is not None:
+            seen = seen & (key > own - window)
+        seen = seen[None] if first is None else seen & (key >= first[:, None, None])
+        return scores.masked_fill(~seen[:, None], -torch.inf)

@@ -1,0 +1,193 @@
+"""Stage 1: the prompt, block by block, as the secure side leads it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import scx_kernels as ops
+from scx.encoding import Noise, RowKey, inverse
+from scx.keys import Session
+from scx.party.cache import SplitCache
+from scx.party.secure import Rope, SecureParty
+from scx.party.sharing import SharedKeys
+from scx.party.untrusted import append
+
+__all__ = ["Prefill"]
+
+
+@dataclass(frozen=True)
+class Products:
+    """q, k and v products of encoded rows, (B, T, *), the key of their order, and the noise that is still in them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rows: RowKey
+    noise: Noise | None = None
+
+    @classmethod
+    def read(cls, reply: dict[str, Tensor], rows: RowKey, noise: Noise | None = None) -> "Products":
+        return cls(reply["query_product"], reply["key_product"], reply["value_product"], rows, noise)
+
+
+class Prefill:
+    """The prefill of one session.
+
+    Args:
+        party: the secure side.
+        session: fresh.
+        rope: rotary positions of the S tokens.
+        first_key: (B,) int64, the first token of each sequence that is no padding; None for no padding.
+        cache: the conversation's, to be filled; None where it is not continued.
+    """
+
+    def __init__(
+        self, party: SecureParty, session: Session, rope: Rope, first_key: Tensor | None, cache: SplitCache | None
+    ) -> None:
+        self.party = party
+        self.plan = party.plan
+        self.session = session
+        self.rope = rope
+        self.first_key = first_key
+        self.cache = cache
+        self.token_position: list[Tensor] = []  # of the middle blocks, (B, S) each
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Embeddings (B, S, D) -> hidden states behind the last block, (B, S, D)."""
+        batch, tokens, _ = hidden.shape
+        party = self.party
+        self.line = party.line(self.session.id, "prefill")
+        self.keys = self.session.open_pass(tokens, batch, party.scale, hidden.dtype, party.device)
+        padding = {} if self.first_key is None else {"first_key": self.first_key}
+        self.line.ask("open", -1, **padding)
+        run = self._run_few if self.plan.few else self._run_paper
+        hidden = run(hidden)
+        if self.cache is None:
+            party.forget(self.session.id)
+        else:
+            self._finish(self.cache, tokens)
+        return hidden
+
+    def _run_paper(self, hidden: Tensor) -> Tensor:
+        """Four round trips per block: rows come back after every product."""
+        for block in range(self.plan.num_layers):
+            products = self._project(block, hidden)
+            hidden = hidden + self._project_output(block, self._attend(block, products))
+            key = self.keys.draw(block, "feed_forward")
+            reply = self.line.ask("feed_forward", block, feed_forward_input=key.encode(hidden))
+            hidden = hidden + key.decode(reply["feed_forward"])
+        return hidden
+
+    def _run_few(self, hidden: Tensor) -> Tensor:
+        """Two round trips per block: between one attention and the next, rows stay where they are."""
+        products = self._project(0, hidden)
+        for block in range(self.plan.num_layers):
+            attended = self._attend(block, products)
+            if self.plan.is_border(block):
+                rows = self._project_output(block, attended, None if block == 0 else products.rows)
+                key = self.keys.draw(block, "feed_forward")
+                hidden = hidden + rows if block == 0 else rows
+                reply = self.line.ask("enter", block, feed_forward_input=key.encode(hidden))
+            else:
+                key = products.rows
+                rows_key = self.keys.renew(key, block, "output")
+                reply = self.line.ask("advance", block, attention_rows=self._encode(block, attended, rows_key))
+            if block + 1 < self.plan.num_layers:
+                products = Products.read(reply, key)
+        return key.decode(reply["hidden"])
+
+    def _project(self, block: int, hidden: Tensor) -> Products:
+        """Encode a block's attention input, under noise in the first; q, k and v products come back."""
+        key = self.keys.draw(block, "attention")
+        noise = self.party.noise(self.session, 0, len(hidden), key.row_index.shape[1]) if block == 0 else None
+        rows = key.encode(hidden, self.party.weights.attention_norm[block], noise)
+        return Products.read(self.line.ask("project_qkv", block, attention_input=rows), key, noise)
+
+    def _attend(self, block: int, products: Products) -> Tensor:
+        """Restore, subtract the noise's image, rotate, permute features; attention comes back, (B, H, S, d)."""
+        weights, feature_key = self.party.weights, self.party.feature_key(self.session, block)
+        q, k, v = ops.qkv_decode_encode(
+            products.query,
+            products.key,
+            products.value,
+            products.rows.position,
+            self.rope.cos,
+            self.rope.sin,
+            feature_key.query,
+            feature_key.key,
+            feature_key.value,
+            images=None if products.noise is None else products.noise.images,
+            dtype=weights.dtype,
+            **weights.head_norms[block],
+        )
+        if self.cache is not None:
+            self._keep(block, products, feature_key.decode_cache(k, v) if block in self.plan.protected_blocks else None)
+        return self.line.ask("attend", block, query=q, key=k, value=v)["attention"]
+
+    def _encode(self, block: int, attended: Tensor, key: RowKey) -> Tensor:
+        return key.encode_heads(attended, self.party.feature_key(self.session, block).output)
+
+    def _project_output(self, block: int, attended: Tensor, same: RowKey | None = None) -> Tensor:
+        """Undo π_r, encode rows; their output projection comes back, in token order: (B, S, D).
+
+        `same` is the key of residual rows that lie on the untrusted side, which adds them.
+        """
+        key = self.keys.draw(block, "output") if same is None else self.keys.renew(same, block, "output")
+        reply = self.line.ask("project_output", block, attention_rows=self._encode(block, attended, key))
+        return key.decode(reply["output"])
+
+    def _keep(self, block: int, products: Products, plain: tuple[Tensor, Tensor] | None) -> None:
+        """What generation will need of this block."""
+        cache = self.cache
+        if cache is None or plain is None:
+            self.token_position.append(products.rows.position)
+            return
+        if block in self.plan.start_blocks:
+            append(cache.layers[block], *plain)
+        else:
+            cache.values[block] = plain[1]
+            cache.pending_keys[block], cache.columns[block] = self._encode_keys(block, products, plain[0])
+
+    def _encode_keys(self, block: int, products: Products, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Kᶜ (B, G, T, d) = π_l(K ⊕ r) of rotated K, and where each token lies in it, (B, S).
+
+        The redundant rows are keys of the pass's own redundant rows, at positions of tokens: like K in every feature.
+        """
+        batch, groups, tokens, size = keys.shape
+        row_index, place = self.keys.permutation(block, "encoded keys")
+        decoys = inverse(products.rows.row_index)[:, tokens:].contiguous()
+        if decoys.shape[1]:
+            at = place[:, tokens:].remainder(tokens)
+            keys = torch.cat((keys, self._rotated_decoys(block, products, decoys, at, groups, size)), dim=2)
+        index = row_index[:, None, :, None].expand(batch, groups, row_index.shape[1], size)
+        return keys.gather(2, index), place[:, :tokens].contiguous()
+
+    def _rotated_decoys(
+        self, block: int, products: Products, decoys: Tensor, at: Tensor, groups: int, size: int
+    ) -> Tensor:
+        """Keys (B, G, R, d) of redundant rows, which lie in `decoys`, rotated to the positions of tokens `at`."""
+        batch, count = decoys.shape
+        cos, sin = (
+            x.expand(batch, -1, -1).gather(1, at[..., None].expand(batch, count, size))
+            for x in (self.rope.cos, self.rope.sin)
+        )
+        plain = torch.arange(size, device=decoys.device).expand(batch, groups, size)
+        noise, norms = products.noise, self.party.weights.head_norms[block]
+        _, keys, _ = ops.qkv_decode_encode(
+            products.key, products.key, products.key, decoys, cos, sin, plain, plain, plain,
+            images=None if noise is None else [noise.images[1]] * 3, dtype=self.party.weights.dtype, **norms,
+        )  # fmt: skip
+        return keys
+
+    def _finish(self, cache: SplitCache, tokens: int) -> None:
+        position = torch.stack(self.token_position).cpu() if self.token_position else torch.empty(0, dtype=torch.int64)
+        self.session._shared_keys = SharedKeys(
+            self.session.id,
+            self.session.shape.fingerprint,
+            tuple(self.plan.middle_blocks),
+            position,
+            self.rope.positions.cpu(),
+        )
+        cache.tokens, cache.first_key = tokens, self.first_key
+        cache.prefill_rows = tokens + self.session.settings.redundant_num

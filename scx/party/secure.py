@@ -1,0 +1,160 @@
+"""The secure party: keys, plain rows, and its own K and V. It leads both stages in which rows move.
+
+Notation: B sequences, S tokens, T encoded rows, n new tokens, N cached tokens, D features, H query heads, G key/value
+heads, d head size.
+"""
+
+import copy
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scx.encoding import FeatureKey, Noise, RedundantScale, upload
+from scx.keys import ModelShape, Session
+from scx.party.boundary import Boundary
+from scx.party.cache import SplitCache
+from scx.party.plan import Plan
+from scx.party.sharing import SharedKeys
+from scx.party.untrusted import sliding_window
+
+__all__ = ["Line", "Rope", "SecureParty"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of new tokens: `positions` (B or 1, n) int64, `cos` and `sin` (B or 1, n, d)."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Line:
+    """The boundary as one conversation sees it in one stage."""
+
+    boundary: Boundary
+    conversation: str
+    stage: str
+    step: int = 0
+    past: int = 0
+    key_rows: int = 0
+
+    def ask(self, operation: str, block: int = -1, **tensors: Tensor) -> dict[str, Tensor]:
+        """Send named tensors to the untrusted side; what comes back, by name."""
+        return self.boundary.ask(
+            operation,
+            conversation=self.conversation,
+            stage=self.stage,
+            block=block,
+            step=self.step,
+            past=self.past,
+            key_rows=self.key_rows,
+            tensors=tensors,
+        )
+
+
+class SecureWeights:
+    """The few weights that the secure side multiplies with or needs the images of noise for, on its device."""
+
+    def __init__(self, layers: Any, plan: Plan, device: torch.device) -> None:
+        self._device = device
+        self.attention_norm = [self._here(layer.input_layernorm) for layer in layers]
+        self.head_norms = [self._head_norms(layer.self_attn) for layer in layers]
+        self.o_proj = {block: self._here(layers[block].self_attn.o_proj) for block in plan.protected_blocks}
+        self.scaling = [layer.self_attn.scaling for layer in layers]
+        self.window = [sliding_window(layer.self_attn) for layer in layers]
+        noisy = plan.start_blocks if plan.noisy else ()
+        self.qkv = {block: self._qkv(layers[block].self_attn) for block in noisy}
+        self.dtype: torch.dtype = layers[0].self_attn.q_proj.weight.dtype
+
+    def _here(self, module: nn.Module) -> Any:
+        """The module on the secure side's device: itself, or a copy."""
+        parameter = next(module.parameters())
+        return module if parameter.device == self._device else copy.deepcopy(module).to(self._device)
+
+    def _head_norms(self, attention: Any) -> dict[str, Any]:
+        """Qwen3 normalises every head of q and k before the rotary step."""
+        if not hasattr(attention, "q_norm"):
+            return {}
+        q_norm, k_norm = self._here(attention.q_norm), self._here(attention.k_norm)
+        return {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.variance_epsilon}
+
+    def _qkv(self, attention: Any) -> list[Tensor]:
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return [projection.weight.detach().to(self._device) for projection in projections]
+
+
+class SecureParty:
+    """Leads conversations: holds their sessions, through their caches, and the way to the untrusted party.
+
+    Args:
+        layers: the decoder's blocks.
+        plan: the agreement with the untrusted side.
+        shape, scale: of the model; `scale` of real rows, where there are redundant ones.
+        boundary: the only way to the untrusted side.
+    """
+
+    def __init__(
+        self, layers: Any, plan: Plan, shape: ModelShape, scale: RedundantScale | None, boundary: Boundary
+    ) -> None:
+        self.plan = plan
+        self.shape = shape
+        self.scale = scale
+        self.boundary = boundary
+        self.device = boundary.secure_device
+        self.weights = SecureWeights(layers, plan, self.device)
+        self._forgotten: deque[str] = deque()
+
+    def __repr__(self) -> str:
+        return f"SecureParty({self.plan!r})"
+
+    def line(self, conversation: str, stage: str, cache: SplitCache | None = None) -> Line:
+        """The boundary for one conversation and stage; with its cache, for a new step of its generation."""
+        while self._forgotten:
+            self.boundary.ask("close", conversation=self._forgotten.popleft(), stage=stage, tensors={})
+        if cache is None:
+            return Line(self.boundary, conversation, stage)
+        cache.steps += 1
+        return Line(self.boundary, conversation, stage, cache.steps, cache.tokens, cache.key_rows)
+
+    def forget(self, conversation: str) -> None:
+        """Close a conversation with the next request: its cache may go while another request is under way."""
+        self._forgotten.append(conversation)
+
+    def noise(self, session: Session, block: int, batch: int, rows: int) -> Noise | None:
+        """One-time noise for rows that enter a start block; None where the settings ask for none."""
+        weights = self.weights.qkv.get(block)
+        if weights is None:
+            return None
+        rms = self.shape.first_norm_rms
+        if block:
+            rms = float(self.weights.attention_norm[block].weight.float().square().mean().sqrt())
+        return session.take_noise(batch, rows, weights, layer=block, rms=rms)
+
+    def feature_key(self, session: Session, block: int, sequences: Tensor | None = None) -> FeatureKey:
+        """The session's π_r of a block, for the given sequences of it."""
+        key = session.feature_key(block, self.device)
+        return key if sequences is None else key.select(sequences)
+
+    def share(self, cache: SplitCache, shared: SharedKeys | None = None) -> None:
+        """Stage 2, if it was not done: token permutations of the middle blocks, and the end blocks' encoded keys."""
+        if cache.is_shared:
+            return
+        shared = cache.session.share_keys() if shared is None else shared
+        line = self.line(cache.session_id, "key sharing")
+        if shared.blocks:
+            position, rotary = (upload(x, self.device) for x in (shared.token_position, shared.positions))
+            line.ask("unlock", token_position=position, positions=rotary)
+        for block, keys in cache.pending_keys.items():
+            line.ask("encoded_keys", block, encoded_keys=keys)
+        cache.pending_keys = {}
+        cache.is_shared = True
+
+    def select(self, cache: SplitCache, rows: Tensor) -> None:
+        """Let the untrusted side go on with the given rows of the batch, (B',) int64."""
+        self.share(cache)
+        self.line(cache.session_id, "generation", cache).ask("select", rows=rows)
