@@ -6,21 +6,27 @@ from scx.keyfile import load_keys, save_keys
 from scx.keys import SCXKeyGenerator, Session
 from scx.kvcache import EncodedCache, decode_kvcache, merge_kvcache_dynamic, split_kvcache_dynamic
 from scx.models.llama import decode_llama, encode_llama, encoded_llama
+from scx.models.split import record_transcript
+from scx.party.sharing import SharedKeys, load_shared_keys, save_shared_keys
 
 __all__ = [
     "EncodedCache",
     "FileRefusedError",
     "SCXKeyGenerator",
     "Session",
+    "SharedKeys",
     "decode_kvcache",
     "decode_llama",
     "encode_llama",
     "encoded_llama",
     "load_keys",
     "load_kvcache",
+    "load_shared_keys",
     "merge_kvcache_dynamic",
+    "record_transcript",
     "save_keys",
     "save_kvcache",
+    "save_shared_keys",
     "split_kvcache_dynamic",
 ]
 __version__ = "0.1.0"

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 from scx import audit, demo
+from scx.party import transcript
+from scx.party.plan import CROSSINGS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,13 +29,25 @@ def _parser() -> argparse.ArgumentParser:
     audited.add_argument("--tokens", type=int, default=256, help="prompt tokens (default: %(default)s)")
     audited.add_argument("--redundant", type=int, default=64, help="redundant rows (default: %(default)s)")
     audited.add_argument("--noise", type=float, default=10.0, help="noise scale; 0: none (default: %(default)s)")
+
+    crossed = commands.add_parser("transcript", help="show what crosses the boundary of the split placement")
+    crossed.add_argument("--model", help="directory or hub id (default: SmolLM2-135M-Instruct)")
+    crossed.add_argument("--tokens", type=int, default=64, help="prompt tokens (default: %(default)s)")
+    crossed.add_argument("--redundant", type=int, default=16, help="redundant rows (default: %(default)s)")
+    crossed.add_argument("--noise", type=float, default=5.0, help="noise scale; 0: none (default: %(default)s)")
+    crossed.add_argument("--crossings", choices=CROSSINGS, default="few", help="default: %(default)s")
+    crossed.add_argument("--reuse-feature-keys", action="store_true", help="one feature key over a generation")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
-    if options.pop("command") == "audit":
+    command = options.pop("command")
+    if command == "audit":
         print(audit.run(**options))
+        return 0
+    if command == "transcript":
+        print(transcript.run(**options))
         return 0
     return 0 if demo.run(**options) else 1
 

@@ -13,7 +13,7 @@ from scx.kvcache import EncodedCache
 from scx.models.llama import encoded_llama
 from scx.smollm2 import smollm2_path
 
-__all__ = ["Finding", "read_first_block", "run"]
+__all__ = ["Finding", "order_rows", "read_first_block", "run"]
 
 _ROWS_AT_ONCE = 4096
 
@@ -50,6 +50,24 @@ def read_first_block(model: PreTrainedModel, values: Tensor) -> Tensor:
         best = torch.where(closer, distance, best)
         found = torch.where(closer, nearest + start, found)
     return found.view(batch, tokens)
+
+
+def order_rows(value_product: Tensor, value: Tensor) -> Tensor:
+    """Find where each token lies among the encoded rows of a block, from what crosses a boundary in that block.
+
+    V has no position: the untrusted side computed it row by row, token-permuted with redundant rows among them, and
+    then receives it for attention in token order with its features permuted. Sorting each head's features makes the
+    rows of both alike.
+
+    Args:
+        value_product: (B, T, G*d), the untrusted side's own product.
+        value: (B, G, S, d), as it came for attention.
+
+    Returns: (B, S) int64, the token positions; rows that no token took are redundant.
+    """
+    own = value_product.float().unflatten(-1, (value.shape[1], -1)).sort(dim=-1).values.flatten(-2)
+    came = value.float().transpose(1, 2).sort(dim=-1).values.flatten(-2)
+    return torch.cdist(came, own).argmin(dim=-1)
 
 
 @dataclass(frozen=True)

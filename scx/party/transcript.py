@@ -1,0 +1,193 @@
+"""What crossed the boundary, as a table, and what must cross, as a formula. `python -m scx transcript` prints both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from scx.keys import ModelShape, SCXKeyGenerator
+from scx.models.llama import encoded_llama, model_shape
+from scx.models.split import record_transcript, split_plan
+from scx.party.boundary import STAGES, Crossing, Transcript
+from scx.party.plan import Plan
+from scx.smollm2 import smollm2_path
+
+__all__ = ["Expected", "expected_bytes", "format_table", "run"]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Bytes that a stage sends to the untrusted side and brings back."""
+
+    to_untrusted: int
+    to_secure: int
+
+    @property
+    def total(self) -> int:
+        return self.to_untrusted + self.to_secure
+
+
+def expected_bytes(
+    plan: Plan,
+    shape: ModelShape,
+    stage: str,
+    *,
+    batch: int,
+    tokens: int,
+    redundant: int,
+    past: int = 0,
+    itemsize: int = 4,
+    padded: bool = False,
+    position_rows: int = 1,
+) -> Expected:
+    """What must cross in one prefill, one key sharing, or one step of a generation.
+
+    Args:
+        stage: one of `scx.party.boundary.STAGES`.
+        batch: sequences B. tokens: S of a prefill or its sharing, n of a step. redundant: R of the prefill.
+        past: cached tokens before a step.
+        itemsize: bytes of an element of the model's dtype.
+        padded: whether there is left padding. position_rows: rows of the rotary positions, 1 or B.
+
+    Raises: ValueError for another stage. Source: the formulas in SECURITY.md.
+    """
+    if stage == "prefill":
+        expected = _prefill_bytes(plan, shape, tokens, redundant, itemsize)
+        extra = batch * 8 if padded else 0
+    elif stage == "key sharing":
+        expected = _sharing_bytes(plan, shape, tokens, redundant, itemsize)
+        extra = position_rows * tokens * 8 if plan.middle_blocks else 0
+    elif stage == "generation":
+        expected = _step_bytes(plan, shape, tokens, past, past + redundant, itemsize)
+        requests = 1 + plan.end if plan.few else bool(plan.middle_blocks) + plan.end
+        extra = requests * position_rows * tokens * 8
+    else:
+        raise ValueError(f"stage: expected one of {STAGES}, got {stage!r}")
+    return Expected(batch * expected.to_untrusted + extra, batch * expected.to_secure)
+
+
+def _sizes(shape: ModelShape) -> tuple[int, int, int]:
+    """Features of a row, of its q product, and of its k or v product: D, H*d, G*d."""
+    return shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+
+
+def _noisy_itemsize(plan: Plan, itemsize: int) -> int:
+    return max(itemsize, 4) if plan.noisy else itemsize
+
+
+def _prefill_bytes(plan: Plan, shape: ModelShape, tokens: int, redundant: int, itemsize: int) -> Expected:
+    hidden, q, kv = _sizes(shape)
+    layers, rows, first = plan.num_layers, tokens + redundant, _noisy_itemsize(plan, itemsize)
+    borders = sum(plan.is_border(block) for block in range(layers))
+    attention_inputs = 1 if plan.few else layers
+    sent = rows * hidden * (first + (attention_inputs - 1) * itemsize)
+    sent += layers * tokens * (q + 2 * kv) * itemsize + layers * rows * q * itemsize
+    sent += borders * rows * hidden * itemsize
+    returned = rows * (q + 2 * kv) * (first + (layers - 1) * itemsize) + layers * tokens * q * itemsize
+    returned += borders * rows * hidden * itemsize + (1 if plan.few else layers) * rows * hidden * itemsize
+    return Expected(sent, returned)
+
+
+def _sharing_bytes(plan: Plan, shape: ModelShape, tokens: int, redundant: int, itemsize: int) -> Expected:
+    _, _, kv = _sizes(shape)
+    return Expected(len(plan.middle_blocks) * tokens * 8 + plan.end * (tokens + redundant) * kv * itemsize, 0)
+
+
+def _step_bytes(plan: Plan, shape: ModelShape, tokens: int, past: int, key_rows: int, itemsize: int) -> Expected:
+    hidden, q, kv = _sizes(shape)
+    start, end, middle, noisy = plan.start, plan.end, bool(plan.middle_blocks), _noisy_itemsize(plan, itemsize)
+    row = tokens * hidden * itemsize
+    moved = tokens if plan.reuse_feature_keys else past + tokens
+    sent = start * (tokens * hidden * noisy + tokens * q * itemsize + 2 * moved * kv * itemsize)
+    returned = start * (tokens * (q + 2 * kv) * noisy + tokens * q * itemsize)
+    returned += end * (shape.num_heads * tokens * (key_rows + tokens) * max(itemsize, 4) + tokens * kv * itemsize)
+    if plan.few:
+        sent += (max(start, 1) + end) * row
+        returned += (max(start - 1, 0) + 1 + end) * row
+    else:
+        sent += (start + middle + 2 * end) * row
+        returned += (start + middle + end) * row
+    return Expected(sent, returned)
+
+
+_COLUMNS = ("stage", "blocks", "request", "direction", "tensor", "shape", "dtype", "bytes")
+
+
+def format_table(crossings: Sequence[Crossing]) -> str:
+    """Crossings as a table in text; neighbouring blocks that exchange the same are one line."""
+    by_block = [(key, list(group)) for key, group in groupby(crossings, key=lambda x: (x.stage, x.block))]
+    lines: list[tuple[str, ...]] = []
+    for _, alike in groupby(by_block, key=lambda item: (item[0][0], [_look(x) for x in item[1]])):
+        groups = [group for _, group in alike]
+        for place, x in enumerate(groups[0]):
+            total = sum(group[place].nbytes for group in groups)
+            shape = " x ".join(map(str, x.shape))
+            dtype = str(x.dtype).removeprefix("torch.")
+            blocks = _block_range(groups[0][0].block, groups[-1][0].block)
+            lines.append((x.stage, blocks, x.operation, x.direction, x.name, shape, dtype, f"{total:,}"))
+    widths = [max(map(len, column)) for column in zip(_COLUMNS, *lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip()
+                     for line in (_COLUMNS, *lines))  # fmt: skip
+
+
+def _look(x: Crossing) -> tuple[Any, ...]:
+    return x.operation, x.direction, x.name, x.shape, x.dtype
+
+
+def _block_range(first: int, last: int) -> str:
+    if first < 0:
+        return "-"
+    return str(first) if first == last else f"{first}-{last}"
+
+
+@torch.no_grad()
+def run(
+    *,
+    model: str | None = None,
+    tokens: int = 64,
+    redundant: int = 16,
+    noise: float = 5.0,
+    crossings: str = "few",
+    reuse_feature_keys: bool = False,
+) -> str:
+    """Prefill and generate two tokens in the split placement, both sides on the CPU, and tell what crossed.
+
+    Args:
+        model: a directory or hub id; SmolLM2-135M-Instruct if None.
+        tokens: random prompt tokens. redundant: redundant rows R.
+        noise: scale of the removable noise in units of the rows' root mean square; 0 for none.
+        crossings, reuse_feature_keys: as in `encode_llama`.
+
+    Returns: the table, and bytes and round trips per stage beside the formula.
+    """
+    llama = AutoModelForCausalLM.from_pretrained(model or str(smollm2_path()), dtype=torch.float32).eval()
+    shape = model_shape(llama)
+    options: dict[str, Any] = {"noise_scale": noise} if noise else {}
+    keys = SCXKeyGenerator.for_model(llama, redundant_num=redundant, alp=noise > 0, **options)
+    plan = split_plan(keys, shape, crossings, reuse_feature_keys)
+    prompt = torch.randint(0, shape.vocab_size, (1, tokens))
+    with encoded_llama(llama, keys, "cpu", crossings=crossings, reuse_feature_keys=reuse_feature_keys):
+        with record_transcript(llama) as transcript:
+            out = llama(prompt)
+            llama(prompt[:, :1], past_key_values=out.past_key_values)
+        with record_transcript(llama) as later:
+            llama(prompt[:, :1], past_key_values=out.past_key_values)
+    lines = [format_table(transcript.crossings), ""]
+    for stage in STAGES:
+        step = stage == "generation"
+        given: dict[str, Any] = {"tokens": 1, "past": tokens} if step else {"tokens": tokens}
+        expected = expected_bytes(plan, shape, stage, batch=1, redundant=redundant, itemsize=4, **given)
+        lines.append(_summary(transcript, stage, expected))
+    lines.append(f"the next step: {later.nbytes():,} bytes in {later.requests['generation']} round trips")
+    return "\n".join(lines)
+
+
+def _summary(transcript: Transcript, stage: str, expected: Expected) -> str:
+    there, back = (transcript.nbytes(stage, way) for way in ("to untrusted", "to secure"))
+    return (
+        f"{stage}: {there:,} bytes there and {back:,} back in {transcript.requests[stage]} round trips; "
+        f"by the formula {expected.to_untrusted:,} and {expected.to_secure:,}"
+    )

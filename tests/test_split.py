@@ -1,0 +1,627 @@
+"""The split placement: two parties compute what the plain model computes, and only what is documented crosses."""
+
+import copy
+import gc
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any
+
+import pytest
+import torch
+from test_requests import GENERATIONS
+from tiny import FAMILIES, VOCABULARY, tiny_model
+from torch import Tensor
+from transformers import DynamicCache, set_seed
+
+from scx import (
+    FileRefusedError,
+    SCXKeyGenerator,
+    Session,
+    decode_llama,
+    encode_llama,
+    encoded_llama,
+    load_shared_keys,
+    record_transcript,
+    save_shared_keys,
+    split_kvcache_dynamic,
+)
+from scx.audit import order_rows
+from scx.encoding import FeatureKey, LayerKeys, Noise, RowKey, TokenKeys
+from scx.keys import PassKeys, Step
+from scx.keystream import KeyStream, Secret
+from scx.models.llama import model_shape
+from scx.models.split import split_plan
+from scx.party import MESSAGES, Plan, SecureParty, SplitCache, UntrustedParty
+from scx.party.transcript import expected_bytes, format_table
+
+KEYS = (
+    Session, SCXKeyGenerator, Secret, KeyStream, Step, PassKeys, TokenKeys, LayerKeys, RowKey, FeatureKey, Noise,
+    SecureParty, SplitCache,
+)  # fmt: skip
+ALL = {"redundant_num": 5, "alp": True}
+by_crossings = pytest.mark.parametrize("crossings", ["few", "paper"])
+
+
+def keys_for(model, **options) -> SCXKeyGenerator:
+    return SCXKeyGenerator.for_model(model, **{**ALL, **options})
+
+
+def untrusted_party(model) -> UntrustedParty:
+    return model.model._scx.party.boundary._receiver
+
+
+def padded(prompt, batch: int, length: int) -> dict[str, Tensor]:
+    ids = prompt(length, batch)
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        mask[row, : 2 * row] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+# Equality with the plain model
+
+
+@by_crossings
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_generate_gives_the_plain_models_tokens(prompt, kind: str, crossings: str) -> None:
+    """Every way of generating, left-padded batches included; beam search selects rows on both sides, prompt lookup
+    crops, a chunked prompt goes on as a conversation does."""
+    model = tiny_model(layers=4)
+    inputs = padded(prompt, 1 if kind == "prompt lookup" else 3, 10)
+
+    def generate() -> Tensor:
+        set_seed(1)
+        return model.generate(**inputs, max_new_tokens=12, **GENERATIONS[kind])
+
+    plain = generate()
+    with encoded_llama(model, keys_for(model), "cpu", crossings=crossings):
+        assert torch.equal(generate(), plain)
+
+
+@by_crossings
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(prompt, family: str, crossings: str) -> None:
+    """Biases, norms per head and sliding windows hold on both sides of the boundary, in every stage."""
+    options: dict[str, Any] = {} if family == "llama" else {"sliding_window": 5}
+    if family.startswith("qwen"):
+        options |= {"use_sliding_window": True, "max_window_layers": 2}
+    model = tiny_model(family, layers=5, **options)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0 if parameter.mean() > 0.5 else 0.0, 0.2)
+    check_logits(model, padded(prompt, 2, 12), crossings, 2e-4, protected_layers=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@by_crossings
+def test_half_precision(prompt, crossings: str, dtype: torch.dtype) -> None:
+    """Rows under noise cross in float32, so that it leaves no trace in half precision: logits differ from the plain
+    model's by a few of the dtype's roundings, as in the fused placement."""
+    model = tiny_model(dtype=dtype, layers=4)
+    largest = model(prompt(9, 2)).logits.abs().max().item()
+    check_logits(model, {"input_ids": prompt(9, 2)}, crossings, 24 * torch.finfo(dtype).eps * largest)
+
+
+@pytest.mark.parametrize("protected", [{"protected_layers": 0, "alp": False}, {"protected_layers": 2}, {"decode_end_layers": []},
+                                       {"decode_start_layers": [0, 1, 2], "decode_end_layers": [3]}])  # fmt: skip
+@pytest.mark.parametrize("reuse", [False, True], ids=["fresh", "reused"])
+@by_crossings
+def test_protected_layers(prompt, crossings: str, reuse: bool, protected: dict) -> None:
+    """Whichever blocks are start, middle and end blocks, or none, the logits are the plain model's."""
+    check_logits(tiny_model(layers=4), padded(prompt, 2, 7), crossings, 2e-4, reuse_feature_keys=reuse, **protected)
+
+
+@torch.no_grad()
+def check_logits(
+    model, inputs: dict, crossings: str, allowed: float, reuse_feature_keys: bool = False, **options
+) -> None:
+    """A prefill and three steps of one, two and one tokens, against one plain pass over all of them."""
+    ids = inputs["input_ids"]
+    later = torch.randint(1, VOCABULARY, (len(ids), 4))
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    mask = torch.nn.functional.pad(mask, (0, 4), value=1)
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    plain = model(torch.cat((ids, later), dim=1), attention_mask=mask, position_ids=positions).logits
+    generator = keys_for(model, **options)
+    with encoded_llama(model, generator, "cpu", crossings=crossings, reuse_feature_keys=reuse_feature_keys):
+        cache, logits, start = None, [], 0
+        for stop in (ids.shape[1], *(ids.shape[1] + n for n in (1, 3, 4))):
+            out = model(
+                torch.cat((ids, later), dim=1)[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+            )
+            cache, start = out.past_key_values, stop
+            logits.append(out.logits)
+    assert cache.get_seq_length() == start
+    difference = (torch.cat(logits, dim=1) - plain)[mask.bool()].abs().max().item()
+    assert difference <= allowed
+
+
+@torch.no_grad()
+def test_documented_calls(llama, prompt) -> None:
+    """`mode`, `split_kvcache_dynamic` and both parts in a decode call; the parts are the parties' own division."""
+    ids = prompt(10)
+    plain = llama.generate(ids, max_new_tokens=5, do_sample=False)[:, 10:]
+    encode_llama(llama, keys_for(llama, decode_start_layers=[0], decode_end_layers=[2]), "cpu")
+    output = llama(ids, mode="prefill")
+    with pytest.raises(ValueError, match=r"gpu_layers: in the split placement .* holds the layers \[1\]"):
+        split_kvcache_dynamic(output.past_key_values, gpu_layers=[0, 1])
+    gpu_kvcache, cpu_kvcache = split_kvcache_dynamic(output.past_key_values, gpu_layers=[1])
+    assert (gpu_kvcache.layer_indices, cpu_kvcache.layer_indices) == ((1,), (0, 2))
+    for step in range(5):
+        token = output.logits[:, -1:].argmax(dim=-1)
+        assert token.item() == plain[0, step]
+        output = llama(
+            token, use_cache=True, mode="decode", cache_position=torch.arange(10 + step, 11 + step),
+            gpu_kvcache=gpu_kvcache, cpu_kvcache=cpu_kvcache,
+        )  # fmt: skip
+    assert gpu_kvcache.get_seq_length() == cpu_kvcache.get_seq_length() == 15
+    decode_llama(llama)
+    assert type(llama(ids).past_key_values) is DynamicCache
+
+
+@torch.no_grad()
+def test_environment_chooses_the_placement(llama, prompt, monkeypatch) -> None:
+    monkeypatch.setenv("SCX_SECURE_DEVICE", "cpu")
+    with encoded_llama(llama, keys_for(llama)):
+        assert type(llama(prompt(4)).past_key_values) is SplitCache
+    monkeypatch.setenv("SCX_SECURE_DEVICE", "enclave")
+    with pytest.raises(ValueError, match="secure_device: expected a device such as 'cpu' or 'cuda:1', got 'enclave'"):
+        encode_llama(llama, keys_for(llama))
+    monkeypatch.delenv("SCX_SECURE_DEVICE")
+    with encoded_llama(llama, keys_for(llama)), pytest.raises(ValueError, match="not in the split placement"):
+        record_transcript(llama).__enter__()
+
+
+# What the untrusted party can reach
+
+
+def reachable(start: object) -> list[object]:
+    """Every object that can be reached from another through attributes, containers, closures and bound methods, not
+    through its class or a module."""
+    seen: dict[int, object] = {}
+    pending = [start]
+    while pending:
+        x = pending.pop()
+        if id(x) in seen or isinstance(x, type) or type(x).__name__ == "module":
+            continue
+        seen[id(x)] = x
+        if isinstance(x, FunctionType):
+            pending += [cell.cell_contents for cell in x.__closure__ or ()] + list(x.__defaults__ or ())
+        elif isinstance(x, MethodType):
+            pending += [x.__self__, x.__func__]
+        else:
+            pending += gc.get_referents(x)
+    return list(seen.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reuse", [False, True])
+@by_crossings
+def test_untrusted_party_reaches_no_key(llama, prompt, crossings: str, reuse: bool) -> None:
+    """From its object, in the middle of a conversation, no key, session or secure party is found, and no tensor that
+    shares memory with the secure side's own."""
+    encode_llama(llama, keys_for(llama), "cpu", crossings=crossings, reuse_feature_keys=reuse)
+    cache = llama(prompt(9)).past_key_values
+    llama(prompt(1), past_key_values=cache)
+    party = untrusted_party(llama)
+    assert party.conversations == (cache.session_id,)
+    found = reachable(party)
+    assert len(found) > 200
+    assert any(x is llama.model.layers[0].mlp.up_proj.weight for x in found)
+    assert not [x for x in found if isinstance(x, KEYS)]
+
+    held = {x.untyped_storage().data_ptr() for x in found if isinstance(x, Tensor)}
+    secret = [cache.layers[0].keys, cache.layers[0].values, *cache.values.values(), *cache.columns.values()]
+    secret += list(vars(cache.session.feature_key(1, torch.device("cpu"))).values())
+    assert not held & {x.untyped_storage().data_ptr() for x in secret}
+
+    from_secure = reachable(cache)
+    assert {type(x) for x in from_secure} >= {Session, Secret, KeyStream, SecureParty}, "the search finds keys"
+
+
+@torch.no_grad()
+def test_conversations_end_with_their_caches(llama, prompt) -> None:
+    """The untrusted side forgets a conversation with the first request after its cache has gone."""
+    encode_llama(llama, keys_for(llama), "cpu")
+    first, second = llama(prompt(5)).past_key_values, llama(prompt(6)).past_key_values
+    assert set(untrusted_party(llama).conversations) == {first.session_id, second.session_id}
+    del first
+    gc.collect()
+    llama(prompt(1), past_key_values=second)
+    assert untrusted_party(llama).conversations == (second.session_id,)
+    llama(prompt(3), use_cache=False)
+    llama(prompt(1), past_key_values=second)
+    assert untrusted_party(llama).conversations == (second.session_id,)
+
+
+@torch.no_grad()
+def test_the_handle_is_not_copied(llama, prompt) -> None:
+    encode_llama(llama, keys_for(llama), "cpu")
+    cache = llama(prompt(5)).past_key_values
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="neither pickled nor copied"):
+            attempt(cache)
+    with pytest.raises(TypeError, match="one of two parties"):
+        copy.deepcopy(llama)
+
+
+@torch.no_grad()
+def test_failed_step_leaves_the_conversation(llama, prompt, monkeypatch) -> None:
+    """A step that fails behind the middle blocks is taken again, and gives the plain model's logits."""
+    ids = prompt(8)
+    plain = llama(ids).logits[:, -1:]
+    encode_llama(llama, keys_for(llama), "cpu")
+    cache = llama(ids[:, :7]).past_key_values
+    party = llama.model._scx.party
+    o_proj = party.weights.o_proj.pop(2)
+    with pytest.raises(KeyError):
+        llama(ids[:, 7:], past_key_values=cache)
+    assert cache.get_seq_length() == 7
+    party.weights.o_proj[2] = o_proj
+    torch.testing.assert_close(llama(ids[:, 7:], past_key_values=cache).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+# The transcript
+
+
+def plain_states(model, ids: Tensor) -> dict[str, list[Tensor]]:
+    """The plain model's rows (S, F) and heads (H, S, d) that must not be seen in token and feature order."""
+    rows: list[Tensor] = [model.get_input_embeddings()(ids)[0]]
+    heads: list[Tensor] = []
+
+    def of_input(module, args, kwargs) -> None:
+        rows.append((args[0] if args else kwargs["hidden_states"])[0].clone())
+
+    def of_output(module, args, out) -> None:
+        rows.append(out[0].clone())
+        if out.shape[-1] % 16 == 0 and module.__class__.__name__ == "Linear":
+            heads.append(out[0].unflatten(-1, (-1, 16)).transpose(0, 1))
+
+    handles = []
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for module in (layer.input_layernorm, layer.post_attention_layernorm, attention.o_proj, layer):
+            handles.append(module.register_forward_pre_hook(of_input, with_kwargs=True))
+        for module in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp, attention.q_proj,
+                       attention.k_proj, attention.v_proj, attention.o_proj):  # fmt: skip
+            handles.append(module.register_forward_hook(of_output))
+    cache = model(ids).past_key_values
+    for handle in handles:
+        handle.remove()
+    heads += [x[0] for layer in cache.layers for x in (layer.keys, layer.values)]
+    return {"rows": rows, "heads": heads}
+
+
+def same_place(seen: Tensor, plain: Tensor) -> float:
+    """The share of rows of `plain` (S, F) that are found in `seen` (T, F), all with one and the same offset."""
+    if seen.shape[-1] != plain.shape[-1]:
+        return 0.0
+    near = torch.cdist(plain, seen) <= 1e-3 * plain.norm(dim=-1, keepdim=True)
+    if seen.shape[0] < plain.shape[0]:
+        return near.any(dim=1).float().mean().item()
+    offsets = range(seen.shape[0] - plain.shape[0] + 1)
+    return max(near.float().diagonal(offset).mean().item() for offset in offsets)
+
+
+def in_any_place(seen: Tensor, plain: Tensor) -> float:
+    """The share of rows of `plain` that lie anywhere in `seen`."""
+    near = torch.cdist(plain, seen) <= 1e-3 * plain.norm(dim=-1, keepdim=True)
+    return near.any(dim=1).float().mean().item()
+
+
+@pytest.fixture(params=["few", "paper"])
+def conversation(request, prompt) -> Iterator[tuple]:
+    """A model of four blocks, a prompt of 24 tokens, three more, and the transcript of it all."""
+    with torch.no_grad():
+        model = tiny_model(layers=4)
+        ids = prompt(27)
+        plain = plain_states(model, ids[:, :24])
+        encode_llama(model, keys_for(model), "cpu", crossings=request.param)
+        with record_transcript(model) as transcript:
+            out = model(ids[:, :24])
+            for step in range(24, 27):
+                out = model(ids[:, step : step + 1], past_key_values=out.past_key_values)
+        yield model, ids, plain, transcript, out.past_key_values
+
+
+def test_prefill_shows_nothing_in_token_and_feature_order(conversation) -> None:
+    """Embeddings, hidden states, products, Q, K and V of the plain run: no tensor that the untrusted side receives
+    before keys are shared has more than a few of their rows in their places."""
+    _, _, plain, transcript, _ = conversation
+    received = [x for x in transcript.received("prefill") if x.tensor.is_floating_point()]
+    assert len(received) > 20
+    assert all(same_place(x, x) == 1.0 for x in plain["rows"]), "the search finds what is there"
+    for crossing in received:
+        kind = "heads" if crossing.tensor.dim() == 4 else "rows"
+        for seen in crossing.tensor[0] if kind == "heads" else crossing.tensor:
+            for known in plain[kind]:
+                for x in known if kind == "heads" else [known]:
+                    assert same_place(seen, x) < 0.4, (crossing, "is plain")
+
+
+def test_prefill_rows_are_permuted_among_redundant_ones(conversation) -> None:
+    """What hides rows is their order and their company: the plain rows are there, out of order, except under noise."""
+    _, _, plain, transcript, _ = conversation
+    rows = transcript.select(stage="prefill", direction="to untrusted", name="attention_rows")
+    inputs = transcript.select(stage="prefill", direction="to untrusted", name="attention_input")
+    for crossing in rows:
+        assert crossing.shape[1] == 24 + ALL["redundant_num"]
+        assert max(in_any_place(crossing.tensor[0], x) for x in plain["rows"]) == 1.0
+    first, *others = inputs
+    assert max(in_any_place(first.tensor[0], x) for x in plain["rows"]) == 0.0, "noise covers the first block's input"
+    assert all(max(in_any_place(x.tensor[0], y) for y in plain["rows"]) == 1.0 for x in others)
+
+
+def test_no_token_key_or_logit_crosses(conversation) -> None:
+    """Integers that cross are lengths and shared positions; feature permutations, protected positions and anything as
+    wide as the vocabulary do not."""
+    model, ids, _, transcript, cache = conversation
+    integers = [x for x in transcript.received() if not x.tensor.is_floating_point()]
+    assert {x.name for x in integers} == {"token_position", "positions"}
+    protected = [columns[0, :24] for columns in cache.columns.values()]
+    for crossing in integers:
+        for row in crossing.tensor.flatten(0, -2):
+            assert not torch.equal(row, ids[0, : len(row)])
+            assert not any(torch.equal(row, columns) for columns in protected)
+            assert row.shape[-1] != model.config.head_dim
+    assert all(VOCABULARY not in x.shape for x in transcript.crossings)
+    assert {x.name for x in transcript.crossings} <= {
+        name for pair in MESSAGES.values() for name in (*pair[0], *pair[1])
+    }
+
+
+def test_generation_hides_start_blocks(conversation) -> None:
+    """A new token enters its first block under noise of its own, and every step moves K and V of that block under
+    features in a new order; the secure side's V of the last block never moves."""
+    model, ids, _, transcript, cache = conversation
+    embedded = model.get_input_embeddings()(ids[0])
+    normalised = model.model.layers[0].input_layernorm(embedded)
+    inputs = transcript.select(stage="generation", direction="to untrusted", name="attention_input")
+    assert len(inputs) == 3
+    noises = [x.tensor[0, 0] - normalised[24 + i] for i, x in enumerate(inputs)]
+    assert all(noise.norm() > 3 * normalised[24 + i].norm() for i, noise in enumerate(noises))
+    assert torch.corrcoef(torch.stack(noises)).fill_diagonal_(0).abs().max() < 0.5
+
+    keys = [x.tensor[0] for x in transcript.select(stage="generation", direction="to untrusted", name="key")]
+    for step, seen in enumerate(keys):
+        own = cache.layers[0].keys[0, :, : 25 + step]
+        torch.testing.assert_close(seen.sort(dim=-1).values, own.sort(dim=-1).values)
+        assert all(same_place(a, b) < 0.2 for a, b in zip(seen, own, strict=True))
+    assert all(same_place(keys[1][head], keys[2][head][:26]) < 0.2 for head in range(2))
+    values = [x for x in transcript.received("generation") if x.name == "value"]
+    assert {x.block for x in values} == {0}
+
+
+def test_scores_lie_in_the_order_of_encoded_keys(conversation) -> None:
+    """The last block's encoded keys hold the plain keys out of order, with redundant rows among them."""
+    model, _, plain, transcript, _ = conversation
+    (sent,) = transcript.select(stage="key sharing", name="encoded_keys")
+    last_keys = plain["heads"][-2]
+    assert sent.block == 3
+    assert sent.shape[2] == 24 + ALL["redundant_num"]
+    for seen, own in zip(sent.tensor[0], last_keys, strict=True):
+        assert in_any_place(seen, own) == 1.0
+        assert same_place(seen, own) < 0.4
+    scores = transcript.select(stage="generation", direction="to secure", name="scores")
+    assert [x.shape[-1] for x in scores] == [sent.shape[2] + n for n in (1, 2, 3)]
+
+
+@torch.no_grad()
+@by_crossings
+def test_each_block_gives_its_row_order_away(prompt, crossings: str) -> None:
+    """Why rows may stay on the untrusted side: in either scheme it finds every block's token permutation, and so its
+    redundant rows, in that block's own messages."""
+    model, tokens = tiny_model(layers=4), 20
+    encode_llama(model, keys_for(model, alp=False), "cpu", crossings=crossings)
+    products: list[Tensor] = []
+    project = UntrustedParty._project
+    with pytest.MonkeyPatch.context() as patch, record_transcript(model) as transcript:
+
+        def spy(party, held, block, rows):
+            reply = project(party, held, block, rows)
+            products.append(reply["value_product"])
+            return reply
+
+        patch.setattr(UntrustedParty, "_project", spy)
+        cache = model(prompt(tokens)).past_key_values
+    values = transcript.select(stage="prefill", direction="to untrusted", name="value")
+    found = [order_rows(product, x.tensor) for product, x in zip(products, values, strict=True)]
+    shared = cache.session.share_keys()
+    for block, position in zip(shared.blocks, shared.token_position, strict=True):
+        assert torch.equal(found[block], position)
+    assert all(len(set(order[0].tolist())) == tokens for order in found)
+
+
+# Bytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("options", [ALL, {"alp": False, "protected_layers": 0}, {**ALL, "protected_layers": 2}])
+@by_crossings
+def test_bytes_follow_the_formula(prompt, crossings: str, options: dict, reuse: bool, dtype: torch.dtype) -> None:
+    model = tiny_model(layers=5, dtype=dtype)
+    inputs = padded(prompt, 2, 11)
+    generator = SCXKeyGenerator.for_model(model, **{"redundant_num": 3, **options})
+    plan, shape = split_plan(generator, model_shape(model), crossings, reuse), model_shape(model)
+    known = {"batch": 2, "redundant": generator.redundant_num, "itemsize": dtype.itemsize}
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    with encoded_llama(model, generator, "cpu", crossings=crossings, reuse_feature_keys=reuse):
+        with record_transcript(model) as first:
+            out = model(**inputs)
+            model(prompt(1, 2), attention_mask=mask[:, :12], past_key_values=out.past_key_values)
+        with record_transcript(model) as second:
+            model(prompt(2, 2), attention_mask=mask, past_key_values=out.past_key_values)
+    for transcript, stage, sizes in (
+        (first, "prefill", {"tokens": 11, "padded": True}),
+        (first, "key sharing", {"tokens": 11}),
+        (first, "generation", {"tokens": 1, "past": 11}),
+        (second, "generation", {"tokens": 2, "past": 12}),
+    ):
+        expected = expected_bytes(plan, shape, stage, **known, **sizes)
+        assert transcript.nbytes(stage, "to untrusted") == expected.to_untrusted
+        assert transcript.nbytes(stage, "to secure") == expected.to_secure
+
+
+def test_few_crossings_move_less() -> None:
+    """For grouped-query models a prefill moves at most 0.6 of the paper's bytes, with few protected layers."""
+    from scx.keys import ModelShape
+
+    for layers, hidden, heads, groups, size in ((30, 576, 9, 3, 64), (32, 4096, 32, 8, 128), (80, 8192, 64, 8, 128)):
+        shape = ModelShape(layers, hidden, heads, groups, size, 1000, 1.0, "")
+        for tokens, redundant in ((64, 0), (1024, 64)):
+            few, paper = (
+                expected_bytes(Plan(layers, 1, 1, crossings), shape, "prefill", batch=1, tokens=tokens,
+                               redundant=redundant).total
+                for crossings in ("few", "paper")
+            )  # fmt: skip
+            assert few <= 0.6 * paper
+
+
+def test_documented_messages_are_those_that_may_cross() -> None:
+    """The table of messages in SECURITY.md is `MESSAGES`."""
+    text = (Path(__file__).parents[1] / "SECURITY.md").read_text()
+    documented = {}
+    for operation, sent, returned in re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \| ([^|]*) \|$", text, re.MULTILINE):
+        documented[operation] = tuple(tuple(re.findall(r"`(\w+)`", cell)) for cell in (sent, returned))
+    assert documented == MESSAGES
+
+
+@torch.no_grad()
+def test_boundary_refuses_what_is_not_a_message(llama, prompt) -> None:
+    encode_llama(llama, keys_for(llama), "cpu")
+    boundary = llama.model._scx.party.boundary
+    with pytest.raises(ValueError, match=r"attend: tensors \['hidden'\] do not cross"):
+        boundary.ask("attend", conversation="", stage="prefill", tensors={"hidden": torch.zeros(1)})
+
+
+def test_table(conversation) -> None:
+    """One line for each tensor of each kind of block, with its bytes."""
+    table = format_table(conversation[3].crossings)
+    assert re.search(r"prefill +0 +project_qkv +to untrusted +attention_input +1 x 29 x 96 +float32 +11,136", table)
+    assert "key sharing" in table
+    assert re.search(r"generation +3 .* hidden", table)
+
+
+# Key sharing
+
+
+@torch.no_grad()
+@by_crossings
+def test_shared_keys_unlock_middle_blocks_and_no_other(prompt, crossings: str) -> None:
+    """With them the untrusted side's own products become the plain model's K and V in the middle blocks; those of the
+    first and last block stay out of order, whichever of the shared permutations is tried."""
+    model, ids = tiny_model(layers=5), prompt(14)
+    plain = model(ids).past_key_values
+    encode_llama(model, keys_for(model, alp=False), "cpu", crossings=crossings)
+    products: dict[int, Tensor] = {}
+    project = UntrustedParty._project
+
+    def spy(party, held, block, rows):
+        reply = project(party, held, block, rows)
+        products[block] = reply["value_product"]
+        return reply
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UntrustedParty, "_project", spy)
+        cache = model(ids).past_key_values
+    shared = cache.session.share_keys()
+    assert shared.blocks == (1, 2, 3)
+    assert shared.token_position.shape == (3, 1, 14)
+    cache.unlock(shared)
+    held = untrusted_party(model)._held[cache.session_id]
+    for block in shared.blocks:
+        torch.testing.assert_close(held.unlocked[block].keys, plain.layers[block].keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(held.unlocked[block].values, plain.layers[block].values, rtol=1e-4, atol=1e-4)
+    assert not held.products
+    for block in (0, 4):
+        own = plain.layers[block].values[0].transpose(0, 1).flatten(1)
+        for position in shared.token_position:
+            assert same_place(products[block][0, position[0]], own) < 0.5
+    with pytest.raises(RuntimeError, match="has these keys already"):
+        cache.unlock(shared)
+
+
+@torch.no_grad()
+def test_shared_keys_as_a_file(prompt, llama, tmp_path) -> None:
+    """Written and read, they unlock; altered, foreign or wrongly keyed, nothing is loaded."""
+    ids, path, key = prompt(9), tmp_path / "shared.keys", bytes(range(32))
+    plain = llama(prompt(10)).logits
+    encode_llama(llama, keys_for(llama), "cpu")
+    cache, other = llama(prompt(10)[:, :9]).past_key_values, llama(ids).past_key_values
+    save_shared_keys(path, cache.session.share_keys(), key=key)
+    read = load_shared_keys(path, key=key, session_id=cache.session_id)
+    assert torch.equal(read.token_position, cache.session.share_keys().token_position)
+    for reason, arguments in (("session", {"key": key, "session_id": other.session_id}), ("key", {"key": bytes(32)})):
+        with pytest.raises(FileRefusedError) as refused:
+            load_shared_keys(path, **arguments)
+        assert refused.value.reason == reason
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FileRefusedError) as refused:
+        load_shared_keys(path, key=key)
+    assert refused.value.reason == "key"
+    with pytest.raises(ValueError, match="belongs to session"):
+        other.unlock(read)
+    cache.unlock(read)
+    logits = llama(prompt(10)[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, plain[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_fused_sessions_have_nothing_to_share(llama, prompt) -> None:
+    with encoded_llama(llama, keys_for(llama)):
+        session = llama(prompt(4)).past_key_values.session
+    with pytest.raises(RuntimeError, match="no prefill in the split placement"):
+        session.share_keys()
+
+
+# Refusals
+
+
+@torch.no_grad()
+def test_refusals(llama, prompt) -> None:
+    """What the split placement cannot do is refused by name, and nothing is changed."""
+    plain = llama(prompt(4)).past_key_values
+    for message, options in (("crossings: expected one of", {"crossings": "none"}),):
+        with pytest.raises(ValueError, match=message):
+            encode_llama(llama, keys_for(llama), "cpu", **options)
+    with pytest.raises(ValueError, match="alp=True needs the first layer"):
+        encode_llama(llama, keys_for(llama, protected_layers=0), "cpu")
+    assert type(llama(prompt(3)).past_key_values) is DynamicCache
+    encode_llama(llama, keys_for(llama), "cpu")
+    ids = prompt(6, 2)
+    cache = llama(ids).past_key_values
+    for kind, message, arguments in (
+        (ValueError, "output_attentions: inner states", {"output_attentions": True}),
+        (ValueError, "output_hidden_states: inner states", {"output_hidden_states": True}),
+        (ValueError, "left padding, zeros before ones", {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]] * 2)}),
+        (ValueError, r"expects \(2, 6\) with 0 and 1", {"attention_mask": torch.ones(2, 1, 6, 6)}),
+        (ValueError, r"position_ids: expected \(2 or 1, 6\)", {"position_ids": torch.zeros(3, 6, dtype=torch.int64)}),
+        (ValueError, "needs the cache that its prefill returned", {"mode": "decode"}),
+        (TypeError, "got a DynamicCache that holds tokens", {"past_key_values": plain}),
+    ):
+        with pytest.raises(kind, match=message):
+            llama(ids, **arguments)
+    with pytest.raises(ValueError, match="holds 2 sequences, the input has 3"):
+        llama(prompt(1, 3), past_key_values=cache)
+    with pytest.raises(ValueError, match="the conversation's first tokens are None"):
+        llama(prompt(1, 2), past_key_values=cache, attention_mask=torch.tensor([[0, *[1] * 6]] * 2))
+    with pytest.raises(ValueError, match="expected a part|parts of different"):
+        llama(prompt(1, 2), gpu_kvcache=cache.divide([1])[0], cpu_kvcache=llama(ids).past_key_values.divide([1])[1])
+    assert cache.get_seq_length() == 6
+    decode_llama(llama)
+    encode_llama(llama, keys_for(llama), "cpu")
+    with pytest.raises(ValueError, match="begun with another untrusted party"):
+        llama(prompt(1, 2), past_key_values=cache)
+    llama.train()
+    with pytest.raises(RuntimeError, match="serves inference only"):
+        llama(ids)
