@@ -15,9 +15,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first opens and continues a session; the second generates with the same model, made plain again; the third
-    goes on from files."""
+    goes on from files; the fourth generates with two parties."""
     monkeypatch.chdir(tmp_path)
-    first, second, third = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    first, second, third, fourth = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(first, names)  # noqa: S102
     assert names["gpu_kvcache"].get_seq_length() == names["cpu_kvcache"].get_seq_length() == 15
@@ -28,6 +28,9 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     longer, tokens = names["longer"], names["tokens"]
     assert torch.equal(longer[:, : tokens.shape[1]], tokens)
     assert longer.shape[1] == tokens.shape[1] + 8
+    exec(fourth, names)  # noqa: S102
+    check_greedy(names["model"], names["tokens"], names["input_ids"].shape[1])
+    assert names["transcript"].requests["generation"] == 4 * 63
 
 
 @torch.no_grad()

@@ -192,7 +192,7 @@ def _padding(attention_mask: Tensor | None, batch: int, total: int) -> Tensor | 
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask: the split placement expects ({batch}, {total}) with 0 and 1, got {shape}")
     mask = attention_mask.cpu().to(torch.int64)
-    if ((mask != 0) & (mask != 1)).any() or (mask.diff(dim=1) < 0).any() or not mask[:, -1].all():
+    if ((mask != 0) & (mask != 1)).any() or (mask.diff(dim=1) < 0).any():
         raise ValueError("attention_mask: the split placement expects left padding, zeros before ones")
     first = total - mask.sum(dim=1)
     return first if first.any() else None
