@@ -32,6 +32,7 @@ from scx.party.cache import CachePart, SplitCache
 from scx.party.generation import Generation
 from scx.party.plan import Plan
 from scx.party.prefill import Prefill
+from scx.party.replies import ReplyRule
 from scx.party.secure import Rope, SecureParty
 from scx.party.untrusted import UntrustedParty
 
@@ -262,7 +263,8 @@ def make_parties(
     outer = [(module, _device_of(module, untrusted_device)) for module in _outer_modules(model, decoder)]
     for module, _ in outer:
         module.to(device)
-    party = SecureParty(decoder.layers, plan, shape, scale, Boundary(untrusted, device, untrusted_device))
+    boundary = Boundary(untrusted, ReplyRule(plan, shape), device, untrusted_device)
+    party = SecureParty(decoder.layers, plan, shape, scale, boundary)
     return SplitEncoding(generator, shape, scale, decoder.embed_tokens.weight.dtype, party, outer)
 
 

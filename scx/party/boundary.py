@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["MESSAGES", "STAGES", "Boundary", "Crossing", "Request", "Transcript"]
+__all__ = ["MESSAGES", "STAGES", "Boundary", "Crossing", "PartyLostError", "Request", "Transcript"]
 
 STAGES = ("prefill", "key sharing", "generation")
 
@@ -40,6 +40,11 @@ MESSAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Operation -> the names of tensors that it may send to the untrusted side, and that may come back."""
 
 
+class PartyLostError(RuntimeError):
+    """The untrusted party died, did not answer in time, or answered what was not asked for. The conversation's last
+    completed token stands; `scx.party.restore` goes on from there with another party."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One message to the untrusted side: what to do, in which conversation and block, and the tensors for it."""
@@ -58,6 +63,12 @@ class Receiver(Protocol):
     """The far end of a boundary: an untrusted party, or what leads to one in another process."""
 
     def receive(self, request: Request) -> Mapping[str, Tensor]: ...
+
+
+class Rule(Protocol):
+    """Who says what a reply must look like: raises PartyLostError for any other."""
+
+    def check(self, request: Request, reply: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -108,14 +119,22 @@ class Boundary:
 
     Args:
         receiver: the untrusted party, or what leads to it.
+        rule: what replies must look like.
         secure_device, untrusted_device: where tensors go.
     """
 
-    def __init__(self, receiver: Receiver, secure_device: torch.device, untrusted_device: torch.device) -> None:
+    def __init__(
+        self, receiver: Receiver, rule: Rule, secure_device: torch.device, untrusted_device: torch.device
+    ) -> None:
         self._receiver = receiver
+        self._rule = rule
         self.secure_device = secure_device
         self.untrusted_device = untrusted_device
         self._transcripts: list[Transcript] = []
+
+    def reconnect(self, receiver: Receiver) -> None:
+        """Turn to another untrusted party from now on. It knows no conversation: `scx.party.restore` begins them anew."""
+        self._receiver = receiver
 
     @contextmanager
     def record(self) -> Iterator[Transcript]:
@@ -150,7 +169,8 @@ class Boundary:
             tensors: by name, on the secure side's device.
 
         Returns: the reply's tensors by name, on the secure side's device.
-        Raises: ValueError for a tensor that is not in `MESSAGES`.
+        Raises: ValueError for a tensor that is not in `MESSAGES`; PartyLostError without a reply, or with another than
+            was asked for.
         """
         sent, returned = MESSAGES[operation]
         _check_names(operation, tensors, sent)
@@ -158,8 +178,10 @@ class Boundary:
         self._note("to untrusted", stage, block, operation, moved)
         for transcript in self._transcripts:
             transcript.requests[stage] += bool(moved)
-        reply = self._receiver.receive(Request(operation, conversation, stage, block, step, past, key_rows, moved))
+        request = Request(operation, conversation, stage, block, step, past, key_rows, moved)
+        reply = self._receiver.receive(request)
         _check_names(operation, reply, returned)
+        self._rule.check(request, reply)
         back = _move(reply, self.secure_device)
         self._note("to secure", stage, block, operation, back)
         return back

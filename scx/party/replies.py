@@ -1,0 +1,74 @@
+"""What a reply must look like: the secure side believes no shape that the untrusted side sends."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from scx.keys import ModelShape
+from scx.party.boundary import PartyLostError, Request
+from scx.party.plan import Plan
+
+__all__ = ["ReplyRule"]
+
+_Shapes = dict[str, tuple[int, ...]]
+
+
+class ReplyRule:
+    """The tensors and shapes that answer a request, from what both parties know.
+
+    Args:
+        plan, shape: the agreement, and the model's sizes.
+    """
+
+    def __init__(self, plan: Plan, shape: ModelShape) -> None:
+        self.plan = plan
+        self.shape = shape
+
+    def check(self, request: Request, reply: Mapping[str, Tensor]) -> None:
+        """Raises PartyLostError for a reply with other tensors, shapes or kinds of numbers than the request asks for."""
+        expected = self.expected(request)
+        got = {name: tuple(x.shape) for name, x in reply.items()}
+        if got != expected:
+            raise PartyLostError(
+                f"{request.operation}, block {request.block}: expected {expected} from the untrusted side, got {got}"
+            )
+        if not all(x.is_floating_point() for x in reply.values()):
+            raise PartyLostError(f"{request.operation}, block {request.block}: expected floating-point tensors")
+
+    def expected(self, request: Request) -> _Shapes:
+        """The shapes by name."""
+        shape, plan, tensors = self.shape, self.plan, request.tensors
+        rows = next((tuple(x.shape[:2]) for name, x in tensors.items() if name != "positions"), ())
+        if request.operation == "project_qkv":
+            return self._products(rows)
+        if request.operation == "attend":
+            return {"attention": tuple(tensors["query"].shape)}
+        if request.operation == "project_output":
+            return {"output": (*rows, shape.hidden_size)}
+        if request.operation == "feed_forward":
+            return {"feed_forward": (*rows, shape.hidden_size)}
+        if request.operation in ("enter", "advance"):
+            is_last = request.block + 1 == plan.num_layers
+            return {"hidden": (*rows, shape.hidden_size)} if is_last else self._products(rows)
+        if request.operation in ("run_middle", "score", "pass_on"):
+            return self._generated(request, rows)
+        return {}
+
+    def _products(self, rows: tuple[int, ...]) -> _Shapes:
+        q, kv = self.shape.num_heads * self.shape.head_dim, self.shape.num_kv_heads * self.shape.head_dim
+        return {"query_product": (*rows, q), "key_product": (*rows, kv), "value_product": (*rows, kv)}
+
+    def _generated(self, request: Request, rows: tuple[int, ...]) -> _Shapes:
+        shape, hidden = self.shape, {"hidden": (*rows, self.shape.hidden_size)}
+        batch, tokens = rows
+        # The end blocks' keys have grown by this step's tokens when their scores come.
+        scores = {
+            "scores": (batch, shape.num_heads, tokens, request.key_rows + tokens),
+            "value": (batch, shape.num_kv_heads, tokens, shape.head_dim),
+        }
+        if request.operation == "run_middle":
+            return hidden
+        if request.operation == "score":
+            return scores
+        has_next = self.plan.end > 0 and request.block + 1 < self.plan.num_layers
+        return {**hidden, **scores} if has_next else hidden
