@@ -6,7 +6,7 @@ from scx.keyfile import load_keys, save_keys
 from scx.keys import SCXKeyGenerator, Session
 from scx.kvcache import EncodedCache, decode_kvcache, merge_kvcache_dynamic, split_kvcache_dynamic
 from scx.models.llama import decode_llama, encode_llama, encoded_llama
-from scx.models.split import record_transcript
+from scx.models.split import record_transcript, restore_conversation
 from scx.party.sharing import SharedKeys, load_shared_keys, save_shared_keys
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_shared_keys",
     "merge_kvcache_dynamic",
     "record_transcript",
+    "restore_conversation",
     "save_keys",
     "save_kvcache",
     "save_shared_keys",

@@ -12,7 +12,7 @@ import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from scx.encoding import Noise, RedundantScale, TokenKey, is_plain_linear
 from scx.keys import ModelShape, SCXKeyGenerator, Session, Step
 from scx.keystream import KeyStream
 from scx.kvcache import EncodedCache, join_parts
+
+if TYPE_CHECKING:
+    from scx.party.process import RemoteParty
 
 __all__ = ["decode_llama", "encode_llama", "encoded_llama", "model_shape"]
 
@@ -548,6 +551,7 @@ def encode_llama(
     *,
     crossings: str = "few",
     reuse_feature_keys: bool = False,
+    untrusted: "RemoteParty | None" = None,
 ) -> PreTrainedModel:
     """Change a Llama-like model in place so that it runs under SCX with the keys of `key_generator`.
 
@@ -567,6 +571,7 @@ def encode_llama(
         reuse_feature_keys: in the split placement, keep one feature permutation per start block over a generation, so
             that only new keys and values cross, not the whole encoded cache of these blocks in every step. It costs
             secrecy: with every step the same order is seen on more rows.
+        untrusted: in the split placement, an untrusted party in another process; this one's blocks are not used then.
 
     Returns: `model`.
     Raises: TypeError for a model that is not supported or has quantised or split projections, ValueError for one
@@ -587,7 +592,7 @@ def encode_llama(
             _check_plain_linear(decoder.layers[0].get_submodule(name), f"model: layers.0.{name}")
     scale = _calibrate(decoder, key_generator, shape) if key_generator.redundant_num else None
     if plan is not None and secure is not None:
-        decoder._scx = split.make_parties(model, decoder, plan, key_generator, shape, scale, secure)
+        decoder._scx = split.make_parties(model, decoder, plan, key_generator, shape, scale, secure, untrusted)
         _swap(decoder, _encoded_class(type(decoder), split.SplitModel))
         return model
     layer_class, attention_class = SUPPORTED[type(decoder)]

@@ -8,7 +8,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from scx.models.llama import (
     check_positions,
     is_prefill,
 )
-from scx.party.boundary import Boundary, Transcript
+from scx.party.boundary import Boundary, Receiver, Transcript
 from scx.party.cache import CachePart, SplitCache
 from scx.party.generation import Generation
 from scx.party.plan import Plan
@@ -36,7 +36,10 @@ from scx.party.replies import ReplyRule
 from scx.party.secure import Rope, SecureParty
 from scx.party.untrusted import UntrustedParty
 
-__all__ = ["SplitModel", "record_transcript", "secure_device"]
+if TYPE_CHECKING:
+    from scx.party.process import RemoteParty
+
+__all__ = ["SplitModel", "record_transcript", "restore_conversation", "secure_device"]
 
 
 class SplitEncoding(ModelEncoding):
@@ -123,6 +126,8 @@ class SplitModel(EncodedModel):
             hidden, kept = self._prefill(hidden, rope, first_key, cache, use_cache)
         else:
             hidden, kept = Generation(encoding.party, conversation, rope).run(hidden), conversation
+        if kept is not None:
+            kept.remember(input_ids, rope.positions)
         hidden = self.norm(hidden)
         outputs = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
         if return_dict is None:
@@ -141,6 +146,21 @@ class SplitModel(EncodedModel):
         if first_key is not None:
             first_key = upload(first_key, encoding.party.device)
         return Prefill(encoding.party, session, rope, first_key, kept).run(hidden), kept
+
+    @torch.no_grad()
+    def restore(self, cache: SplitCache) -> None:
+        """Begin a conversation again with the party that is there now, from what the secure side knows."""
+        if cache.history is None:
+            raise ValueError("cache: the conversation began with embeddings, of which the secure side keeps none")
+        before = dict(cache.__dict__)
+        (ids, positions), first_key = cache.history, cache.first_key
+        hidden = self._embed(ids, None)
+        try:
+            self._prefill(hidden, self._rope(hidden, positions, 0), first_key, cache, True)
+        except BaseException:
+            cache.__dict__.update(before)
+            raise
+        cache.remember(ids, positions)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         device = self._scx.party.device
@@ -255,11 +275,17 @@ def make_parties(
     shape: ModelShape,
     scale: RedundantScale | None,
     device: torch.device,
+    remote: "RemoteParty | None",
 ) -> SplitEncoding:
-    """Divide a model: blocks to an untrusted party where they lie, the rest to the secure side's device."""
+    """Divide a model: blocks to an untrusted party where they lie, or to one in another process, the rest to the secure
+    side's device."""
     untrusted_device = _one_device(decoder.layers)
-    rotary = copy.deepcopy(decoder.rotary_emb).to(untrusted_device)
-    untrusted = UntrustedParty(decoder.layers, rotary, plan)
+    untrusted: Receiver
+    if remote is None:
+        rotary = copy.deepcopy(decoder.rotary_emb).to(untrusted_device)
+        untrusted = UntrustedParty(decoder.layers, rotary, plan)
+    else:
+        untrusted, untrusted_device = remote, torch.device("cpu")  # messages leave the process from there
     outer = [(module, _device_of(module, untrusted_device)) for module in _outer_modules(model, decoder)]
     for module, _ in outer:
         module.to(device)
@@ -272,14 +298,30 @@ def _device_of(module: nn.Module, default: torch.device) -> torch.device:
     return next((x.device for x in (*module.parameters(), *module.buffers())), default)
 
 
+def restore_conversation(model: PreTrainedModel, cache: SplitCache) -> None:
+    """Take a conversation up again after its untrusted party was lost, from its last completed token.
+
+    The secure side knows its tokens; another party has only to be there (`RemoteParty.connect`). A new session is opened
+    for them, so that no one-time key is used twice, and `cache` is its handle from now on.
+
+    Raises: ValueError if the model is not in the split placement or the conversation began with embeddings;
+        PartyLostError if this party is lost as well, and `cache` is as it was.
+    """
+    _split_decoder(model).restore(cache)
+
+
+def _split_decoder(model: PreTrainedModel) -> SplitModel:
+    decoders = [module for module in model.modules() if isinstance(module, SplitModel)]
+    if not decoders:
+        raise ValueError("model: it is not in the split placement; encode_llama(..., secure_device=...) puts it there")
+    return decoders[0]
+
+
 @contextmanager
 def record_transcript(model: PreTrainedModel) -> Iterator[Transcript]:
     """Record everything that crosses the boundary of a model in the split placement, within a `with` block.
 
     Raises: ValueError if the model is not in the split placement.
     """
-    decoders: list[Any] = [module for module in model.modules() if isinstance(module, SplitModel)]
-    if not decoders:
-        raise ValueError("model: it is not in the split placement; encode_llama(..., secure_device=...) puts it there")
-    with decoders[0]._scx.party.boundary.record() as transcript:
+    with _split_decoder(model)._scx.party.boundary.record() as transcript:
         yield transcript

@@ -1,6 +1,6 @@
 """Who runs where: a secure and an untrusted party, and the boundary between them."""
 
-from scx.party.boundary import MESSAGES, Boundary, Transcript
+from scx.party.boundary import MESSAGES, Boundary, PartyLostError, Transcript
 from scx.party.cache import SplitCache
 from scx.party.plan import Plan
 from scx.party.secure import SecureParty
@@ -10,6 +10,7 @@ from scx.party.untrusted import UntrustedParty
 __all__ = [
     "MESSAGES",
     "Boundary",
+    "PartyLostError",
     "Plan",
     "SecureParty",
     "SharedKeys",

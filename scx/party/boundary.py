@@ -42,7 +42,7 @@ MESSAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 class PartyLostError(RuntimeError):
     """The untrusted party died, did not answer in time, or answered what was not asked for. The conversation's last
-    completed token stands; `scx.party.restore` goes on from there with another party."""
+    completed token stands; `restore_conversation` goes on from there with another party."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,6 @@ class Boundary:
         self.secure_device = secure_device
         self.untrusted_device = untrusted_device
         self._transcripts: list[Transcript] = []
-
-    def reconnect(self, receiver: Receiver) -> None:
-        """Turn to another untrusted party from now on. It knows no conversation: `scx.party.restore` begins them anew."""
-        self._receiver = receiver
 
     @contextmanager
     def record(self) -> Iterator[Transcript]:

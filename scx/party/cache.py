@@ -40,6 +40,7 @@ class SplitCache(DynamicCache):
     first_key: Tensor | None
     is_shared: bool
     sequences: Tensor | None
+    history: tuple[Tensor, Tensor] | None
     values: dict[int, Tensor]
     columns: dict[int, Tensor]
     pending_keys: dict[int, Tensor]
@@ -56,6 +57,7 @@ class SplitCache(DynamicCache):
         adopted.tokens = adopted.steps = adopted.prefill_rows = 0
         adopted.rows, adopted.first_key = rows, None
         adopted.is_shared, adopted.sequences = False, None
+        adopted.history = None  # token ids and rotary positions, (rows, tokens) each, unless embeddings were given
         adopted.values = {}  # end block -> V (rows, G, tokens, d)
         adopted.columns = {}  # end block -> (rows, tokens): which column of the scores is which token
         adopted.pending_keys = {}  # end block -> Kᶜ, until it is sent with the shared keys
@@ -121,6 +123,9 @@ class SplitCache(DynamicCache):
         self.values = {block: values.index_select(0, index) for block, values in self.values.items()}
         self.columns = {block: columns.index_select(0, index) for block, columns in self.columns.items()}
         self.first_key = None if self.first_key is None else self.first_key.index_select(0, index)
+        if self.history is not None:
+            ids, positions = self.history
+            self.history = ids.index_select(0, index), positions.index_select(0, index)
         self.rows = len(index)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -148,7 +153,18 @@ class SplitCache(DynamicCache):
                 layer.crop(tokens - layer.get_seq_length())
         self.values = {block: values[:, :, :tokens] for block, values in self.values.items()}
         self.columns = {block: columns[:, :tokens] for block, columns in self.columns.items()}
+        if self.history is not None:
+            self.history = self.history[0][:, :tokens], self.history[1][:, :tokens]
         self.tokens = tokens
+
+    def remember(self, input_ids: Tensor | None, positions: Tensor) -> None:
+        """Note what a request brought, (rows, n) ids and (rows or 1, n) positions, to be able to begin again."""
+        if input_ids is None or (self.history is None and self.tokens > input_ids.shape[1]):
+            self.history = None
+            return
+        new = (input_ids.to(positions.device), positions.expand(input_ids.shape))
+        old = self.history
+        self.history = new if old is None else (torch.cat((old[0], new[0]), 1), torch.cat((old[1], new[1]), 1))
 
     def reset(self) -> None:
         raise RuntimeError("reset: a conversation of the split placement is not reused; begin another one")

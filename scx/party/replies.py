@@ -25,7 +25,7 @@ class ReplyRule:
         self.shape = shape
 
     def check(self, request: Request, reply: Mapping[str, Tensor]) -> None:
-        """Raises PartyLostError for a reply with other tensors, shapes or kinds of numbers than the request asks for."""
+        """Raises PartyLostError for a reply with other tensors, shapes or kinds of numbers than were asked for."""
         expected = self.expected(request)
         got = {name: tuple(x.shape) for name, x in reply.items()}
         if got != expected:
@@ -59,10 +59,11 @@ class ReplyRule:
         return {"query_product": (*rows, q), "key_product": (*rows, kv), "value_product": (*rows, kv)}
 
     def _generated(self, request: Request, rows: tuple[int, ...]) -> _Shapes:
-        shape, hidden = self.shape, {"hidden": (*rows, self.shape.hidden_size)}
+        shape = self.shape
+        hidden: _Shapes = {"hidden": (*rows, shape.hidden_size)}
         batch, tokens = rows
         # The end blocks' keys have grown by this step's tokens when their scores come.
-        scores = {
+        scores: _Shapes = {
             "scores": (batch, shape.num_heads, tokens, request.key_rows + tokens),
             "value": (batch, shape.num_kv_heads, tokens, shape.head_dim),
         }

@@ -1,0 +1,155 @@
+"""Two processes: the same tokens, clear errors when a worker dies or is late, and no token lost."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor
+
+from scx import SCXKeyGenerator, encode_llama, restore_conversation
+from scx.models.llama import model_shape
+from scx.models.split import split_plan
+from scx.party import PartyLostError
+from scx.party.boundary import Request
+from scx.party.process import RemoteParty
+from scx.party.replies import ReplyRule
+
+PROMPT, NEW = 9, 12
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model(layers=4).cpu().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def start(saved) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start a worker for an address; what still runs at the end of the test is ended."""
+    started: list[subprocess.Popen] = []
+
+    def start_worker(address: str, *launcher: str) -> subprocess.Popen:
+        module = [*launcher, "-m", "scx.party.worker"]
+        command = [sys.executable, *module, "--connect", address, "--model", str(saved)]
+        started.append(subprocess.Popen(command, cwd=Path(__file__).parents[1]))
+        return started[-1]
+
+    yield start_worker
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def split_over_processes(timeout: float = 120.0) -> tuple:
+    model = tiny_model(layers=4).cpu()
+    generator = SCXKeyGenerator.for_model(model, redundant_num=3, alp=True)
+    shape = model_shape(model)
+    remote = RemoteParty(split_plan(generator, shape, "few", False), shape.fingerprint, timeout=timeout)
+    encode_llama(model, generator, "cpu", untrusted=remote)
+    return model, remote
+
+
+@torch.no_grad()
+def test_killed_worker_costs_no_token(start, prompt) -> None:
+    """A worker is killed in the middle of a generation; the next one takes the conversation up from the last completed
+    token, and the tokens are the plain model's."""
+    ids = prompt(PROMPT).cpu()
+    plain = tiny_model(layers=4).cpu().generate(ids, max_new_tokens=NEW, do_sample=False)[0, PROMPT:].tolist()
+    model, remote = split_over_processes()
+    first = start(remote.address)
+    remote.connect()
+    start(remote.address, "-m", "torch.distributed.run", "--nproc-per-node", "1")
+    out, tokens, session_id = model(ids), [], None
+    cache = out.past_key_values
+    while len(tokens) < NEW:
+        if len(tokens) == 5:
+            first.kill()
+            first.wait()
+        token = out.logits[:, -1:].argmax(dim=-1)
+        try:
+            out = model(token, past_key_values=cache)
+        except PartyLostError as error:
+            assert "worker 1 died or did not answer" in str(error)  # noqa: PT017
+            assert cache.get_seq_length() == PROMPT + len(tokens)
+            session_id = cache.session_id
+            with pytest.raises(PartyLostError, match="worker 1 is not connected"):
+                restore_conversation(model, cache)
+            assert cache.session_id == session_id
+            remote.connect()
+            restore_conversation(model, cache)
+            continue
+        tokens.append(token.item())
+    assert tokens == plain
+    assert session_id is not None
+    assert session_id != cache.session_id, "a conversation taken up again has a session of its own"
+    assert cache.get_seq_length() == PROMPT + NEW
+
+
+def test_nobody_joins() -> None:
+    """Waiting for a worker ends in time, by name."""
+    _, remote = split_over_processes(timeout=0.5)
+    begun = time.monotonic()
+    with pytest.raises(PartyLostError, match=f"no worker joined {remote.address} within 0:00:00.5"):
+        remote.connect()
+    assert time.monotonic() - begun < 10
+
+
+@torch.no_grad()
+def test_late_answer(prompt) -> None:
+    """A party that takes a request and does not answer is given up in time."""
+    from threading import Thread
+
+    from torch.distributed import TCPStore
+
+    from scx.party.process import Peer
+
+    model, remote = split_over_processes(timeout=2.0)
+    done: list[str] = []
+
+    def stay_silent() -> None:
+        host, port = remote.address.split(":")
+        store = TCPStore(host, int(port), is_master=False)
+        store.set(f"joined {store.add('workers', 1)}", "")
+        header, _ = Peer(store, 1, 1, timedelta(seconds=20)).receive(timedelta(seconds=20))
+        done.append(header["operation"])
+        time.sleep(4)
+
+    silent = Thread(target=stay_silent)
+    silent.start()
+    remote.connect()
+    with pytest.raises(PartyLostError, match=r"open, block -1: worker 1 died or did not answer within 0:00:02"):
+        model(prompt(4).cpu())
+    silent.join()
+    assert done == ["open"]
+
+
+def replied(**tensors: Tensor) -> dict[str, Tensor]:
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        replied(),
+        replied(attention=torch.zeros(1, 6, 4, 15)),
+        replied(attention=torch.zeros(1, 6, 4, 16, dtype=torch.int64)),
+        replied(attention=torch.zeros(1, 6, 4, 16), output=torch.zeros(1)),
+    ],
+)
+def test_wrong_replies_are_refused(reply: dict[str, Tensor]) -> None:
+    """A reply that lacks a tensor, has another shape or other numbers, or more than was asked for."""
+    model = tiny_model(layers=4)
+    plan = split_plan(SCXKeyGenerator.for_model(model), model_shape(model), "few", False)
+    rule = ReplyRule(plan, model_shape(model))
+    sent = {"query": torch.zeros(1, 6, 4, 16), "key": torch.zeros(1, 2, 4, 16), "value": torch.zeros(1, 2, 4, 16)}
+    request = Request("attend", "", "prefill", 1, 0, 0, 0, sent)
+    rule.check(request, {"attention": torch.zeros(1, 6, 4, 16)})
+    with pytest.raises(PartyLostError, match="attend, block 1: expected"):
+        rule.check(request, reply)
