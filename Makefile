@@ -21,10 +21,14 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: demo test test-floor lint format bench bench-results bench-compare bench-pytest offline clean
+.PHONY: demo demo-split test test-floor lint format bench bench-results bench-compare bench-pytest offline clean
 
 demo: $(READY)
 	$(RUN) -m scx demo
+
+# The secure side here, the weights in a worker that torchrun starts.
+demo-split: $(READY)
+	$(RUN) -m scx demo-split
 
 test: $(READY)
 	$(RUN) -m pytest

@@ -37,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     crossed.add_argument("--noise", type=float, default=5.0, help="noise scale; 0: none (default: %(default)s)")
     crossed.add_argument("--crossings", choices=CROSSINGS, default="few", help="default: %(default)s")
     crossed.add_argument("--reuse-feature-keys", action="store_true", help="one feature key over a generation")
+
+    divided = commands.add_parser("demo-split", help="answer a prompt with two processes, and show what crossed")
+    divided.add_argument("--model", help="directory or hub id (default: SmolLM2-135M-Instruct)")
+    divided.add_argument("--prompt", default=demo.DEFAULT_PROMPT)
+    divided.add_argument("--tokens", type=int, default=32, help="new tokens at most (default: %(default)s)")
+    divided.add_argument("--crossings", choices=CROSSINGS, default="few", help="default: %(default)s")
     return parser
 
 
@@ -49,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     if command == "transcript":
         print(transcript.run(**options))
         return 0
+    if command == "demo-split":
+        from scx.party import demo as split_demo
+
+        return 0 if split_demo.run(**options) else 1
     return 0 if demo.run(**options) else 1
 
 

@@ -20,7 +20,7 @@ from scx.smollm2 import smollm2_path
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Answer", "answer", "draw_caches", "run"]
+__all__ = ["Answer", "answer", "draw_caches", "run", "tokenize"]
 
 DEFAULT_PROMPT = "Explain in two sentences why a lighthouse flashes instead of shining steadily."
 
@@ -172,7 +172,7 @@ def run(
     path = model or str(smollm2_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
     llama = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().to(device)
-    inputs = _tokenize(tokenizer, prompt).to(device)
+    inputs = tokenize(tokenizer, prompt).to(device)
     options: dict[str, Any] = {"noise_scale": noise} if noise else {}
     keys = SCXKeyGenerator.for_model(llama, redundant_num=redundant, alp=noise > 0, **options)
 
@@ -189,7 +189,8 @@ def run(
     return bool(torch.equal(plain.tokens, encoded.tokens))
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Any:
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Any:
+    """A prompt as the model's chat template wants it: `input_ids` and `attention_mask`, (1, tokens)."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt")
     messages = [{"role": "user", "content": prompt}]

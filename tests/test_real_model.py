@@ -1,6 +1,7 @@
 """A real Llama on real text: SmolLM2-135M-Instruct gives the same tokens, plain and encoded."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -74,3 +75,26 @@ def test_demo(path, tmp_path, capsys) -> None:
     assert "time to first token" in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
+
+
+def test_every_token_agrees_over_a_boundary(path, device) -> None:
+    """Two parties: a padded batch of prompts, with redundant rows and noise, and few crossings."""
+    model = load(path, torch.float32, device)
+    settings = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    inputs = tokenize(path, PROMPTS[:4], device)
+    plain = model.generate(**inputs, **settings)
+    with encoded_llama(model, SCXKeyGenerator.for_model(model, redundant_num=16, alp=True), "cpu"):
+        split = model.generate(**inputs, **settings)
+    assert torch.equal(split.cpu(), plain.cpu())
+
+
+def test_transcript(path, capsys) -> None:
+    """The command prints what crossed, and that it is what the formula says."""
+    assert main(["transcript", "--model", str(path), "--tokens", "12", "--redundant", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "prefill      1-27    advance" in shown
+    for there, back in re.findall(
+        r"^(?:prefill|key sharing|generation): (.*) in .*; by the formula (.*)$", shown, re.M
+    ):
+        assert there.replace(" bytes there", "").removesuffix(" back") == back
+    assert shown.count("by the formula") == 3

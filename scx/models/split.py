@@ -301,8 +301,8 @@ def _device_of(module: nn.Module, default: torch.device) -> torch.device:
 def restore_conversation(model: PreTrainedModel, cache: SplitCache) -> None:
     """Take a conversation up again after its untrusted party was lost, from its last completed token.
 
-    The secure side knows its tokens; another party has only to be there (`RemoteParty.connect`). A new session is opened
-    for them, so that no one-time key is used twice, and `cache` is its handle from now on.
+    The secure side knows its tokens; another party has only to be there (`RemoteParty.connect`). A new session is
+    opened for them, so that no one-time key is used twice, and `cache` is its handle from now on.
 
     Raises: ValueError if the model is not in the split placement or the conversation began with embeddings;
         PartyLostError if this party is lost as well, and `cache` is as it was.

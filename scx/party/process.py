@@ -114,6 +114,10 @@ class RemoteParty:
             self._worker -= 1
             raise PartyLostError(f"no worker joined {self.address} within {self.timeout}") from error
 
+    def close(self) -> None:
+        """End the connection, and with it the worker."""
+        self._peer = None
+
     def receive(self, request: Request) -> Mapping[str, Tensor]:
         """Send a request and wait for the reply. Raises PartyLostError; `connect` turns to the next worker then."""
         asked = f"{request.operation}, block {request.block}: worker {self._worker}"
