@@ -35,6 +35,7 @@ from scx.keystream import KeyStream, Secret
 from scx.models.llama import model_shape
 from scx.models.split import split_plan
 from scx.party import MESSAGES, Plan, SecureParty, SplitCache, UntrustedParty
+from scx.party.prefill import Prefill
 from scx.party.transcript import expected_bytes, format_table
 
 KEYS = (
@@ -419,6 +420,32 @@ def test_scores_lie_in_the_order_of_encoded_keys(conversation) -> None:
         assert same_place(seen, own) < 0.4
     scores = transcript.select(stage="generation", direction="to secure", name="scores")
     assert [x.shape[-1] for x in scores] == [sent.shape[2] + n for n in (1, 2, 3)]
+
+
+@torch.no_grad()
+def test_redundant_keys_say_nothing_of_their_places(prompt) -> None:
+    """The positions to which redundant keys are rotated are drawn apart from where they lie among the others: over many
+    prefills they agree with their rows' numbers as often as chance has it."""
+    model, tokens, count = tiny_model(layers=2), 8, 8
+    encode_llama(model, keys_for(model, redundant_num=count, alp=False), "cpu")
+    rotated: list[Tensor] = []
+    original = Prefill._rotated_decoys
+
+    def spy(self, block, products, decoys, at, groups, size):
+        rotated.append(at[0])
+        return original(self, block, products, decoys, at, groups, size)
+
+    agreeing = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prefill, "_rotated_decoys", spy)
+        for seed in range(40):
+            cache = model(prompt(tokens, seed=seed)).past_key_values
+            taken = set(cache.columns[1][0].tolist())
+            places = torch.tensor([row for row in range(tokens + count) if row not in taken])
+            agreeing += int((places.remainder(tokens)[None] == rotated[-1][:, None]).any(dim=1).sum())
+            assert rotated[-1].max() < tokens
+    # 40 x 8 redundant keys; each hits one of the places' remainders by chance about 3 times in 4.
+    assert agreeing < 0.9 * 40 * count
 
 
 @torch.no_grad()

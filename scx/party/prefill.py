@@ -158,7 +158,9 @@ class Prefill:
         row_index, place = self.keys.permutation(block, "encoded keys")
         decoys = inverse(products.rows.row_index)[:, tokens:].contiguous()
         if decoys.shape[1]:
-            at = place[:, tokens:].remainder(tokens)
+            # Drawn apart from the rows' order: a position that followed from a row's place would mark it as redundant.
+            drawn, _ = self.keys.permutation(block, "positions of redundant keys")
+            at = drawn[:, : decoys.shape[1]].remainder(tokens)
             keys = torch.cat((keys, self._rotated_decoys(block, products, decoys, at, groups, size)), dim=2)
         index = row_index[:, None, :, None].expand(batch, groups, row_index.shape[1], size)
         return keys.gather(2, index), place[:, :tokens].contiguous()
