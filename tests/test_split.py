@@ -478,6 +478,25 @@ def test_each_block_gives_its_row_order_away(prompt, crossings: str) -> None:
     assert others == [tokens] * 3
 
 
+@torch.no_grad()
+def test_rows_of_neighbouring_blocks_are_linked_in_the_papers_scheme(prompt) -> None:
+    """What comes out of one feed-forward is what enters the next attention, to the untrusted side's own arithmetic: it
+    links every token's rows across blocks, and the rows that link to nothing are the redundant ones."""
+    model, tokens, count = tiny_model(layers=4), 20, 6
+    encode_llama(model, keys_for(model, redundant_num=count), "cpu", crossings="paper")
+    with record_transcript(model) as transcript:
+        model(prompt(tokens))
+    inputs = {name: transcript.select(stage="prefill", direction="to untrusted", name=name)
+              for name in ("feed_forward_input", "attention_input")}  # fmt: skip
+    for block in range(3):
+        layer, following = model.model.layers[block : block + 2]
+        rows = inputs["feed_forward_input"][block].tensor
+        rows = following.input_layernorm(rows + layer.mlp(layer.post_attention_layernorm(rows)))
+        linked = near(inputs["attention_input"][block + 1].tensor[0], rows).sum(dim=2)[0]
+        assert linked.tolist().count(1) == tokens
+        assert linked.tolist().count(0) == count
+
+
 # Bytes
 
 
