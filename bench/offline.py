@@ -7,13 +7,15 @@ half-precision product on sm_90 does without the Hopper matrix unit.
 """
 
 import argparse
+import hashlib
+import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.offline_cases import CASES
+from scx_kernels import tiles
 from scx_kernels.kernels import launch
 from scx_kernels.kernels.launch import TARGETS, Target
 
@@ -130,9 +133,24 @@ def read_amd(compiled: Any, target: Target, warps: int) -> tuple[int, int, dict[
     return registers, spills, counts, warps * min(by_registers, by_shared, 32 // warps)
 
 
-def compile_case(case_name: str, dtype_name: str, key: tuple[str, int]) -> list[Row]:
+def targets() -> list[Target]:
+    """Every kind of target with the heuristics' tiles, and every device that tiles are shipped for with those."""
+    files = (json.loads(path.read_text()) for path in sorted(tiles.SHIPPED.glob("*.json")))
+    return list(TARGETS.values()) + [
+        replace(TARGETS[file["provenance"]["backend"], file["provenance"]["arch"]], name=file["device"])
+        for file in files
+    ]
+
+
+def digest() -> str:
+    """Of the kernels and the cases compiled: the table in the repository says which it was made from."""
+    here = Path(__file__).parent
+    sources = [*sorted(Path(launch.__file__).parent.glob("*.py")), here / "offline_cases.py"]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+def compile_case(case_name: str, dtype_name: str, target: Target) -> list[Row]:
     case = next(case for case in cases() if case.name == case_name)
-    target = TARGETS[key]
     launches: list[tuple[Any, ...]] = []
     with launch.recording(target, lambda *what: launches.append(what)):
         case.call(DTYPES[dtype_name])
@@ -189,19 +207,20 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="a file for the table")
     options = parser.parse_args()
     work = [
-        (case.name, dtype, key)
+        (case.name, dtype, target)
         for case in cases()
         if options.only in case.name and (case.quick or not options.quick)
         for dtype in case.dtypes
-        for key in TARGETS
-        if options.dtype in ("", dtype) and options.arch in (0, key[1])
+        for target in targets()
+        if options.dtype in ("", dtype) and options.arch in (0, target.arch)
     ]
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = [row for found in pool.map(compile_case, *zip(*work, strict=True)) for row in found]
     text = table(rows)
     failures = [row for row in rows if row.problems]
     summary = (
-        f"{len(rows)} compilations (torch {torch.__version__}, triton {triton.__version__}), {len(failures)} failures"
+        f"{len(rows)} compilations of kernels {digest()} (torch {torch.__version__}, triton {triton.__version__}), "
+        f"{len(failures)} failures"
     )
     print(text, summary, sep="\n")
     if options.write:
