@@ -10,18 +10,27 @@ from scx_kernels.operations import (
     strip_restore,
 )
 from scx_kernels.reference import accumulation_dtype, linear, noise_image, permute_features, rotary_permute
+from scx_kernels.sealed_operations import random_bits, reseal, seal, unseal
+from scx_kernels.sealing import Sealing, WriteCounter, key_words
 
 __all__ = [
+    "Sealing",
+    "WriteCounter",
     "accumulation_dtype",
     "attention",
     "backend",
     "check_permutation",
     "inject_permute",
+    "key_words",
     "linear",
     "noise_image",
     "permute_features",
     "permuted_linear",
     "qkv_decode_encode",
+    "random_bits",
+    "reseal",
     "rotary_permute",
+    "seal",
     "strip_restore",
+    "unseal",
 ]
