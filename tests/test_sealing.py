@@ -151,8 +151,8 @@ def test_library_and_plain_pytorch_agree(dtype, size, order, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "layout", "rounds"),
     [
-        ((2, 3, 5, 64), "plain", 20),
-        ((1, 2, 3, 16), "plain", 12),
+        ((2, 3, 5, 64), "plain", 12),
+        ((1, 2, 3, 16), "plain", 8),
         ((2, 1, 7, 80), "transposed", 8),
         ((1, 2, 4, 96), "sliced", 8),
         ((2, 2, 3, 10), "expanded", 8),
@@ -182,19 +182,26 @@ def test_kernel_seals_in_place_over_several_programs():
 
 @triton.jit
 def _tile_kernel(
-    x_ptr, out_ptr, key_ptr, writes_ptr, word14, word15, stride_n, ENCODING: tl.constexpr, HEAD_DIM: tl.constexpr,
-    START: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, out_ptr, key_ptr, writes_ptr, word14, word15, N, stride_n, SEAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    START: tl.constexpr, WIDTH: tl.constexpr, IS_FULL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Rows past N and columns past HEAD_DIM are written too: what a caller's product would meet there."""
     row = tl.arange(0, BLOCK_N)
-    offsets = row[:, None] * stride_n + tl.arange(0, WIDTH)[None, :] + START
-    mask = (tl.arange(0, WIDTH) + START < HEAD_DIM)[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0)
-    writes = tl.load(writes_ptr + row)
     key = chacha.load_key(key_ptr)
-    x = chacha.unseal(x, key, writes, word14.to(tl.uint32), word15.to(tl.uint32), ENCODING, HEAD_DIM, START, ROUNDS)
-    tl.store(out_ptr + offsets, x, mask=mask)
+    writes = tl.load(writes_ptr + row, mask=row < N, other=1 << 60)
+    columns = tl.arange(0, WIDTH) + START
+    word14, word15 = word14.to(tl.uint32), word15.to(tl.uint32)
+    if SEAL:
+        x = tl.load(x_ptr + row[:, None] * stride_n + columns[None, :])
+        x = chacha.seal(x, key, writes, word14, word15, HEAD_DIM, START, 8)
+    else:
+        x = chacha.load_unsealed(
+            x_ptr + row * stride_n, 1, row < N, key, writes, word14, word15, HEAD_DIM, START, WIDTH, IS_FULL, 8
+        )
+    tl.store(out_ptr + row[:, None] * stride_n + columns[None, :], x)
 
 
+@pytest.mark.parametrize("is_full", [False, True], ids=["masked", "full"])
 @pytest.mark.parametrize(
     ("dtype", "size", "cuts"),
     [
@@ -202,23 +209,27 @@ def _tile_kernel(
         (torch.bfloat16, 96, [(0, 64), (64, 32)]),
         (torch.float16, 64, [(0, 16), (16, 16), (32, 32)]),
         (torch.float32, 80, [(0, 64), (64, 16)]),
-        (torch.float16, 200, [(0, 128), (128, 128)]),
+        (torch.float16, 72, [(0, 64), (64, 16)]),
+        (torch.float16, 10, [(0, 16)]),
     ],
     ids=str,
 )
-def test_tiles_of_a_head_unseal_where_they_are_loaded(dtype, size, cuts):
-    """The function that other kernels call, on a head cut into column ranges."""
-    x = randn(1, 1, 4, size, dtype=dtype)
-    own = sealed_by(scattered(1, 4), layer=2, first_head=7)
-    stored, out = sealing.seal(x, own, is_value=True), nans(1, 1, 4, size, dtype=dtype)
-    word15 = sealing.row_format(size, dtype.itemsize, True)
-    for start, width in cuts:
-        _tile_kernel[(1,)](
-            stored, out, own.key, own.writes, 7 << 16 | 2, word15, size, "sealed", size, start, width, 8, 4
-        )
-    assert_same_bits(out, x)
-    _tile_kernel[(1,)](stored, out, own.key, own.writes, 0, 0, size, "permuted", size, 0, 256, 8, 4)
-    assert_same_bits(out, stored)
+def test_tiles_are_unsealed_as_they_are_loaded_and_sealed_before_they_are_stored(dtype, size, cuts, is_full):
+    """What other kernels call, on a head cut into column ranges: zero where there is no row or no feature."""
+    rows, width = 8 if is_full else 5, cuts[-1][0] + cuts[-1][1]
+    x = torch.zeros(8, width, dtype=dtype, device=DEVICE)
+    x[:rows, :size] = randn(rows, size, dtype=dtype)
+    own = sealed_by(scattered(1, 8), layer=2, first_head=7)
+    stored = torch.full_like(x, float("nan"))
+    stored[:, :size] = sealing.seal(x[None, None, :, :size], own, is_value=True)[0, 0]
+    words = 7 << 16 | 2, sealing.row_format(size, dtype.itemsize, True)
+    unsealed, sealed = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    for start, block in cuts:
+        options = size, start, block, is_full, 8
+        _tile_kernel[(1,)](stored, unsealed, own.key, own.writes, *words, rows, width, False, *options)
+        _tile_kernel[(1,)](x, sealed, own.key, own.writes, *words, rows, width, True, *options)
+    assert_same_bits(unsealed, x)
+    assert_same_bits(sealed[:rows, :size], stored[:rows, :size])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

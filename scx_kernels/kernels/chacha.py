@@ -12,11 +12,12 @@ Everything is unrolled: a loop in here would keep a caller's loop over keys from
 import triton
 import triton.language as tl
 
-from scx_kernels.sealing import COUNT_BITS
+from scx_kernels.sealing import COUNT_BITS, WRITE_LIMIT
 
-__all__ = ["block_words", "keystream", "load_key", "row_words", "seal", "stripe", "stripe_columns", "unseal"]
+__all__ = ["block_words", "load_key", "load_unsealed", "row_words", "seal", "stripe", "stripe_columns"]
 
 _COUNT_BITS = tl.constexpr(COUNT_BITS)
+_WRITE_BITS = tl.constexpr(WRITE_LIMIT.bit_length() - 1)
 _COUNT_MASK = tl.constexpr((1 << COUNT_BITS) - 1)
 
 
@@ -105,13 +106,24 @@ def row_words(key, writes, block, word14, word15, BLOCKS: tl.constexpr, ROUNDS: 
 
 
 @triton.jit
-def stripe(words, PLACE: tl.constexpr, BITS: tl.constexpr):
-    """(rows, blocks) words -> (rows, blocks * 128 / BITS) unsigned integers: stripe PLACE (0 to 3) of the blocks."""
+def _kept(word, keep):
+    if keep is not None:
+        word = word & keep
+    return word
+
+
+@triton.jit
+def stripe(words, keep, PLACE: tl.constexpr, BITS: tl.constexpr):
+    """(rows, blocks) words -> (rows, blocks * 128 / BITS) unsigned integers: stripe PLACE (0 to 3) of the blocks.
+
+    keep: (rows, 1) uint32, all ones, or zero where the keystream shall be zero; None keeps all. It costs nothing: "and"
+    and the XOR that follows are one instruction.
+    """
     ROWS: tl.constexpr = words[0].shape[0]
     BLOCKS: tl.constexpr = words[0].shape[1]
     # A join adds the lowest bit of the place, so the last one sets even and odd words side by side.
-    even = tl.join(words[4 * PLACE], words[4 * PLACE + 2])
-    odd = tl.join(words[4 * PLACE + 1], words[4 * PLACE + 3])
+    even = tl.join(_kept(words[4 * PLACE], keep), _kept(words[4 * PLACE + 2], keep))
+    odd = tl.join(_kept(words[4 * PLACE + 1], keep), _kept(words[4 * PLACE + 3], keep))
     taken = tl.reshape(tl.join(even, odd), (ROWS, 4 * BLOCKS))
     if BITS == 16:
         halves = tl.join(taken.to(tl.uint16), (taken >> 16).to(tl.uint16))
@@ -128,55 +140,107 @@ def stripe_columns(PLACE: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
-def keystream(
-    key, writes, word14, word15, HEAD_DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
-    ROUNDS: tl.constexpr,
-):  # fmt: skip
-    """(rows, WIDTH) unsigned integers of BITS bits: keystream of features START..START+WIDTH-1 of rows with HEAD_DIM.
-
-    START is a multiple of 16. Features from HEAD_DIM on get keystream of other rows: never store those.
-    """
-    ROWS: tl.constexpr = writes.shape[0]
-    VECTOR: tl.constexpr = 128 // BITS
-    FIRST: tl.constexpr = START % (4 * VECTOR) // VECTOR  # stripe of the first block
-    STRIPES: tl.constexpr = min(WIDTH // VECTOR, 4)
-    COUNT: tl.constexpr = max(WIDTH // (4 * VECTOR), 1)
-    tl.static_assert(FIRST + STRIPES <= 4, "START: a tile begins with a block, or lies within one")
-    block = tl.arange(0, COUNT) + START // (4 * VECTOR)
-    BLOCKS: tl.constexpr = (HEAD_DIM * BITS + 511) // 512
-    words = row_words(key, writes[:, None], block[None, :], word14, word15, BLOCKS, ROUNDS)
-    first = stripe(words, FIRST, BITS)
-    second = stripe(words, FIRST + 1, BITS)
+def _joined(first, second, third, fourth, STRIPES: tl.constexpr, VECTOR: tl.constexpr):
+    """Stripes (rows, columns) of a tile -> the tile; STRIPES of 2: half a block, the last two are not used."""
+    ROWS: tl.constexpr = first.shape[0]
+    COLUMNS: tl.constexpr = first.shape[1]
     if STRIPES == 2:
-        return tl.reshape(tl.trans(tl.join(first, second), 0, 2, 1), (ROWS, WIDTH))
-    third = stripe(words, FIRST + 2, BITS)
-    fourth = stripe(words, FIRST + 3, BITS)
-    joined = tl.join(tl.join(first, third), tl.join(second, fourth))
-    by_block = tl.reshape(joined, (ROWS, COUNT, VECTOR, 4))
-    return tl.reshape(tl.trans(by_block, 0, 1, 3, 2), (ROWS, WIDTH))
+        joined = tl.trans(tl.join(first, second), 0, 2, 1)
+    else:
+        joined = tl.join(tl.join(first, third), tl.join(second, fourth))
+        joined = tl.trans(tl.reshape(joined, (ROWS, COLUMNS // VECTOR, VECTOR, 4)), 0, 1, 3, 2)
+    return tl.reshape(joined, (ROWS, STRIPES * COLUMNS))
 
 
 @triton.jit
-def unseal(
-    x, key, writes, word14, word15, ENCODING: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
+def _tile_words(
+    key, writes, word14, word15, HEAD_DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """A tile (rows, columns) of features START.. as it was loaded -> its values; as it is where ENCODING is "permuted".
+    """Sixteen (rows, blocks) words: the blocks that hold features START..START+WIDTH-1."""
+    PER_BLOCK: tl.constexpr = 512 // BITS
+    tl.static_assert(START % 16 == 0, "START: expected a multiple of 16")
+    tl.static_assert(START % PER_BLOCK == 0 or START % PER_BLOCK + WIDTH <= PER_BLOCK, "START: leaves its block")
+    block = tl.arange(0, max(WIDTH // PER_BLOCK, 1)) + START // PER_BLOCK
+    BLOCKS: tl.constexpr = (HEAD_DIM * BITS + 511) // 512
+    return row_words(key, writes[:, None], block[None, :], word14, word15, BLOCKS, ROUNDS)
 
-    What a masked load filled in becomes keystream: mask again where padding must be zero.
+
+@triton.jit
+def _load_stripe(
+    rows, words, mask, keep, stride, PLACE: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
+    FIRST: tl.constexpr, IS_FULL: tl.constexpr, NARROW: tl.constexpr, UINT: tl.constexpr,
+):  # fmt: skip
+    """Stripe FIRST + PLACE of the tile's blocks, unsealed."""
+    BITS: tl.constexpr = UINT.primitive_bitwidth
+    bits = stripe(words, keep, FIRST + PLACE, BITS)
+    columns = stripe_columns(PLACE, words[0].shape[1], BITS) + START
+    pointers = rows[:, None] + columns[None, :].to(tl.int64) * stride
+    if IS_FULL and not NARROW:
+        x = tl.load(pointers)
+    else:
+        inside = mask[:, None]
+        if NARROW:
+            inside = inside & (columns < HEAD_DIM)[None, :]
+            bits = tl.where((columns < HEAD_DIM)[None, :], bits, 0)
+        x = tl.load(pointers, mask=inside, other=0)
+    return (x.to(UINT, bitcast=True) ^ bits.to(UINT)).to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def load_unsealed(
+    rows, stride, mask, key, writes, word14, word15, HEAD_DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    IS_FULL: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """(rows, WIDTH): features START..START+WIDTH-1 of sealed rows, unsealed; zero past HEAD_DIM and, unless IS_FULL,
+    outside mask.
+
+    rows: pointers. writes: their numbers, loaded with 2^60 outside mask. START is a multiple of 16, and of a block's
+    features unless the tile lies within a block; WIDTH is a power of two. Loaded stripe by stripe, each an asynchronous
+    copy where the compiler pipelines the caller's loop, and joined only then: a tile that was loaded whole would meet
+    its keystream in another layout, dozens of barriers later.
     """
-    if ENCODING == "permuted":
-        return x
-    BITS: tl.constexpr = x.dtype.primitive_bitwidth
+    BITS: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth
     UINT: tl.constexpr = tl.uint16 if BITS == 16 else tl.uint32
-    bits = keystream(key, writes, word14, word15, HEAD_DIM, START, x.shape[1], BITS, ROUNDS)
-    return (x.to(UINT, bitcast=True) ^ bits).to(x.dtype, bitcast=True)
+    VECTOR: tl.constexpr = 128 // BITS
+    STRIPES: tl.constexpr = min(WIDTH // VECTOR, 4)
+    FIRST: tl.constexpr = START // VECTOR % 4
+    NARROW: tl.constexpr = START + WIDTH > HEAD_DIM
+    words = _tile_words(key, writes, word14, word15, HEAD_DIM, START, WIDTH, BITS, ROUNDS)
+    keep = None
+    if not IS_FULL:
+        # Arithmetic on a loaded number: of a comparison the compiler would make a selection of each element.
+        keep = ((writes >> _WRITE_BITS) - 1).to(tl.uint32)[:, None]
+    a = _load_stripe(rows, words, mask, keep, stride, 0, HEAD_DIM, START, FIRST, IS_FULL, NARROW, UINT)
+    b = _load_stripe(rows, words, mask, keep, stride, 1, HEAD_DIM, START, FIRST, IS_FULL, NARROW, UINT)
+    c = a
+    d = b
+    if STRIPES == 4:
+        c = _load_stripe(rows, words, mask, keep, stride, 2, HEAD_DIM, START, FIRST, IS_FULL, NARROW, UINT)
+        d = _load_stripe(rows, words, mask, keep, stride, 3, HEAD_DIM, START, FIRST, IS_FULL, NARROW, UINT)
+    return _joined(a, b, c, d, STRIPES, VECTOR)
 
 
 @triton.jit
 def seal(
-    x, key, writes, word14, word15, ENCODING: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    x, key, writes, word14, word15, HEAD_DIM: tl.constexpr, START: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of values, in the dtype in which it is stored -> what is stored. The same XOR as `unseal`."""
-    return unseal(x, key, writes, word14, word15, ENCODING, HEAD_DIM, START, ROUNDS)
+    """A tile (rows, columns) of features START.., in the dtype in which it is stored -> what is stored.
+
+    Features from HEAD_DIM on would get keystream of another row: they are never stored.
+    """
+    BITS: tl.constexpr = x.dtype.primitive_bitwidth
+    UINT: tl.constexpr = tl.uint16 if BITS == 16 else tl.uint32
+    VECTOR: tl.constexpr = 128 // BITS
+    STRIPES: tl.constexpr = min(x.shape[1] // VECTOR, 4)
+    FIRST: tl.constexpr = START // VECTOR % 4
+    words = _tile_words(key, writes, word14, word15, HEAD_DIM, START, x.shape[1], BITS, ROUNDS)
+    a = stripe(words, None, FIRST, BITS)
+    b = stripe(words, None, FIRST + 1, BITS)
+    c = a
+    d = b
+    if STRIPES == 4:
+        c = stripe(words, None, FIRST + 2, BITS)
+        d = stripe(words, None, FIRST + 3, BITS)
+    bits = _joined(a, b, c, d, STRIPES, VECTOR)
+    return (x.to(UINT, bitcast=True) ^ bits.to(UINT)).to(x.dtype, bitcast=True)

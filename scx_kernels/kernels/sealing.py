@@ -90,9 +90,9 @@ def _seal_kernel(
     x_rows = x_ptr + b * stride_xb + head.to(tl.int64) * stride_xg + token * stride_xn
     out_rows = out_ptr + b * stride_ob + head.to(tl.int64) * stride_og + token * stride_on
     for place in tl.static_range(4):
-        bits = stripe(words, place, BITS)
+        bits = stripe(words, None, place, BITS)
         if OLD_ROUNDS:
-            bits = bits ^ stripe(old_words, place, BITS)
+            bits = bits ^ stripe(old_words, None, place, BITS)
         columns = (block * (512 // BITS))[:, None] + stripe_columns(place, 1, BITS)[None, :]
         mask = in_rows[:, None]
         if HEAD_DIM * BITS % 512 != 0:
@@ -127,7 +127,7 @@ def _random_kernel(
     out_ptr += stream * count
     for place in tl.static_range(4):
         columns = unit.to(tl.int64)[:, None] * 16 + stripe_columns(place, 1, 32)[None, :]
-        tl.store(out_ptr + columns, stripe(words, place, 32).to(tl.int32, bitcast=True), mask=columns < count)
+        tl.store(out_ptr + columns, stripe(words, None, place, 32).to(tl.int32, bitcast=True), mask=columns < count)
 
 
 def seal_tile(units: int, heads: int, old: bool, target: Target) -> dict[str, Any]:
