@@ -2,7 +2,7 @@
 
 import torch
 
-from scx_kernels.kernels import attention, product, qkv, rows, sealing
+from scx_kernels.kernels import attention, product, qkv, rows, sealing, unlock
 from scx_kernels.sealing import Sealing
 
 
@@ -23,6 +23,25 @@ def inject(features, norm, noisy):
             norm_weight=meta(features, dtype=dtype) if norm else None,
             noise=meta(4224, features, dtype=torch.float32) if noisy else None,
         )
+
+    return call
+
+
+def reorder(heads, size, decoys):
+    def call(dtype):
+        encoded = 4096 + decoys
+        redundant = meta(2, decoys, heads * size, dtype=dtype) if decoys else None
+        features = index(2, heads, size)
+        rows.inject_permute(
+            meta(2, 4096, heads * size, dtype=dtype), index(2, encoded), redundant, feature_index=features
+        )
+
+    return call
+
+
+def norm_alone(features):
+    def call(dtype):
+        rows.inject_permute(meta(2, 1, features, dtype=dtype), None, norm_weight=meta(features, dtype=dtype))
 
     return call
 
@@ -57,7 +76,7 @@ def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=Fals
             k_norm=weight,
             keys=meta(2, groups, 8192, size, dtype=dtype),
             values=meta(2, groups, 8192, size, dtype=dtype),
-            offset=index(2) if offsets else 17,
+            **({"offsets": index(2)} if offsets else {"offset": 17}),
         )
 
     return call
@@ -77,7 +96,7 @@ def prefill(heads, groups, tokens, keys, size, window=None, lengths=False, permu
             kv_start=index(2) if lengths else None,
             kv_length=index(2) if lengths else None,
             output_index=index(2, heads, size),
-            position=index(2, tokens + 128) if permuted else None,
+            row_index=index(2, tokens + 128) if permuted else None,
             redundant=meta(2, 128, heads * size, dtype=dtype) if permuted else None,
         )
 
@@ -99,17 +118,32 @@ def step(batch, heads, groups, tokens, capacity, size, permuted=False):
     return call
 
 
-def linear(batch, tokens, decoys, inner, columns, noisy=False, strip=False):
+def shared(batch, tokens, inner, *widths):
+    def call(dtype):
+        weights = [meta(width, inner, dtype=dtype) for width in widths]
+        product.permuted_linears(meta(batch, tokens, inner, dtype=dtype), weights)
+
+    return call
+
+
+def locked(heads, size, in_place):
+    def call(dtype):
+        unlock.unlock(meta(2, heads, 8192, size, dtype=dtype), index(2, 8064), in_place=in_place)
+
+    return call
+
+
+def linear(batch, tokens, decoys, inner, columns, noisy=False, strip=False, added=False):
     def call(dtype):
         encoded = tokens + decoys
         product.permuted_linear(
-            meta(batch, tokens, inner, dtype=dtype),
+            meta(batch, tokens, inner, dtype=torch.float32 if added else dtype),
             meta(columns, inner, dtype=dtype),
             index(batch, encoded),
-            meta(batch, decoys, inner, dtype=dtype) if decoys else None,
+            meta(batch, decoys, inner, dtype=torch.float32 if added else dtype) if decoys else None,
             meta(columns, dtype=dtype),
             noise=meta(encoded, inner, dtype=torch.float32) if noisy else None,
-            image=meta(encoded, columns, dtype=torch.float32) if noisy else None,
+            image=meta(encoded, columns, dtype=torch.float32) if noisy or added else None,
             scatter_index=index(batch, encoded) if strip else None,
             out_rows=tokens if strip else None,
         )
@@ -153,6 +187,12 @@ CASES = [
     {"name": "inject 4096 norm noise", "call": inject(4096, True, True)},
     {"name": "inject 16384 norm noise", "call": inject(16384, True, True)},
     {"name": "inject 18432 norm noise", "call": inject(18432, True, True)},
+    {"name": "inject 1 4096 norm", "call": norm_alone(4096)},
+    {"name": "reorder 32x128", "call": reorder(32, 128, 128), "quick": True},
+    {"name": "reorder 9x64", "call": reorder(9, 64, 0)},
+    {"name": "reorder 32x80", "call": reorder(32, 80, 128)},
+    {"name": "unlock 8x128", "call": locked(8, 128, False), "quick": True},
+    {"name": "unlock 3x80 in place", "call": locked(3, 80, True)},
     {"name": "strip 4096", "call": strip(4096, False), "quick": True},
     {"name": "strip 4096 noise", "call": strip(4096, True)},
     {"name": "strip 576", "call": strip(576, False)},
@@ -201,6 +241,13 @@ CASES = [
     {"name": "product 16 4096 4096 noise", "call": linear(1, 12, 4, 4096, 4096, True), "matrix": "HGMMA"},
     {"name": "product 33 577 1024", "call": linear(1, 30, 3, 577, 1024), "matrix": "HGMMA"},
     {"name": "product 64 4096 1024", "call": linear(4, 16, 0, 4096, 1024), "matrix": "HGMMA"},
+    {"name": "product 1 4096 q k v", "call": shared(1, 1, 4096, 4096, 1024, 1024), "matrix": "HGMMA", "quick": True},
+    {"name": "product 64 576 q k v", "call": shared(1, 64, 576, 576, 192, 192), "matrix": "HGMMA"},
+    {
+        "name": "product 4224 4096 6144 noisy rows",
+        "call": linear(1, 4096, 128, 4096, 6144, added=True),
+        "matrix": "HGMMA",
+    },
     {"name": "step 4 4096 128 many rows", "call": step(4, 32, 4, 8, 4096, 128), "matrix": "MMA"},
     {"name": "step 4 4096 96 many rows", "call": step(4, 32, 4, 8, 4096, 96, True), "matrix": "MMA"},
     {"name": "product 64 4096 6144 noise", "call": linear(1, 60, 4, 4096, 6144, True), "matrix": "HGMMA"},

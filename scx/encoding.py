@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import scx_kernels as ops
 
@@ -18,11 +22,16 @@ __all__ = [
     "LayerKeys",
     "Noise",
     "RedundantScale",
+    "ResidualKey",
     "TokenKey",
     "TokenKeys",
     "inverse",
     "is_plain_linear",
+    "is_plain_rms_norm",
+    "upload",
 ]
+
+PLAIN_RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 
 ENCODINGS = ("attention", "output", "feed_forward")
 """Where token-permuted rows enter the untrusted side: q, k and v; the output projection; the feed-forward."""
@@ -38,6 +47,17 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module(x)` is just `x @ weight.T + bias`: no subclass, no hook, no forward put around it."""
     is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is nn.Linear and not is_hooked
+
+
+def is_plain_rms_norm(module: nn.Module) -> bool:
+    """Whether `module(x)` is just Llama's RMS norm: one of transformers' classes for it, with no hook around it."""
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in PLAIN_RMS_NORMS and not is_hooked
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`. To an accelerator it goes from pinned memory, so that neither side waits for the other."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,104 +91,132 @@ class FeatureKey:
 class TokenKey:
     """π_l of one encoding in one layer. Without index arrays it is the identity: a lone token has no order to hide.
 
-    `entry` (B, T) leads from the rows' previous place into this encoding in one gather, with `redundant` (B, R, D)
-    behind the previous rows; `position` (B, S) is where each token lies.
+    Rows come from the residual stream, which lies under an encoding of its own (`ResidualKey`), or in token order:
+    `entry` (B, T) leads into this encoding in one gather, with `redundant` (B, R, D) behind the rows that come.
+    `back` (B, T) is where each row of the residual stream lies here, `position` (B, S) where each token does.
     """
 
     entry: Tensor | None = None
-    position: Tensor | None = None
     redundant: Tensor | None = None
+    back: Tensor | None = None
+    position: Tensor | None = None
 
     def __repr__(self) -> str:
         return "TokenKey(identity)" if self.entry is None else f"TokenKey(rows={self.entry.shape[1]})"
 
-    def enter(self, rows: Tensor) -> Tensor:
-        """(B, N, D) in the previous order -> (B, T, D) in this one, with fresh redundant rows."""
-        return rows if self.entry is None else ops.inject_permute(rows, self.entry, self.redundant)
+    def enter(self, rows: Tensor, norm: nn.Module, noise: "Noise | None" = None) -> Tensor:
+        """(B, N, D) -> the (B, T, D) rows of this encoding, with fresh redundant rows, normalised and under noise."""
+        added = None if noise is None else noise.noise
+        if is_plain_rms_norm(norm):
+            weight: Any = norm.weight
+            eps: Any = norm.variance_epsilon
+            return ops.inject_permute(rows, self.entry, self.redundant, norm_weight=weight, eps=eps, noise=added)
+        entered: Tensor = norm(rows if self.entry is None else ops.inject_permute(rows, self.entry, self.redundant))
+        return entered if added is None else ops.inject_permute(entered, None, noise=added)
 
-    def enter_linear(self, rows: Tensor, linear: Any) -> Tensor:
-        """`linear(enter(rows))`, as one permuted-gather product where the layer is a plain `nn.Linear`."""
-        if self.entry is not None and is_plain_linear(linear):
-            return ops.permuted_linear(rows, linear.weight, self.entry, self.redundant, linear.bias)
-        projected: Tensor = linear(self.enter(rows))
-        return projected
-
-    def leave(self, rows: Tensor) -> Tensor:
-        """(B, T, D) -> (B, S, D) in token order, redundant rows dropped."""
-        return rows if self.position is None else ops.strip_restore(rows, self.position)
+    def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
+        """The residual stream plus rows of this encoding, both (B, T, D)."""
+        return residual + rows if self.back is None else ops.strip_restore(rows, self.back, residual)
 
 
 @dataclass(frozen=True, repr=False)
 class LayerKeys:
-    """The token keys of one layer in one forward pass.
-
-    `residual_position` (B, T) is where each row of the attention encoding lies in the output encoding.
-    """
+    """The token keys of one layer in one forward pass."""
 
     attention: TokenKey = TokenKey()
     output: TokenKey = TokenKey()
     feed_forward: TokenKey = TokenKey()
-    residual_position: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"LayerKeys({self.attention!r})"
 
-    def add_residual(self, residual: Tensor, projected: Tensor) -> Tensor:
-        """Residual rows (attention encoding) plus projected rows (output encoding), both (B, T, D)."""
-        if self.residual_position is None:
-            return residual + projected
-        return ops.strip_restore(projected, self.residual_position, residual)
+
+@dataclass(frozen=True, repr=False)
+class ResidualKey:
+    """The encoding of the residual stream in one forward pass: `entry` (B, T) from token order, `position` (B, S) of
+    each token, and the vocabulary's tokens `decoys` (B, R) whose embeddings start as its redundant rows."""
+
+    entry: Tensor
+    position: Tensor
+    decoys: Tensor
+
+    def __repr__(self) -> str:
+        return f"ResidualKey(rows={self.entry.shape[1]})"
+
+    def embed(self, embedding: nn.Module, input_ids: Tensor) -> Tensor:
+        """(B, S) tokens -> their embeddings as (B, T, D) encoded rows; plain ones never lie in memory."""
+        tokens = torch.cat((input_ids, self.decoys.to(input_ids.dtype)), dim=1)
+        rows: Tensor = embedding(tokens.gather(1, self.entry))
+        return rows
+
+    def enter(self, rows: Tensor, embedding: nn.Module) -> Tensor:
+        """(B, S, D) rows in token order -> (B, T, D) encoded rows."""
+        redundant = embedding(self.decoys).to(rows.dtype) if self.decoys.shape[1] else None
+        return ops.inject_permute(rows, self.entry, redundant)
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """(B, T, D) -> (B, S, D) in token order, redundant rows dropped."""
+        return ops.strip_restore(rows, self.position)
 
 
 @dataclass(frozen=True, repr=False)
 class TokenKeys:
     """The token keys of all layers in one forward pass, stacked by encoding (E, in the order of ENCODINGS) and layer.
 
-    `entry` (E, L, B, T), `position` (E, L, B, S), `residual_position` (L, B, T), and per encoding `redundant`
-    (L, B, R, D) or None.
+    `entry` (E, L, B, T), `back` (2, L, B, T) of output and feed-forward, `position` (L, B, S) of attention, and per
+    encoding `redundant` (L, B, R, D) or None.
     """
 
+    residual: ResidualKey
     entry: Tensor
+    back: Tensor
     position: Tensor
-    residual_position: Tensor
     redundant: tuple[Tensor | None, ...]
 
     def __repr__(self) -> str:
-        return f"TokenKeys(layers={len(self.residual_position)})"
+        return f"TokenKeys(layers={self.entry.shape[1]})"
 
     @classmethod
-    def compose(cls, row_index: Tensor, redundant: tuple[Tensor | None, ...], tokens: int) -> "TokenKeys":
-        """Compose every encoding's `row_index` (E, L, B, T) with the way the rows come.
+    def compose(
+        cls, row_index: Tensor, residual_index: Tensor, decoys: Tensor, redundant: tuple[Tensor | None, ...]
+    ) -> "TokenKeys":
+        """Compose every encoding's `row_index` (E, L, B, T) with that of the residual stream, (B, T).
 
-        Rows enter `attention` from the feed-forward of the layer before (the first layer's from token order),
-        `output` from token order, and `feed_forward` from `attention`.
+        Rows enter `attention` and `feed_forward` from the residual stream, `output` from token order; `output` and
+        `feed_forward` return to the residual stream, redundant rows onto its redundant rows.
         """
+        tokens = residual_index.shape[1] - decoys.shape[1]
         attention, output, feed_forward = row_index
-        position = inverse(row_index)
-        redundant_num = attention.shape[-1] - tokens
+        residual_position, place = inverse(residual_index), residual_index.expand_as(attention)
 
-        def enter(index: Tensor, previous_position: Tensor) -> Tensor:
-            fetched = previous_position.gather(-1, index)
-            # A redundant row is never carried along: it is fetched from the fresh ones, behind the previous rows.
-            return torch.where(index < tokens, fetched, index + redundant_num)
+        def enter(index: Tensor) -> Tensor:
+            fetched = residual_position.expand_as(index).gather(-1, index)
+            # A redundant row is never carried along: it is fetched from the fresh ones, behind the residual's rows.
+            return torch.where(index < tokens, fetched, index + decoys.shape[1])
 
-        entry_attention = torch.cat((attention[:1], enter(attention[1:], position[2][:-1])))
         return cls(
-            entry=torch.stack((entry_attention, output, enter(feed_forward, position[0]))),
-            position=position[..., :tokens].contiguous(),
-            residual_position=position[1].gather(-1, attention),
+            residual=ResidualKey(residual_index, residual_position[:, :tokens], decoys),
+            entry=torch.stack((enter(attention), output, enter(feed_forward))),
+            back=torch.stack([inverse(index).gather(-1, place) for index in (output, feed_forward)]),
+            position=inverse(attention)[..., :tokens],
             redundant=redundant,
         )
 
-    def layers(self, device: torch.device) -> list[LayerKeys]:
-        """The keys layer by layer, on `device`."""
-        count = len(self.residual_position)
-        entry, position, residual_position = (x.to(device) for x in (self.entry, self.position, self.residual_position))
-        encodings = [
-            map(TokenKey, entry[i], position[i], [None] * count if redundant is None else redundant.to(device))
-            for i, redundant in enumerate(self.redundant)
-        ]
-        return [LayerKeys(*keys) for keys in zip(*encodings, residual_position, strict=True)]
+    def to(self, device: torch.device) -> "TokenKeys":
+        """The keys on `device`, whose stream does not wait for the host."""
+        residual = ResidualKey(*(upload(getattr(self.residual, f.name), device) for f in fields(ResidualKey)))
+        entry, back, position = (upload(x.contiguous(), device) for x in (self.entry, self.back, self.position))
+        redundant = tuple(None if x is None else upload(x, device) for x in self.redundant)
+        return TokenKeys(residual, entry, back, position, redundant)
+
+    def layers(self) -> list[LayerKeys]:
+        """The keys layer by layer."""
+        absent: list[None] = [None] * self.entry.shape[1]
+        redundant = [absent if x is None else x for x in self.redundant]
+        attention = map(TokenKey, self.entry[0], redundant[0], absent, self.position)
+        output = map(TokenKey, self.entry[1], redundant[1], self.back[0])
+        feed_forward = map(TokenKey, self.entry[2], redundant[2], self.back[1])
+        return [LayerKeys(*keys) for keys in zip(attention, output, feed_forward, strict=True)]
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,10 +13,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import scx_kernels as ops
-from scx.encoding import ENCODINGS, FeatureKey, LayerKeys, Noise, RedundantScale, TokenKeys, inverse
+from scx.encoding import (
+    ENCODINGS,
+    FeatureKey,
+    LayerKeys,
+    Noise,
+    RedundantScale,
+    ResidualKey,
+    TokenKeys,
+    inverse,
+    upload,
+)
 from scx.keystream import KeyStream, Secret, StreamId
 
 if TYPE_CHECKING:
@@ -42,6 +52,7 @@ class ModelShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    vocab_size: int
     first_norm_rms: float
     fingerprint: str
 
@@ -236,7 +247,7 @@ class Session:
         key, value = drawn.view(shape.num_layers, self.batch_size, 2, heads, size).unbind(2)
         key_inverse, value_inverse = inverse(key), inverse(value)
         query, output = (index.repeat_interleave(groups, dim=2) for index in (key, value_inverse))
-        stacked = [x.to(device).unbind(0) for x in (query, key, value, output, key_inverse, value_inverse)]
+        stacked = [upload(x, device).unbind(0) for x in (query, key, value, output, key_inverse, value_inverse)]
         return [FeatureKey(*layer) for layer in zip(*stacked, strict=True)]
 
     def draw_token_keys(self, tokens: int, batch: int, scale: RedundantScale | None, dtype: torch.dtype) -> TokenKeys:
@@ -250,11 +261,16 @@ class Session:
 
         Returns: the keys, on the CPU.
         """
-        streams = self._streams(batch, next(self._steps))
+        step = next(self._steps)
+        streams = self._streams(batch, step)
         layers, redundant_num = self.shape.num_layers, self.generator.redundant_num
         total = tokens + redundant_num
         drawn = self._stream.permutations("token permutations", streams, total, len(ENCODINGS))
         row_index = drawn.view(layers, batch, len(ENCODINGS), total).permute(2, 0, 1, 3).contiguous()
+        rows = [(0, sequence, step) for sequence in range(batch)]
+        residual_index = self._stream.permutations("token permutation of the residual stream", rows, total)[:, 0]
+        decoys = self._stream.bits("redundant tokens", rows, redundant_num, torch.int64)
+        decoys = decoys.remainder_(self.shape.vocab_size)
 
         def draw_redundant(encoding: str) -> Tensor | None:
             if not redundant_num:
@@ -267,7 +283,8 @@ class Session:
             rows = normal.view(layers, batch, redundant_num, features)
             return rows.mul_(per_feature[:, None, None]).to(dtype)
 
-        return TokenKeys.compose(row_index, tuple(draw_redundant(encoding) for encoding in ENCODINGS), tokens)
+        redundant = tuple(draw_redundant(encoding) for encoding in ENCODINGS)
+        return TokenKeys.compose(row_index, residual_index, decoys, redundant)
 
     def take_noise(self, batch: int, rows: int, weights: Sequence[Tensor]) -> Noise:
         """One-time noise for `rows` rows of `batch` sequences entering `weights` (each (N, D)), with its images.
@@ -291,7 +308,7 @@ class Session:
         streams = [(0, sequence, number) for sequence in range(batch)]
         drawn = draw("noise of the first block", streams, rows * self.shape.hidden_size)
         drawn = drawn.view(batch, rows, -1).mul_(self.generator.noise_scale * self.shape.first_norm_rms)
-        noise = drawn.to(weights[0].device, ops.accumulation_dtype(weights[0].dtype))
+        noise = upload(drawn.to(ops.accumulation_dtype(weights[0].dtype)), weights[0].device)
         return Noise(noise, tuple(ops.noise_image(noise, weight) for weight in weights))
 
 
@@ -311,25 +328,69 @@ class Step:
         self.session = session
         self.feature_key = feature_keys.feature_key
         self._token_keys = token_keys
-        self._layer_keys: dict[torch.device, list[LayerKeys]] = {}
+        self.noise: Noise | None = None  # of the first block's input, once prepared
+        self._rows: Tensor
+        self._on_device: dict[torch.device, tuple[ResidualKey, list[LayerKeys]]] = {}
 
     def __repr__(self) -> str:
         return f"Step(session={self.session.id})"
 
+    def _keys_on(self, device: torch.device) -> tuple[ResidualKey, list[LayerKeys]] | None:
+        if self._token_keys is None:
+            return None
+        keys = self._on_device.get(device)
+        if keys is None:
+            moved = self._token_keys.to(device)
+            keys = self._on_device[device] = (moved.residual, moved.layers())
+        return keys
+
+    def residual_key(self, device: torch.device) -> ResidualKey | None:
+        """The encoding of the residual stream, on the device that runs it; None for rows in token order."""
+        keys = self._keys_on(device)
+        return None if keys is None else keys[0]
+
     def layer_keys(self, layer: int, device: torch.device) -> LayerKeys:
         """The token keys of one layer, on the device that runs it."""
-        if self._token_keys is None:
-            return _IDENTITY
-        keys = self._layer_keys.get(device)
-        if keys is None:
-            keys = self._layer_keys[device] = self._token_keys.layers(device)
-        return keys[layer]
+        keys = self._keys_on(device)
+        return _IDENTITY if keys is None else keys[1][layer]
 
-    def noise(self, layer: int, batch: int, rows: int, weights: Sequence[Tensor]) -> Noise | None:
-        """Fresh noise where this layer's input is to be noisy, else None."""
-        if layer != 0 or not self.session.generator.alp:
-            return None
-        return self.session.take_noise(batch, rows, weights)
+    def prepare(self, batch: int, tokens: int, weights: Sequence[Tensor]) -> None:
+        """Draw what the blocks will need before they run, so that nothing on their way waits for the host.
+
+        Args:
+            weights: of the first block's q, k and v, (N, D) each, on the device that runs it.
+        """
+        device = weights[0].device
+        self.feature_key(0, device)
+        key = self.layer_keys(0, device).attention
+        if self.session.generator.alp:
+            rows = tokens if key.entry is None else key.entry.shape[1]
+            self.noise = self.session.take_noise(batch, rows, weights)
+
+    def embed(self, embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Embed a request straight into the residual stream's encoding.
+
+        Returns: what goes to the first block in the embeddings' place, (B, S, D): a view of the encoded rows, from
+        which masks and positions are made; `start` gives the rows themselves.
+        """
+        key = self.residual_key(next(embedding.parameters()).device)
+        if key is None:
+            plain: Tensor = embedding(input_ids) if inputs_embeds is None else inputs_embeds
+            return plain
+        if inputs_embeds is not None:
+            self._rows = key.enter(inputs_embeds, embedding)
+        elif input_ids is not None:
+            self._rows = key.embed(embedding, input_ids)
+        return self._rows[:, : key.position.shape[1]]
+
+    def start(self, stand_in: Tensor) -> Tensor:
+        """The residual stream's first rows, (B, T, D), for what `embed` returned."""
+        return stand_in if self._token_keys is None else self._rows.to(stand_in.device)
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """The residual stream's rows in token order, (B, S, D)."""
+        key = self.residual_key(rows.device)
+        return rows if key is None else key.leave(rows)
 
 
 _IDENTITY = LayerKeys()

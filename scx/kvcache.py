@@ -8,11 +8,12 @@ carries the session's public id alone.
 import copy
 import secrets
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from scx.encoding import FeatureKey
 from scx.keys import Session
@@ -42,6 +43,66 @@ class AbsentLayer(CacheLayerMixin):
         return -1
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Where a layer's next tokens are written: buffers (B, G, capacity, d) and the slots offset..offset+tokens-1."""
+
+    keys: Tensor
+    values: Tensor
+    offset: int
+    tokens: int
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of `qkv_decode_encode`."""
+        return {"keys": self.keys, "values": self.values, "offset": self.offset}
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer that grows in place: `keys` and `values` are the filled part of buffers with room for more tokens.
+
+    A layer whose states were replaced (reordered, cropped, moved) or that was copied has no room; it gets new buffers
+    when it grows. So nothing that another layer still shows is ever written over.
+    """
+
+    _buffers: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffers": None}
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        self._buffers = None
+
+    def room(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> Slots:
+        """Slots for `tokens` more tokens of (B, G, d) states, in like's dtype and on its device."""
+        batch, groups, size = shape
+        filled = self.get_seq_length()
+        if self._buffers is None or not self._has_room(self._buffers[0], filled + tokens):
+            capacity = max(filled + tokens, filled + filled // 4, 64)
+            keys, values = (like.new_empty(batch, groups, capacity, size) for _ in range(2))
+            if filled:
+                keys[:, :, :filled], values[:, :, :filled] = self.keys, self.values
+            self._buffers = (keys, values)
+        return Slots(*self._buffers, filled, tokens)
+
+    def _has_room(self, buffer: Tensor, tokens: int) -> bool:
+        if not self.get_seq_length():
+            return False
+        return self.keys.data_ptr() == buffer.data_ptr() and tokens <= buffer.shape[2]
+
+    def take_in(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Count the tokens written into `slots` as the layer's. Returns all of its K and V."""
+        filled = slots.offset + slots.tokens
+        self.keys, self.values = slots.keys[:, :, :filled], slots.values[:, :, :filled]
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+        return self.keys, self.values
+
+
+def _growing(layer: CacheLayerMixin) -> CacheLayerMixin:
+    return GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
+
+
 class EncodedCache(DynamicCache):
     """K and V of some or all layers under one session's feature permutations.
 
@@ -56,7 +117,7 @@ class EncodedCache(DynamicCache):
     _selected: dict[tuple[int, torch.device], FeatureKey]
 
     def __init__(self, session: Session, layers: list[CacheLayerMixin]) -> None:
-        Cache.__init__(self, layers=layers)
+        Cache.__init__(self, layers=[_growing(layer) for layer in layers])
         self._bind(session)
 
     @classmethod
@@ -64,6 +125,8 @@ class EncodedCache(DynamicCache):
         """Turn an empty plain cache, in place, into the cache of `session`; its other holders see the same object."""
         adopted: Any = cache
         adopted.__class__ = cls
+        missing = session.shape.num_layers - len(cache.layers) if cache.layer_class_to_replicate is DynamicLayer else 0
+        adopted.layers = [_growing(layer) for layer in cache.layers] + [GrowingLayer() for _ in range(missing)]
         adopted._bind(session)
         return adopted
 
@@ -123,6 +186,23 @@ class EncodedCache(DynamicCache):
             key = self.session.feature_key(layer, device).select(self.sequences.to(device))
             self._selected[layer, device] = key
         return key
+
+    def room(self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor) -> Slots | None:
+        """Slots in a layer's own buffers for `tokens` more tokens of (B, G, d) states in like's dtype.
+
+        None where states cannot be written in place: in a sliding layer, in one that lies on another device than
+        `like`, and where gradients are to flow through them.
+        """
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if not isinstance(layer, GrowingLayer) or (like.requires_grad and torch.is_grad_enabled()):
+            return None
+        if layer.is_initialized and layer.keys.device != like.device:
+            return None
+        return layer.room(tokens, shape, like)
+
+    def take_in(self, layer_idx: int, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Count the tokens written into `slots` as the layer's. Returns all of the layer's K and V."""
+        return self.layers[layer_idx].take_in(slots)
 
     def append(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Append encoded K and V (B, G, S, d) to a layer. Returns all of the layer's K and V."""

@@ -14,23 +14,38 @@ Two permutations in a row compose into one index array, so "leave one token orde
 `inject_permute` as well. Index arrays are int64 on the device of the tensor they index.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scx_kernels.checks import check_attention, check_features, check_qkv, check_rows, check_same_shape
+from scx_kernels.checks import (
+    check_attention,
+    check_attention_step,
+    check_features,
+    check_inject,
+    check_linear,
+    check_linears,
+    check_qkv,
+    check_rows,
+    check_strip,
+    check_unlock,
+)
 
 __all__ = [
     "accumulation_dtype",
     "attention",
+    "attention_step",
     "inject_permute",
-    "linear",
     "noise_image",
     "permute_features",
     "permuted_linear",
+    "permuted_linears",
     "qkv_decode_encode",
     "rotary_permute",
     "strip_restore",
+    "unlock",
 ]
 
 
@@ -57,20 +72,23 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def inject_permute(
     x: Tensor,
-    row_index: Tensor,
+    row_index: Tensor | None,
     redundant: Tensor | None = None,
     *,
+    feature_index: Tensor | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Append redundant rows and permute: `y[b, t] = (norm(x) ⊕ redundant)[b, row_index[b, t]] (+ noise[b, t])`.
+    """Append redundant rows and permute: `y[b, t] = norm((x ⊕ redundant)[b, row_index[b, t]]) (+ noise[b, t])`.
 
     Args:
         x: (B, N, D), any floating dtype; N rows in any order (token order, or another encoding's).
-        row_index: (B, T) int64 in 0..N+R-1.
-        redundant: (B, R, D) of x's dtype, or None for R = 0. Taken as it is: not normalised.
-        norm_weight: (D,) of x's dtype: RMS norm on the rows of x first, as in Llama; None for no norm.
+        row_index: (B, T) int64 in 0..N+R-1; None where rows stay as they lie, and none is redundant.
+        redundant: (B, R, D) of x's dtype, or None for R = 0.
+        feature_index: (B, H, d) int64 with H*d = D, or None: the order in which each head's features of x are read.
+            Not of redundant rows, and not together with a norm.
+        norm_weight: (D,) of x's dtype: RMS norm on every row, as in Llama; None for no norm.
         eps: added to the mean square under the root.
         noise: (T, D) or (B, T, D) in `accumulation_dtype(x.dtype)`, in encoded order, or None.
 
@@ -79,14 +97,20 @@ def inject_permute(
     Source: SCX, prefill, "encode"; Zhang and Sennrich, RMSNorm (arXiv 1910.07467).
     """
     check_rows(x, row_index, redundant)
-    if norm_weight is not None:
-        x = _rms_norm(x, norm_weight, eps)
-    if redundant is None:
+    check_inject(x, row_index, feature_index, norm_weight, noise)
+    if feature_index is not None:
+        heads = x.unflatten(-1, feature_index.shape[1:]).transpose(1, 2)
+        x = permute_features(heads, feature_index).transpose(1, 2).flatten(2)
+    if row_index is None:
+        rows = x
+    elif redundant is None:
         rows = _take_rows(x, row_index)
     else:
         rows = _take_rows(x, row_index.clamp(max=x.shape[1] - 1))
         sequence, place = (row_index >= x.shape[1]).nonzero(as_tuple=True)
         rows[sequence, place] = redundant[sequence, row_index[sequence, place] - x.shape[1]]
+    if norm_weight is not None:
+        rows = _rms_norm(rows, norm_weight, eps)
     return rows if noise is None else rows.to(accumulation_dtype(x.dtype)) + noise
 
 
@@ -105,74 +129,96 @@ def strip_restore(
     Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
     Source: SCX, prefill, "decode".
     """
-    check_rows(z, position, None, index_name="position")
+    check_strip(z, position, residual, image)
     free = z if image is None else (z.to(accumulation_dtype(z.dtype)) - image).to(z.dtype)
     rows = _take_rows(free, position)
-    if residual is None:
-        return rows
-    check_same_shape(rows, residual, "residual")
-    return rows.add_(residual)
+    return rows if residual is None else rows.add_(residual)
+
+
+def permuted_linear(
+    x: Tensor,
+    weight: Tensor,
+    row_index: Tensor | None = None,
+    redundant: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    noise: Tensor | None = None,
+    image: Tensor | None = None,
+    scatter_index: Tensor | None = None,
+    out_rows: int | None = None,
+) -> Tensor:
+    """Permuted-gather product: `inject_permute(x, row_index, redundant, noise=noise) @ weight.T - image + bias`.
+
+    Rows that carry noise, added here or before (x in the accumulation dtype of a half-precision weight), are
+    multiplied in the accumulation dtype, or as two half-precision terms summed in float32; the image is subtracted
+    before the one rounding. So the noise costs no more precision than float32 loses.
+
+    Args:
+        x: (B, N, D) of weight's dtype, or float32.
+        weight: (M, D), as in `torch.nn.Linear`.
+        row_index: (B, T) int64 in 0..N+R-1; None where the rows are taken as they lie.
+        redundant: (B, R, D) of x's dtype, or None for R = 0.
+        bias: (M,) or None.
+        noise: (T, D) or (B, T, D) in the accumulation dtype, or None.
+        image: (T, M) or (B, T, M) in the accumulation dtype, `noise_image(noise, weight)`, or None.
+        scatter_index: (B, T) int64, row t of the product goes to row `scatter_index[t]` of the result, or nowhere
+            where that is `out_rows` or more; every row of the result must be hit. The row_index of an encoding leaves
+            that encoding.
+        out_rows: rows of the result, with scatter_index.
+
+    Returns: (B, T or out_rows, M) of weight's dtype; in the accumulation dtype while noise is still in it.
+    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    """
+    check_linear(x, weight, row_index, redundant, bias, noise, image, scatter_index, out_rows)
+    rows = inject_permute(x, row_index, redundant, noise=noise)
+    noisy = rows.dtype != weight.dtype
+    if not noisy and image is None:
+        product = F.linear(rows, weight, bias)
+    else:
+        product = F.linear(rows, weight.to(rows.dtype))
+        product = product if image is None else product - image
+        product = product if bias is None else product + bias.to(product.dtype)
+        product = product if noisy and image is None else product.to(weight.dtype)
+    if scatter_index is None:
+        return product
+    out = product.new_empty(product.shape[0], out_rows or 0, product.shape[2])
+    sequence, row = (scatter_index < out.shape[1]).nonzero(as_tuple=True)
+    out[sequence, scatter_index[sequence, row]] = product[sequence, row]
+    return out
+
+
+def permuted_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    row_index: Tensor | None = None,
+    redundant: Tensor | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """Several linear layers on the same permuted rows, such as q, k and v: `permuted_linear` for each.
+
+    Args:
+        x, row_index, redundant: as in `permuted_linear`.
+        weights: each (M, D) of x's dtype.
+        biases: each (M,) or None, as many as weights; None for none.
+
+    Returns: the products, each (B, T, M) of x's dtype; they may be slices of one tensor.
+    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    """
+    biases = check_linears(x, weights, row_index, redundant, biases)
+    rows = inject_permute(x, row_index, redundant)
+    return tuple(F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
 
 def noise_image(noise: Tensor, weight: Tensor) -> Tensor:
     """What additive noise becomes behind a linear layer: `noise @ weight.T`, without bias.
 
     Args:
-        noise: (..., D) in the accumulation dtype.
-        weight: (N, D) of any floating dtype.
+        noise: (B, T, D) in the accumulation dtype.
+        weight: (M, D) of any floating dtype.
 
-    Returns: (..., N) in the noise's dtype.
+    Returns: (B, T, M) in the noise's dtype.
     """
-    return F.linear(noise, weight.to(noise.dtype))
-
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, noise: Tensor | None = None, image: Tensor | None = None
-) -> Tensor:
-    """A linear layer on encoded rows, with removable noise: `(x + noise) @ weight.T - image + bias`.
-
-    Args:
-        x: (..., D).
-        weight: (N, D), as in `torch.nn.Linear`.
-        bias: (N,) or None.
-        noise: (..., D) in `accumulation_dtype(x.dtype)`, or None.
-        image: (..., N), `noise_image(noise, weight)`; given exactly when noise is.
-
-    Returns: (..., N) of x's dtype. Under noise the sum, the product and the subtraction run in the accumulation
-    dtype, so that the noise costs no more precision than float32 loses.
-    Raises: ValueError if only one of noise and image is given or their shapes do not fit.
-    """
-    if (noise is None) != (image is None):
-        raise ValueError("noise and image: give both or neither")
-    if noise is None or image is None:
-        return F.linear(x, weight, bias)
-    check_same_shape(x, noise, "noise")
-    dtype = accumulation_dtype(x.dtype)
-    product = F.linear(x.to(dtype) + noise, weight.to(dtype)) - image
-    if bias is not None:
-        product = product + bias.to(dtype)
-    return product.to(x.dtype)
-
-
-def permuted_linear(
-    x: Tensor,
-    weight: Tensor,
-    row_index: Tensor,
-    redundant: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    noise: Tensor | None = None,
-    image: Tensor | None = None,
-) -> Tensor:
-    """Permuted-gather product: `(inject_permute(x, row_index, redundant) + noise) @ weight.T - image + bias`.
-
-    Args:
-        x: (B, S, D). weight: (N, D). row_index: (B, T). redundant: (B, R, D) or None. bias: (N,) or None.
-        noise, image: (B, T, D) and (B, T, N) as in `linear`, both or neither.
-
-    Returns: (B, T, N) of x's dtype.
-    """
-    return linear(inject_permute(x, row_index, redundant), weight, bias, noise, image)
+    return permuted_linear(noise, weight)
 
 
 def permute_features(x: Tensor, feature_index: Tensor) -> Tensor:
@@ -226,36 +272,99 @@ def qkv_decode_encode(
     key: Tensor,
     value: Tensor,
     *,
+    images: Sequence[Tensor] | None = None,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    offset: int = 0,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From projected encoded rows to encoded Q, K, V: strip, un-permute, (norm,) rotate, permute features.
+    """From projected encoded rows to encoded Q, K, V: strip, un-permute, cancel noise, (norm,) rotate, permute features
+    and, where a cache is given, write into it.
 
     Args:
         z_q: (B, T, H*d) projected rows. z_k, z_v: (B, T, G*d) of z_q's dtype.
         position: (B, S) int64 in 0..T-1; None where the rows are S = T tokens in order.
         cos, sin: (B or 1, S, d).
         query: (B, H, d) int64 in 0..d-1, the feature order of q. key, value: (B, G, d).
+        images: what the noise became in z_q, z_k, z_v, each of z's shape in the accumulation dtype; or None.
         q_norm, k_norm: (d,) weights of an RMS norm on every head before the rotary step (Qwen3), with `eps`; both or
             neither.
+        dtype: of q, k and v; z_q's, or the cache's, if absent.
+        keys, values: (B, G, capacity, d) caches to write k and v into; both or neither.
+        offset: slot of the first token. offsets: (B,) int64, a slot for each sequence instead, read on the device;
+            range not checked.
 
-    Returns: q (B, H, S, d), k and v (B, G, S, d) of z_q's dtype.
+    Returns: q (B, H, S, d), k and v (B, G, S, d); with a cache, the caches instead of k and v.
     Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
     Source: SCX, prefill, steps 3 and 4.
     """
-    check_qkv(z_q, z_k, z_v, position, cos, sin, query, key, value, q_norm, k_norm)
+    dtype = check_qkv(
+        z_q, z_k, z_v, position, cos, sin, query, key, value, images, q_norm, k_norm, dtype, keys, values, offset,
+        offsets,
+    )  # fmt: skip
 
-    def heads(z: Tensor) -> Tensor:
-        rows = z if position is None else strip_restore(z, position)
-        return rows.unflatten(-1, (-1, query.shape[-1]))
+    def heads(z: Tensor, image: Tensor | None) -> Tensor:
+        rows = z if image is None else z.to(accumulation_dtype(z.dtype)) - image
+        rows = rows if position is None else strip_restore(rows, position)
+        return rows.to(dtype).unflatten(-1, (-1, query.shape[-1]))
 
-    q, k, v = heads(z_q), heads(z_k), heads(z_v)
+    q, k, v = (heads(*pair) for pair in zip((z_q, z_k, z_v), images or (None, None, None), strict=True))
     if q_norm is not None and k_norm is not None:
         q, k = _rms_norm(q, q_norm, eps), _rms_norm(k, k_norm, eps)
     q = rotary_permute(q.transpose(1, 2), cos, sin, query)
     k = rotary_permute(k.transpose(1, 2), cos, sin, key)
-    return q, k, permute_features(v.transpose(1, 2), value)
+    v = permute_features(v.transpose(1, 2), value)
+    if keys is None or values is None:
+        return q, k, v
+    for cache, new in ((keys, k), (values, v)):
+        _write_slots(cache, new, offset, offsets)
+    return q, keys, values
+
+
+def _write_slots(cache: Tensor, new: Tensor, offset: int, offsets: Tensor | None) -> None:
+    tokens = new.shape[2]
+    if offsets is None:
+        cache[:, :, offset : offset + tokens] = new
+        return
+    slots = offsets[:, None] + torch.arange(tokens, device=new.device)
+    cache.scatter_(2, slots[:, None, :, None].expand(new.shape), new)
+
+
+def _seen_keys(
+    last: Tensor, keys: int, is_causal: bool, window: int | None, start: Tensor | None, end: Tensor | None
+) -> Tensor:
+    """(B or 1, 1, S, N) bool: which of `keys` keys each query sees; `last` (B or 1, S) is its own key."""
+    key = torch.arange(keys, device=last.device)
+    seen = torch.ones_like(last, dtype=torch.bool)[..., None].expand(*last.shape, keys)
+    if is_causal:
+        seen = key <= last[..., None]
+    if window is not None:
+        seen = seen & (key > last[..., None] - window)
+    if start is not None:
+        seen = seen & (key >= start[:, None, None])
+    if end is not None:
+        seen = seen & (key < end[:, None, None])
+    return seen[:, None]
+
+
+def _end_of_keys(kv_start: Tensor | None, kv_length: Tensor | None, keys: int) -> Tensor | None:
+    if kv_length is None:
+        return None
+    return (kv_length if kv_start is None else kv_start + kv_length).clamp(max=keys)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """PyTorch's attention with grouped heads; a query that sees no key gives zeros."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=groups > 1 and mask is None
+    )
 
 
 def attention(
@@ -266,27 +375,110 @@ def attention(
     softmax_scale: float,
     mask: Tensor | None = None,
     is_causal: bool = False,
+    window: int | None = None,
+    kv_start: Tensor | None = None,
+    kv_length: Tensor | None = None,
     output_index: Tensor | None = None,
+    row_index: Tensor | None = None,
+    redundant: Tensor | None = None,
 ) -> Tensor:
     """Attention on feature-permuted Q, K, V. QKᵀ sums over features, so their common order does not matter.
 
     Args:
         q: (B, H, S, d), each query head permuted as its group's keys.
-        k: (B, G, N, d). v: (B, G, N, d), under a permutation of its own.
-        softmax_scale: factor on QKᵀ.
+        k: (B, G, N, d), H a multiple of G. v: (B, G, N, d), under a permutation of its own.
+        softmax_scale: positive factor on QKᵀ.
         mask: broadcastable to (B, H, S, N); bool (True takes part) or additive.
-        is_causal: query s sees keys 0..s; needs S = N and no mask.
+        is_causal: query s sees keys 0..N-S+s; needs S <= N and no mask.
+        window: with is_causal, a query sees no more than its last `window` keys, itself among them.
+        kv_start: (B,) int32 or int64, first key that takes part (left padding); 0 if absent.
+        kv_length: (B,) int32 or int64, how many keys from kv_start on take part; all if absent.
+        output_index: (B, H, d), the inverse of V's permutation, repeated over each group; undone on the output.
+        row_index: (B, T) int64 in 0..S+R-1: merge the heads and enter the next encoding, as `inject_permute` does.
+        redundant: (B, R, H*d) of q's dtype, with row_index; R = 0 if absent.
+
+    Returns: (B, H, S, d), or with row_index the encoded (B, T, H*d). Plain features if output_index is given, else in
+    V's order. A query that sees no key gives zeros.
+    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    Source: SCX, prefill, steps 4 and 5.
+    """
+    check_attention(
+        q, k, v, softmax_scale, mask, is_causal, window, kv_start, kv_length, output_index, row_index, redundant
+    )
+    tokens, keys = q.shape[2], k.shape[2]
+    limited = window is not None or kv_start is not None or kv_length is not None
+    if limited or (is_causal and tokens != keys):
+        last = torch.arange(keys - tokens, keys, device=q.device)[None]
+        seen = _seen_keys(last, keys, is_causal, window, kv_start, _end_of_keys(kv_start, kv_length, keys))
+        mask = seen if mask is None else mask & seen if mask.dtype == torch.bool else mask.where(seen, -torch.inf)
+    out = _sdpa(q, k, v, softmax_scale, mask, is_causal and mask is None)
+    if row_index is None:
+        return out if output_index is None else permute_features(out, output_index)
+    return inject_permute(out.transpose(1, 2).flatten(2), row_index, redundant, feature_index=output_index)
+
+
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+    kv_start: Tensor | None = None,
+    kv_length: Tensor | None = None,
+    position: Tensor | None = None,
+    output_index: Tensor | None = None,
+) -> Tensor:
+    """Attention of a sequence's last few queries on its encoded cache (generation).
+
+    The queries are the sequence's last S tokens: with keys kv_start..e-1, query s sees keys up to e - S + s.
+
+    Args:
+        q: (B, H, S, d), each query head permuted as its group's keys; S of 1 to about 16.
+        k, v: (B, G, capacity, d), H a multiple of G.
+        softmax_scale: positive factor on QKᵀ.
+        window: a query sees no more than its last `window` keys, itself among them.
+        kv_start: (B,) int32 or int64, first key that takes part (left padding); 0 if absent.
+        kv_length: (B,) int32 or int64, how many keys from kv_start on take part; all if absent. Read on the device
+            only.
+        position: (B, N) int64 in 0..capacity-1, the cache row of each key, in token order: for a cache that is
+            token-permuted and has redundant rows among the others. kv_start, kv_length and window count in N.
         output_index: (B, H, d), the inverse of V's permutation, repeated over each group; undone on the output.
 
-    Returns: (B, H, S, d); plain features if output_index is given, else under V's permutation.
+    Returns: (B, H, S, d); plain features if output_index is given, else in V's order. A query that sees no key gives
+    zeros.
     Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    Source: SCX, generation.
     """
-    check_attention(q, k, v, mask, is_causal)
-    groups = q.shape[1] // k.shape[1]
-    grouped = groups > 1 and mask is None
-    if groups > 1 and mask is not None:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=softmax_scale, enable_gqa=grouped
-    )
+    check_attention_step(q, k, v, softmax_scale, window, kv_start, kv_length, position, output_index)
+    if position is not None:
+        k, v = unlock(k, position), unlock(v, position)
+    tokens, keys = q.shape[2], k.shape[2]
+    mask = None
+    if tokens > 1 or window is not None or kv_start is not None or kv_length is not None:
+        end = _end_of_keys(kv_start, kv_length, keys)
+        own = torch.arange(tokens, device=q.device) - tokens
+        last = own[None] + (keys if end is None else end[:, None])
+        mask = _seen_keys(last, keys, True, window, kv_start, end)
+    out = _sdpa(q, k, v, softmax_scale, mask, False)
     return out if output_index is None else permute_features(out, output_index)
+
+
+def unlock(cache: Tensor, position: Tensor, *, in_place: bool = False) -> Tensor:
+    """Strip a token-permuted cache with a shared key, into token order: `y[b, g, s] = cache[b, g, position[b, s]]`.
+
+    Args:
+        cache: (B, G, T, d), any strides.
+        position: (B, S) int64 in 0..T-1, where each token lies.
+        in_place: write into the first S rows of `cache`; the other rows are then unspecified.
+
+    Returns: (B, G, S, d): a new tensor, or in place a view of `cache`.
+    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
+    Source: SCX, key sharing.
+    """
+    check_unlock(cache, position)
+    index = position[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
+    taken = cache.gather(2, index)
+    if not in_place:
+        return taken
+    return cache[:, :, : position.shape[1]].copy_(taken)

@@ -6,11 +6,14 @@ CPU tensors take `scx_kernels.sealing`, CUDA and ROCm tensors take Triton, throu
 Names, arguments and results are those of `scx_kernels.sealing`, where they are documented.
 """
 
+from functools import wraps
+
 import torch
 from torch import Tensor
 
+from scx_kernels import operations
 from scx_kernels import sealing as reference
-from scx_kernels.operations import _documented_by, _takes_triton
+from scx_kernels.operations import _operation
 from scx_kernels.sealing import Sealing, check_out, check_sealing, check_streams
 
 __all__ = ["random_bits", "reseal", "seal", "unseal"]
@@ -80,34 +83,27 @@ def _by_triton(x: Tensor, new: Sealing, old: Sealing | None, is_value: bool, out
     return out
 
 
-@_documented_by(reference.seal)
+@_operation(reference.seal)
 def seal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = None) -> Tensor:
-    if not _takes_triton(x):
-        return reference.seal(x, sealing, is_value=is_value, out=out)
     check_sealing(x, sealing)
     return _by_triton(x, sealing, None, is_value, out)
 
 
-@_documented_by(reference.unseal)
+@_operation(reference.unseal)
 def unseal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = None) -> Tensor:
     return seal(x, sealing, is_value=is_value, out=out)
 
 
-@_documented_by(reference.reseal)
+@_operation(reference.reseal)
 def reseal(x: Tensor, old: Sealing, new: Sealing, *, is_value: bool, out: Tensor | None = None) -> Tensor:
-    if not _takes_triton(x):
-        return reference.reseal(x, old, new, is_value=is_value, out=out)
     check_sealing(x, old, "old")
     check_sealing(x, new, "new")
     return _by_triton(x, new, old, is_value, out)
 
 
-@_documented_by(reference.random_bits)
+@wraps(reference.random_bits)
 def random_bits(key: Tensor, streams: Tensor, count: int, *, rounds: int = 20) -> Tensor:
-    from scx_kernels import operations
-
-    on_kernels = operations._backend == "triton" or (operations._backend == "auto" and key.device.type == "cuda")
-    if not on_kernels:
+    if operations._backend != "triton" and (operations._backend == "reference" or key.device.type != "cuda"):
         return reference.random_bits(key, streams, count, rounds=rounds)
     check_streams(key, streams, count, rounds)
     return _random_bits(key, streams, count, rounds)

@@ -127,14 +127,14 @@ def test_attention_into_the_next_order(dtype, size, decoys):
     batch, heads, tokens = 2, 2, 35
     q, k, v = qkv((batch, heads, 1, tokens, tokens, size), dtype)
     redundant = randn(batch, decoys, heads * size, dtype=dtype) if decoys else None
-    position = permutations(batch, tokens + decoys)
+    row_index = permutations(batch, tokens + decoys)
     index = permutations(batch, heads, size)
     out = nans(batch, tokens + decoys, heads * size, dtype=dtype, layout="sliced")
     got = kernels.attention(
-        q, k, v, softmax_scale=0.3, is_causal=True, output_index=index, position=position, redundant=redundant,
-        out=out, tile=SMALL,
+        q, k, v, softmax_scale=0.3, is_causal=True, output_index=index, row_index=row_index,
+        redundant=redundant, out=out, tile=SMALL,
     )  # fmt: skip
-    rows = got.gather(1, position[:, :, None].expand(got.shape))
+    rows = got.gather(1, inverse(row_index)[:, :, None].expand(got.shape))
     if redundant is not None:
         assert torch.equal(rows[:, tokens:], redundant)
     heads_of_rows = rows[:, :tokens].unflatten(-1, (heads, size)).transpose(1, 2)
@@ -208,3 +208,9 @@ def test_bad_arguments_are_named():
         kernels.attention_step(q, k, v, softmax_scale=1.0, kv_length=torch.ones(1))
     with pytest.raises(ValueError, match="output_index"):
         kernels.attention(q, k, v, softmax_scale=1.0, output_index=permutations(1, 2, 15))
+    with pytest.raises(ValueError, match="redundant: needs row_index"):
+        kernels.attention(q, k, v, softmax_scale=1.0, redundant=randn(1, 2, 32))
+    with pytest.raises(ValueError, match="row_index"):
+        kernels.attention(q, k, v, softmax_scale=1.0, row_index=permutations(1, 5))
+    with pytest.raises(ValueError, match="position"):
+        kernels.attention_step(q, k, v, softmax_scale=1.0, position=permutations(2, 3))

@@ -18,14 +18,8 @@ SHAPES = [(1, 5, 0, 64, 48), (2, 13, 4, 100, 33), (1, 1, 1, 40, 70)]  # batch, t
 by_tile = pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 
 
-def plain(x, weight, row_index, redundant, bias, noise, image):
-    rows = reference.inject_permute(x, row_index, redundant)
-    if noise is None and image is None:
-        return F.linear(rows, weight, bias)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    product = F.linear(rows.to(dtype) + (0 if noise is None else noise), weight.to(dtype))
-    product = product if image is None else product - image
-    return (product if bias is None else product + bias.to(dtype)).to(dtype if image is None else x.dtype)
+def plain(x, weight, row_index, redundant, bias, noise=None, image=None):
+    return reference.permuted_linear(x, weight, row_index, redundant, bias, noise=noise, image=image)
 
 
 def check(got, *args):
@@ -62,8 +56,11 @@ def test_noise(dtype, tile, cancelled):
     shape = (2, 13, 4, 100, 33)
     args = inputs(shape, dtype)
     noise = 8 * randn(17, 100)
-    image = reference.noise_image(noise.double(), args[1].double()).float() if cancelled else None
+    image = reference.noise_image(noise[None].double(), args[1].double())[0].float() if cancelled else None
     got = product.permuted_linear(*args, noise=noise, image=image, tile=tile)
+    rows = reference.inject_permute(args[0], args[2], args[3], noise=noise)
+    before = product.permuted_linear(rows, args[1], None, None, args[4], image=image, tile=tile)
+    assert torch.equal(got, before), "noise added in the load or in a pass before it"
     assert got.dtype == (dtype if cancelled else torch.float32)
     if dtype == torch.float32 or not cancelled:
         check(got, *args, noise, image)
@@ -76,7 +73,7 @@ def test_noise(dtype, tile, cancelled):
 def test_two_terms_beat_one():
     args = inputs((1, 13, 4, 128, 33), torch.bfloat16)
     noise = 8 * randn(17, 128)
-    image = reference.noise_image(noise.double(), args[1].double()).float()
+    image = reference.noise_image(noise[None].double(), args[1].double())[0].float()
     out = nans(1, 17, 33, dtype=torch.float32)
     product.permuted_linear(*args, noise=noise, image=image, out=out)
     exact = plain(*parity.wide(*args, None, None))
@@ -96,9 +93,32 @@ def test_two_terms_beat_one():
 def test_strip_at_the_store(dtype, tile):
     args = inputs((2, 13, 4, 64, 40), dtype)
     out = nans(2, 13, 40, dtype=dtype, layout="transposed")
-    got = product.permuted_linear(*args, scatter_index=args[2], out=out, tile=tile)
+    got = product.permuted_linear(*args, scatter_index=args[2], out_rows=13, out=out, tile=tile)
     exact = F.linear(*parity.wide(args[0], args[1], args[4]))
     assert_close(got, F.linear(args[0], args[1], args[4]), exact)
+
+
+@by_dtype
+@by_tile
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("widths", [(48,), (33, 20), (40, 7, 16)], ids=str)
+def test_several_weights(dtype, tile, biased, widths):
+    """Each weight's product lies in its own columns, whatever tile its columns end in."""
+    x, _, row_index, redundant, _ = inputs((2, 9, 4, 64, 1), dtype)
+    weights = [randn(width, 64, dtype=dtype) for width in widths]
+    biases = [randn(width, dtype=dtype) for width in widths] if biased else None
+    got = product.permuted_linears(x, weights, row_index, redundant, biases, tile=tile)
+    parts = got.split(widths, dim=2)
+    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        check(part, x, weight, row_index, redundant, biases[number] if biases else None)
+
+
+def test_several_weights_of_different_strides():
+    x, _, row_index, redundant, _ = inputs((1, 5, 2, 24, 1), torch.float32)
+    weights = [randn(8, 24), randn(12, 24, layout="transposed")]
+    parts = product.permuted_linears(x, weights, row_index, redundant).split([8, 12], dim=2)
+    for part, weight in zip(parts, weights, strict=True):
+        check(part, x, weight, row_index, redundant, None)
 
 
 def test_redundant_rows_with_another_stride():
@@ -123,10 +143,16 @@ def test_empty():
 def test_bad_arguments_are_named():
     x, weight, row_index, redundant, bias = inputs((1, 4, 2, 16, 8), torch.float32)
     with pytest.raises(ValueError, match="weight"):
-        product.permuted_linear(x, weight.half(), row_index, redundant)
+        product.permuted_linear(x, weight.double(), row_index, redundant)
     with pytest.raises(ValueError, match="bias"):
         product.permuted_linear(x, weight, row_index, redundant, bias[1:])
     with pytest.raises(TypeError, match="noise"):
         product.permuted_linear(x, weight, row_index, redundant, noise=randn(6, 16).double())
     with pytest.raises(ValueError, match="image"):
         product.permuted_linear(x, weight, row_index, redundant, image=randn(6, 9))
+    with pytest.raises(ValueError, match="scatter_index, out_rows"):
+        product.permuted_linear(x, weight, row_index, redundant, scatter_index=row_index)
+    with pytest.raises(ValueError, match="biases"):
+        product.permuted_linears(x, [weight, weight], row_index, redundant, [bias])
+    with pytest.raises(ValueError, match="weights"):
+        product.permuted_linears(x, [], row_index, redundant)

@@ -33,12 +33,8 @@ def arguments(shape, dtype, layout, z_dtype=None):
 
 
 def reference_of(args, images, norms, dtype):
-    """The reference on rows whose noise is taken off first."""
-    rows = list(args[:3])
-    if images is not None:
-        rows = [z - image for z, image in zip(rows, images, strict=True)]
-    rows = [z.to(dtype) for z in rows]
-    return reference.qkv_decode_encode(*rows, *args[3:], q_norm=norms[0], k_norm=norms[1], eps=1e-5)
+    options = {"images": images, "q_norm": norms[0], "k_norm": norms[1], "eps": 1e-5, "dtype": dtype}
+    return reference.qkv_decode_encode(*args, **options)
 
 
 @by_dtype
@@ -91,8 +87,11 @@ def test_an_offset_for_each_sequence():
     args = arguments((2, 2, 1, 2, 1, 16), torch.float32, "plain")
     caches = [nans(2, 1, 8, 16, dtype=torch.float32) for _ in range(2)]
     offset = torch.tensor([1, 5], device=parity.DEVICE)
-    qkv.qkv_decode_encode(*args, keys=caches[0], values=caches[1], offset=offset)
+    qkv.qkv_decode_encode(*args, keys=caches[0], values=caches[1], offsets=offset)
     _, *expected = reference.qkv_decode_encode(*args)
+    by_reference = [nans(2, 1, 8, 16, dtype=torch.float32) for _ in range(2)]
+    reference.qkv_decode_encode(*args, keys=by_reference[0], values=by_reference[1], offsets=offset)
+    torch.testing.assert_close(caches, by_reference, equal_nan=True)
     for cache, want in zip(caches, expected, strict=True):
         for sequence, start in enumerate(offset.tolist()):
             torch.testing.assert_close(cache[sequence, :, start : start + 2], want[sequence])
@@ -111,5 +110,14 @@ def test_bad_arguments_are_named():
         qkv.qkv_decode_encode(*args[:3], args[3].int(), *args[4:])
     with pytest.raises(ValueError, match="z_k"):
         qkv.qkv_decode_encode(args[0], args[1].half(), *args[2:])
-    with pytest.raises(ValueError, match="keys"):
-        qkv.qkv_decode_encode(*args, keys=torch.empty(1, 1, 4, 16), values=torch.empty(1, 1, 4, 16), offset=1)
+    caches = {"keys": torch.empty(1, 1, 4, 16), "values": torch.empty(1, 1, 4, 16)}
+    with pytest.raises(ValueError, match="offset: expected 0..0"):
+        qkv.qkv_decode_encode(*args, **caches, offset=1)
+    with pytest.raises(ValueError, match="values"):
+        qkv.qkv_decode_encode(*args, **caches | {"values": torch.empty(1, 1, 3, 16)})
+    with pytest.raises(ValueError, match="give both or neither"):
+        qkv.qkv_decode_encode(*args, keys=caches["keys"])
+    with pytest.raises(ValueError, match="need keys and values"):
+        qkv.qkv_decode_encode(*args, offset=1)
+    with pytest.raises(ValueError, match="images: expected three"):
+        qkv.qkv_decode_encode(*args, images=[randn(4, 32)])

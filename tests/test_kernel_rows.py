@@ -11,11 +11,6 @@ from scx_kernels.kernels import rows
 LAYOUTS = ("plain", "transposed", "sliced", "expanded")
 
 
-def rms_norm(x, weight, eps):
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
 @by_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 5, 0, 64), (2, 7, 3, 100), (3, 1, 2, 33)])
@@ -30,8 +25,7 @@ def test_inject(dtype, layout, shape, norm, noisy):
     row_index = permutations(batch, tokens + decoys)
 
     def plain(x, redundant, weight, noise):
-        y = reference.inject_permute(x if weight is None else rms_norm(x, weight, 1e-5), row_index, redundant)
-        return y if noise is None else y.to(torch.promote_types(y.dtype, torch.float32)) + noise
+        return reference.inject_permute(x, row_index, redundant, norm_weight=weight, eps=1e-5, noise=noise)
 
     out = nans(batch, tokens + decoys, features, dtype=torch.float32 if noisy else dtype, layout=layout)
     got = rows.inject_permute(x, row_index, redundant, norm_weight=weight, eps=1e-5, noise=noise, out=out)
@@ -43,6 +37,32 @@ def test_inject(dtype, layout, shape, norm, noisy):
         x, row_index, redundant, norm_weight=weight, eps=1e-5, noise=noise, tile=narrow, force_int64=True
     )
     assert_close(again, plain(x, redundant, weight, noise), exact, dtype)
+
+
+@by_dtype
+@pytest.mark.parametrize("layout", ["plain", "sliced"])
+@pytest.mark.parametrize("decoys", [0, 3])
+@pytest.mark.parametrize(("heads", "size"), [(2, 16), (3, 10), (1, 80)])
+def test_inject_with_features_reordered(dtype, layout, decoys, heads, size):
+    """Each head's features of real rows take the given order; redundant rows stay as they are."""
+    x = randn(2, 5, heads * size, dtype=dtype, layout=layout)
+    redundant = randn(2, decoys, heads * size, dtype=dtype) if decoys else None
+    row_index, feature_index = permutations(2, 5 + decoys), permutations(2, heads, size)
+    expected = reference.inject_permute(x, row_index, redundant, feature_index=feature_index)
+    out = nans(2, 5 + decoys, heads * size, dtype=dtype, layout=layout)
+    got = rows.inject_permute(x, row_index, redundant, feature_index=feature_index, out=out, tile={"BLOCK_M": 2})
+    assert torch.equal(got, expected)
+
+
+@by_dtype
+def test_rows_that_stay_as_they_lie(dtype):
+    """Without an index the pass is the norm alone, or the noise."""
+    x, weight, noise = randn(2, 3, 40, dtype=dtype), randn(40, dtype=dtype), randn(3, 40)
+    for options in ({"norm_weight": weight}, {"norm_weight": weight, "noise": noise}, {"noise": noise}):
+        exact = reference.inject_permute(x.double(), None, **{k: v.double() for k, v in options.items()})
+        assert_close(
+            rows.inject_permute(x, None, **options), reference.inject_permute(x, None, **options), exact, dtype
+        )
 
 
 @by_dtype
@@ -101,3 +121,11 @@ def test_bad_arguments_are_named():
         rows.inject_permute(x, index, norm_weight=randn(7))
     with pytest.raises(ValueError, match="noise"):
         rows.inject_permute(x, index, noise=randn(5, 8))
+    with pytest.raises(ValueError, match="feature_index"):
+        rows.inject_permute(x, index, feature_index=permutations(1, 2, 3))
+    with pytest.raises(ValueError, match="feature_index"):
+        rows.inject_permute(x, index, feature_index=permutations(1, 2, 4), norm_weight=randn(8))
+    with pytest.raises(ValueError, match="redundant: needs row_index"):
+        rows.inject_permute(x, None, x)
+    with pytest.raises(ValueError, match="residual"):
+        rows.strip_restore(x, index, randn(1, 3, 8))

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from scx.encoding import ENCODINGS, RedundantScale, TokenKeys, inverse
 from scx.keys import ModelShape, SCXKeyGenerator, Session
@@ -20,7 +21,7 @@ from scx.keystream import KeyStream, Secret
 from scx_kernels import check_permutation
 
 MASTER = bytes(range(32))
-SHAPE = ModelShape(3, 96, 6, 2, 16, 1.0, "test")
+SHAPE = ModelShape(3, 96, 6, 2, 16, 211, 1.0, "test")
 CPU = torch.device("cpu")
 
 
@@ -99,10 +100,11 @@ def test_keys_differ_by_everything_that_names_them() -> None:
     for other in (session(b"\1" * 16, batch=2), session(batch=2, master_key=b"\1" * 32)):
         assert not torch.equal(other.feature_key(0, CPU).key, key[0].key)
     steps = [base.draw_token_keys(40, 2, None, torch.float32) for _ in range(2)]
-    assert not torch.equal(steps[0].position[0], steps[1].position[0])
-    orders = [position[layer] for position in steps[0].position for layer in range(3)]
+    assert not torch.equal(steps[0].entry, steps[1].entry)
+    assert not torch.equal(steps[0].residual.entry, steps[1].residual.entry)
+    orders = [steps[0].residual.entry, *steps[0].entry.flatten(0, 1)]
     assert all(not torch.equal(a, b) for i, a in enumerate(orders) for b in orders[:i])
-    assert not torch.equal(steps[0].position[0][0, 0], steps[0].position[0][0, 1])
+    assert all(not torch.equal(order[0], order[1]) for order in orders)
 
 
 def test_query_follows_its_group_and_output_undoes_v() -> None:
@@ -114,19 +116,33 @@ def test_query_follows_its_group_and_output_undoes_v() -> None:
 
 
 def test_token_keys_lead_from_place_to_place() -> None:
-    """Following real rows through all encodings of all layers brings every token home; redundant rows stay behind."""
-    keys = session(redundant_num=3).draw_token_keys(5, 1, scale(), torch.float32).layers(CPU)
+    """Rows go from the residual stream through every encoding of every layer and back to their own places; redundant
+    rows stay behind."""
+    keys = session(redundant_num=3).draw_token_keys(5, 1, scale(), torch.float32)
+    embedding, same = nn.Embedding.from_pretrained(-torch.ones(211, 96)), nn.Identity()
     tokens = torch.arange(1.0, 6)[None, :, None].expand(1, 5, 96)
-    rows = tokens
-    for layer in keys:
-        rows = layer.attention.enter(rows)
-        assert torch.equal(layer.attention.leave(rows), tokens)
-        projected = layer.output.enter(tokens)
-        assert torch.equal(layer.output.leave(projected), tokens)
-        rows = layer.add_residual(rows, projected) - layer.add_residual(torch.zeros_like(rows), projected)
-        rows = layer.feed_forward.enter(rows)
-        assert torch.equal(layer.feed_forward.leave(rows), tokens)
-        assert sorted((rows[0, :, 0] == value).sum().item() for value in range(1, 6)) == [1] * 5
+    rows = keys.residual.enter(tokens, embedding)
+    assert torch.equal(keys.residual.leave(rows), tokens)
+    assert (rows == -1).sum() == 3 * 96, "the redundant rows are embeddings of the decoys"
+    for layer in keys.layers():
+        for key in (layer.attention, layer.feed_forward):
+            entered = key.enter(rows, same)
+            assert sorted((entered[0, :, 0] == value).sum().item() for value in range(1, 6)) == [1] * 5
+            assert not (entered == -1).any(), "a redundant row is never carried along"
+        assert torch.equal(layer.attention.enter(rows, same)[:, layer.attention.position[0]], tokens)
+        for key, encoded in ((layer.feed_forward, entered), (layer.output, layer.output.enter(tokens, same))):
+            assert torch.equal(keys.residual.leave(key.add_to(rows, encoded)), 2 * tokens)
+
+
+def test_embeddings_never_lie_in_token_order() -> None:
+    """Tokens are permuted, decoys among them, before they are embedded; the stream leaves them in order again."""
+    key = session(redundant_num=4).draw_token_keys(6, 2, scale(), torch.float32).residual
+    embedding, ids = nn.Embedding(211, 8), torch.randint(0, 211, (2, 6))
+    rows = key.embed(embedding, ids)
+    assert rows.shape == (2, 10, 8)
+    assert torch.equal(key.leave(rows), embedding(ids))
+    redundant = torch.cat((ids, key.decoys), dim=1).gather(1, key.entry)
+    assert torch.equal(rows, embedding(redundant))
 
 
 def test_redundant_rows_follow_the_scale() -> None:
@@ -178,8 +194,18 @@ def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture) -> None:
     keys = generator(redundant_num=2)
     one = keys.open_session(SHAPE, 1)
     token_keys = one.draw_token_keys(40, 1, scale(), torch.float32)
-    feature_key, layer = one.feature_key(0, CPU), token_keys.layers(CPU)[0]
-    shown = [keys, one, one._stream, keys._master_key, feature_key, token_keys, layer, layer.output]
+    feature_key, layer = one.feature_key(0, CPU), token_keys.layers()[0]
+    shown = [
+        keys,
+        one,
+        one._stream,
+        keys._master_key,
+        feature_key,
+        token_keys,
+        token_keys.residual,
+        layer,
+        layer.output,
+    ]
     shown.append(one.take_noise(1, 2, [torch.randn(2, 96)]))
     text = " ".join(f"{thing!r} {thing!s}" for thing in shown) + caplog.text
     assert MASTER.hex() not in text

@@ -46,9 +46,9 @@ def test_noise_is_removed_to_the_precision_of_float32(dtype: torch.dtype) -> Non
     noise = 10 * torch.randn(2, 5, 64, dtype=torch.float32)
     image = ops.noise_image(noise, weight)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    noisy = ops.linear(x, weight, bias, noise, image)
+    noisy = ops.permuted_linear(x, weight, None, None, bias, noise=noise, image=image)
     assert noisy.dtype == dtype
-    plain_error = (ops.linear(x, weight, bias) - exact).abs().max()
+    plain_error = (ops.permuted_linear(x, weight, None, None, bias) - exact).abs().max()
     allowed = 2 * plain_error + (64 * torch.finfo(torch.float32).eps * 10 * weight.double().abs().max())
     assert (noisy - exact).abs().max() <= allowed
 
@@ -135,6 +135,53 @@ def test_operations_are_differentiable() -> None:
     assert torch.autograd.gradcheck(lambda t: ops.strip_restore(t, position, t[:, 1:]), (rows,))
 
 
+def seen_by_hand(batch, tokens, keys, first_own, window, start, length):
+    """(B, 1, S, N) bool, query by query."""
+    seen = torch.zeros(batch, 1, tokens, keys, dtype=torch.bool)
+    for b in range(batch):
+        for s in range(tokens):
+            own = first_own[b] + s
+            for n in range(start[b], min(start[b] + length[b], keys)):
+                seen[b, 0, s, n] = own - window < n <= own
+    return seen
+
+
+@pytest.mark.parametrize(("tokens", "keys", "window"), [(6, 6, 3), (4, 9, 20), (5, 7, 1)])
+def test_attention_limits(tokens: int, keys: int, window: int) -> None:
+    """Windows, padding and lengths hide what they say; a query that sees nothing gives zeros."""
+    q, k, v = torch.randn(2, 4, tokens, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
+    start, length = torch.tensor([0, 3]), torch.tensor([keys, 2])
+    limits = {"window": window, "kv_start": start, "kv_length": length}
+    out = ops.attention(q, k, v, softmax_scale=0.5, is_causal=True, **limits)
+    seen = seen_by_hand(2, tokens, keys, [keys - tokens] * 2, window, start.tolist(), length.tolist())
+    torch.testing.assert_close(out.double(), attention_by_hand(q, k, v, 0.5, seen).nan_to_num(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_attention_step_limits(tokens: int) -> None:
+    """The queries are the last of each sequence's own keys, wherever those lie in the cache."""
+    keys, start, length = 9, [0, 2], [9, 5]
+    q, k, v = torch.randn(2, 4, tokens, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
+    own = [start[b] + length[b] - tokens for b in range(2)]
+    seen = seen_by_hand(2, tokens, keys, own, 4, start, length)
+    row_index = permutations(2, keys + 3)
+    place = row_index[:, None, :, None].expand(2, 2, keys + 3, 8)
+    cache_k, cache_v = (torch.cat((x, torch.full((2, 2, 3, 8), torch.nan)), dim=2).gather(2, place) for x in (k, v))
+    limits = {"window": 4, "kv_start": torch.tensor(start), "kv_length": torch.tensor(length)}
+    position = row_index.argsort(dim=-1)[:, :keys]
+    out = ops.attention_step(q, cache_k, cache_v, softmax_scale=0.5, position=position, **limits)
+    torch.testing.assert_close(out.double(), attention_by_hand(q, k, v, 0.5, seen), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_into_the_next_encoding_is_attention_then_injection() -> None:
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    row_index, redundant, features = permutations(2, 7), torch.randn(2, 2, 32), permutations(2, 4, 8)
+    options = {"softmax_scale": 0.5, "is_causal": True, "output_index": features}
+    out = ops.attention(q, k, v, **options)
+    expected = ops.inject_permute(out.transpose(1, 2).flatten(2), row_index, redundant)
+    assert torch.equal(ops.attention(q, k, v, **options, row_index=row_index, redundant=redundant), expected)
+
+
 class TestBadInput:
     x, index, features = torch.randn(2, 4, 6), permutations(2, 4), permutations(2, 3, 8)
 
@@ -163,7 +210,7 @@ class TestBadInput:
             ops.inject_permute(self.x.int(), self.index)
 
     def test_feature_index_heads(self) -> None:
-        with pytest.raises(ValueError, match=r"feature_index: expected shape \(2, 4, 8\)"):
+        with pytest.raises(ValueError, match=r"feature_index: expected \(2, 4, 8\)"):
             ops.permute_features(torch.randn(2, 4, 5, 8), self.features)
 
     def test_mismatched_heads(self) -> None:
@@ -171,14 +218,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="k: its 2 heads do not divide q's 5"):
             ops.attention(q, k, k, softmax_scale=1.0)
 
-    def test_causal_needs_a_square(self) -> None:
-        q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)
+    def test_causal_needs_a_key_for_every_query(self) -> None:
+        q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 4, 8)
         with pytest.raises(ValueError, match="is_causal"):
             ops.attention(q, k, k, softmax_scale=1.0, is_causal=True)
 
-    def test_noise_without_image(self) -> None:
-        with pytest.raises(ValueError, match="noise and image"):
-            ops.linear(self.x, torch.randn(3, 6), None, torch.randn(2, 4, 6))
+    def test_image_of_another_shape(self) -> None:
+        with pytest.raises(ValueError, match="image: expected shape"):
+            ops.permuted_linear(self.x, torch.randn(3, 6), image=torch.randn(2, 4, 6))
 
     def test_no_permutation(self) -> None:
         with pytest.raises(ValueError, match=r"row_index: a row is not a permutation of 0\.\.3"):

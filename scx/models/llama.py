@@ -3,9 +3,9 @@
 The modules stay; their classes become subclasses of their own that run the protocol's steps. So parameter names, hooks
 and recorded outputs keep working, no weight is copied, and undoing the swap restores the model exactly.
 
-Rows travel as the protocol says: from block to block they are token-permuted with redundant rows among them, under
-the feed-forward key of the block they come from; token order exists only between q, k, v and the output projection,
-where features are permuted instead.
+Rows travel as the protocol says: the residual stream is token-permuted with redundant rows among them, and what each
+half of a block takes out of it lies under a permutation of its own, with fresh redundant rows; token order exists only
+between q, k, v and the output projection, where features are permuted instead.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 
 import scx_kernels as ops
-from scx.encoding import RedundantScale, is_plain_linear
+from scx.encoding import Noise, RedundantScale, TokenKey, is_plain_linear
 from scx.keys import ModelShape, SCXKeyGenerator, Session, Step
 from scx.keystream import KeyStream
 from scx.kvcache import EncodedCache, join_parts
@@ -79,14 +79,18 @@ class EncodedAttention(nn.Module):
         past_key_values: EncodedCache | None = None,
         *,
         scx_step: Step,
+        scx_noise: Noise | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         device = hidden_states.device
         keys = scx_step.layer_keys(self.layer_idx, device)
         feature_key = scx_step.feature_key(self.layer_idx, device)
-
-        z_q, z_k, z_v = self._project(hidden_states, scx_step)
         cos, sin = position_embeddings
+        slots = None
+        if past_key_values is not None:
+            slots = past_key_values.room(self.layer_idx, cos.shape[1], feature_key.key.shape, self.q_proj.weight)
+
+        z_q, z_k, z_v = self._project(hidden_states, scx_noise)
         q, k, v = ops.qkv_decode_encode(
             z_q,
             z_k,
@@ -98,14 +102,17 @@ class EncodedAttention(nn.Module):
             feature_key.key,
             feature_key.value,
             **self._head_norms(),
+            **({} if slots is None else slots.arguments),
         )
-
-        if past_key_values is not None:
+        if past_key_values is not None and slots is not None:
+            k, v = past_key_values.take_in(self.layer_idx, slots)
+        elif past_key_values is not None:
             q, k, v, attention_mask = _meet_cache(past_key_values, self.layer_idx, q, k, v, attention_mask)
+
         output_index = scx_step.feature_key(self.layer_idx, q.device).output
-        out, weights = self._attend(q, k, v, attention_mask, output_index, **kwargs)
-        out = out.to(device).transpose(1, 2).flatten(2)
-        return keys.output.enter_linear(out, self.o_proj), weights
+        output_key = scx_step.layer_keys(self.layer_idx, q.device).output
+        rows, weights = self._attend(q, k, v, attention_mask, output_index, output_key, **kwargs)
+        return self.o_proj(rows.to(device)), weights
 
     def _head_norms(self) -> dict[str, Any]:
         """Qwen3 normalises every head of q and k before the rotary step."""
@@ -114,29 +121,37 @@ class EncodedAttention(nn.Module):
             return {}
         return {"q_norm": norm.weight, "k_norm": self.k_norm.weight, "eps": norm.variance_epsilon}
 
-    def _project(self, rows: Tensor, step: Step) -> Sequence[Tensor]:
+    def _project(self, rows: Tensor, noise: Noise | None) -> Sequence[Tensor]:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        batch, count, _ = rows.shape
-        noise = step.noise(self.layer_idx, batch, count, [projection.weight for projection in projections])
-        if noise is None:
-            return [projection(rows) for projection in projections]
-        for projection in projections:
-            _check_plain_linear(projection, f"layers.{self.layer_idx}")
-        return [
-            ops.linear(rows, projection.weight, projection.bias, noise.noise, image)
-            for projection, image in zip(projections, noise.images, strict=True)
-        ]
+        weights = [projection.weight for projection in projections]
+        biases = [projection.bias for projection in projections]
+        if noise is not None:
+            for projection in projections:
+                _check_plain_linear(projection, f"layers.{self.layer_idx}")
+            return [
+                ops.permuted_linear(rows, weight, bias=bias, image=image)
+                for weight, bias, image in zip(weights, biases, noise.images, strict=True)
+            ]
+        if all(is_plain_linear(projection) for projection in projections):
+            return ops.permuted_linears(rows, weights, biases=biases)
+        return [projection(rows) for projection in projections]
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, output_index: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention with the backend that the model is set to; (B, H, S, d), V's permutation undone."""
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, output_index: Tensor, output_key: TokenKey,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Attention with the backend that the model is set to; (B, T, H*d) rows in the output encoding."""
+        entry, redundant, scale = output_key.entry, output_key.redundant, self.scaling
         backend = self.config._attn_implementation
         if backend == "sdpa" and not self.training and kwargs.get("is_causal") is None:
-            is_causal = mask is None and q.shape[2] > 1
-            scale = self.scaling
-            out = ops.attention(q, k, v, softmax_scale=scale, mask=mask, is_causal=is_causal, output_index=output_index)
-            return out, None
+            if q.shape[2] == 1 and mask is None and entry is None:
+                out = ops.attention_step(q, k, v, softmax_scale=scale, output_index=output_index)
+                return out.transpose(1, 2).flatten(2), None
+            rows = ops.attention(
+                q, k, v, softmax_scale=scale, mask=mask, is_causal=mask is None and q.shape[2] > 1,
+                output_index=output_index, row_index=entry, redundant=redundant,
+            )  # fmt: skip
+            return rows if entry is not None else rows.transpose(1, 2).flatten(2), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         out, weights = attend(
             self,
@@ -145,11 +160,11 @@ class EncodedAttention(nn.Module):
             v,
             mask,
             dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
+            scaling=scale,
             sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
             **kwargs,
         )
-        return ops.permute_features(out.transpose(1, 2), output_index), weights
+        return ops.inject_permute(out.flatten(2), entry, redundant, feature_index=output_index), weights
 
 
 def _meet_cache(
@@ -167,7 +182,8 @@ def _meet_cache(
 
 
 class EncodedDecoderLayer(nn.Module):
-    """One block. Rows come in the order the block before left them in, the first block's in token order."""
+    """One block on the encoded residual stream. Each of its halves takes rows out of it into an encoding of its own and
+    adds what comes back."""
 
     self_attn: EncodedAttention
     mlp: nn.Module
@@ -175,24 +191,28 @@ class EncodedDecoderLayer(nn.Module):
     post_attention_layernorm: nn.Module
 
     def forward(self, hidden_states: Tensor, *, scx_step: Step, **kwargs: Any) -> Tensor:
-        layer_idx = self.self_attn.layer_idx
-        keys = scx_step.layer_keys(layer_idx, hidden_states.device)
+        layer_idx, device = self.self_attn.layer_idx, hidden_states.device
+        keys = scx_step.layer_keys(layer_idx, device)
+        rows = scx_step.start(hidden_states) if layer_idx == 0 else hidden_states
 
-        rows = keys.attention.enter(hidden_states)
-        projected, _ = self.self_attn(hidden_states=self.input_layernorm(rows), scx_step=scx_step, **kwargs)
-        rows = keys.add_residual(rows, projected)
+        noise = scx_step.noise if layer_idx == 0 else None
+        entered = keys.attention.enter(rows, self.input_layernorm, noise)
+        projected, _ = self.self_attn(hidden_states=entered, scx_step=scx_step, scx_noise=noise, **kwargs)
+        rows = keys.output.add_to(rows, projected)
 
-        rows = keys.feed_forward.enter(rows)
-        rows = rows + self.mlp(self.post_attention_layernorm(rows))
+        entered = keys.feed_forward.enter(rows, self.post_attention_layernorm)
+        rows = keys.feed_forward.add_to(rows, self.mlp(entered))
 
         is_last = layer_idx == scx_step.session.shape.num_layers - 1
-        return keys.feed_forward.leave(rows) if is_last else rows
+        return scx_step.leave(rows) if is_last else rows
 
 
 class EncodedModel(nn.Module):
     """The decoder stack: admits a request, opens or continues its session, and runs the blocks with its keys."""
 
     config: Any
+    embed_tokens: nn.Module
+    layers: Any
     gradient_checkpointing: bool
     _scx: "ModelEncoding"
 
@@ -231,17 +251,20 @@ class EncodedModel(nn.Module):
             session = encoding.check_cache(cache, batch)
 
         step = encoding.open_step(session, cache, tokens, batch, permute_tokens=is_prefill or tokens > 1)
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            scx_step=step,
-            **kwargs,
-        )
+        attention = self.layers[0].self_attn
+        step.prepare(batch, tokens, [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        # Who names a stage serves a model: the kernels, which have no backward, are not to be kept out by its weights.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode is None):
+            outputs = super().forward(
+                inputs_embeds=step.embed(self.embed_tokens, input_ids, inputs_embeds),
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=use_cache,
+                return_dict=True,
+                scx_step=step,
+                **kwargs,
+            )
         if outputs.get("hidden_states") is not None:
             outputs.hidden_states = _decode_hidden_states(outputs.hidden_states, step)
         if return_dict is None:
@@ -307,13 +330,11 @@ def _check_positions(cache_position: Tensor | None, cached: int, tokens: int) ->
 
 
 def _decode_hidden_states(hidden_states: Sequence[Tensor | None], step: Step) -> tuple[Tensor | None, ...]:
-    """Recorded hidden states in token order: what a block hands on lies under its feed-forward key."""
-    decoded = list(hidden_states)
-    for index in range(1, step.session.shape.num_layers):
-        recorded = decoded[index]
-        if recorded is not None:
-            decoded[index] = step.layer_keys(index - 1, recorded.device).feed_forward.leave(recorded)
-    return tuple(decoded)
+    """Recorded hidden states in token order. The first one recorded stands in for the rows that the step embedded."""
+    decoded = [None if states is None else step.start(states) for states in hidden_states[:1]]
+    decoded += hidden_states[1:]
+    last = step.session.shape.num_layers
+    return tuple(states if i >= last or states is None else step.leave(states) for i, states in enumerate(decoded))
 
 
 class ModelEncoding:
@@ -426,6 +447,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
+        vocab_size=decoder.embed_tokens.weight.shape[0],
         first_norm_rms=float(first_norm.detach().float().square().mean().sqrt()),
         fingerprint=digest.hexdigest(),
     )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scx_kernels.checks import check_attention
+from scx_kernels.checks import check_attention, check_attention_step
 from scx_kernels.kernels.launch import Target, check_dtype, dot, exceeds_int32, launch, narrow, strides, target_of
 
 __all__ = ["attention", "attention_step", "attention_tile", "step_tile"]
@@ -580,29 +580,16 @@ def step_tile(
     return blocks | tile | {"splits": max(1, splits)}
 
 
-def _check_lengths(q: Tensor, kv_start: Tensor | None, kv_length: Tensor | None) -> None:
-    for name, value in (("kv_start", kv_start), ("kv_length", kv_length)):
-        if value is None:
-            continue
-        if value.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: expected int32 or int64, got {value.dtype}")
-        if value.shape != q.shape[:1] or value.device != q.device or not value.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous ({q.shape[0]},) on {q.device}, got {tuple(value.shape)}")
-
-
-def _check_index(name: str, index: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if index.dtype != torch.int64:
-        raise TypeError(f"{name}: expected int64, got {index.dtype}")
-    if tuple(index.shape) != shape or index.device != device:
-        raise ValueError(f"{name}: expected {shape} on {device}, got {tuple(index.shape)} on {index.device}")
-
-
-def _check_head(q: Tensor, v: Tensor, softmax_scale: float) -> None:
+def _check_head(q: Tensor, v: Tensor) -> None:
     check_dtype("q", q)
     if v.shape[3] != q.shape[3] or not 0 < q.shape[3] <= 256:
         raise ValueError(f"v: expected q's head size, at most 256, got {v.shape[3]} and {q.shape[3]}")
-    if not softmax_scale > 0:
-        raise ValueError(f"softmax_scale: expected a positive number, got {softmax_scale}")
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    """The inverse of (B, n) permutations."""
+    places = torch.arange(permutation.shape[1], device=permutation.device).expand(permutation.shape)
+    return torch.empty_like(permutation).scatter_(1, permutation, places)
 
 
 def attention(
@@ -613,56 +600,32 @@ def attention(
     softmax_scale: float,
     mask: Tensor | None = None,
     is_causal: bool = False,
-    output_index: Tensor | None = None,
     window: int | None = None,
     kv_start: Tensor | None = None,
     kv_length: Tensor | None = None,
-    position: Tensor | None = None,
+    output_index: Tensor | None = None,
+    row_index: Tensor | None = None,
     redundant: Tensor | None = None,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
 ) -> Tensor:
-    """Attention of many queries on feature-permuted Q, K, V (prefill).
+    """`scx_kernels.attention` for float32, float16 and bfloat16, any strides, head sizes up to 256, in one kernel.
 
     Args:
-        q: (B, H, S, d) float32, float16 or bfloat16, any strides, d up to 256; each query head permuted as its group's
-            keys.
-        k, v: (B, G, N, d), H a multiple of G; V under a permutation of its own.
-        softmax_scale: positive factor on QKᵀ.
-        mask: broadcastable to (B, H, S, N); bool (True takes part) or additive. Slow: every tile is masked.
-        is_causal: query s sees keys 0..N-S+s; needs S <= N.
-        output_index: (B, H, d) int64, the inverse of V's permutation, repeated over each group; undone on the output.
-        window: with is_causal, a query sees no more than its last `window` keys, itself among them.
-        kv_start: (B,) int32 or int64, first key that takes part (left padding); 0 if absent.
-        kv_length: (B,) int32 or int64, how many keys from kv_start on take part; all if absent.
-        position: (B, S+R) int64 in 0..S+R-1: write row n of output ⊕ redundant to encoded row `position[n]`.
-        redundant: (B, R, H*d) of q's dtype, with position; R = 0 if absent.
-        out: (B, H, S, d), or (B, S+R, H*d) with position, any strides.
+        mask: slow: every tile is masked.
+        out: (B, H, S, d), or (B, T, H*d) with row_index, any strides; by default in memory by tokens.
         tile: overrides of `attention_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
 
-    Returns: (B, H, S, d), in memory by tokens, so that its heads merge without a copy; with position, the encoded
-    (B, S+R, H*d). Plain features if output_index is given, else in V's order. A query that sees no key gives zeros.
-    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
-    Source: Dao, FlashAttention-2 (arXiv 2307.08691); SCX, prefill, steps 4 and 5.
+    Source: Dao, FlashAttention-2 (arXiv 2307.08691).
     """
-    check_attention(q, k, v, mask, False)
-    _check_head(q, v, softmax_scale)
-    _check_lengths(q, kv_start, kv_length)
+    check_attention(
+        q, k, v, softmax_scale, mask, is_causal, window, kv_start, kv_length, output_index, row_index, redundant
+    )
+    _check_head(q, v)
     (batch, heads, tokens, size), keys = q.shape, k.shape[2]
-    if is_causal and (mask is not None or tokens > keys):
-        raise ValueError(f"is_causal: needs no mask beside it and no more queries than keys, got {tokens} and {keys}")
-    if window is not None and (window < 1 or not is_causal):
-        raise ValueError(f"window: expected a positive number, with is_causal, got {window}")
-    if redundant is not None and (position is None or redundant.dtype != q.dtype):
-        raise ValueError(f"redundant: expected q's {q.dtype}, with position, got {redundant.dtype}")
     decoys = 0 if redundant is None else redundant.shape[1]
-    if redundant is not None and redundant.shape != (batch, decoys, heads * size):
-        raise ValueError(f"redundant: expected ({batch}, R, {heads * size}), got {tuple(redundant.shape)}")
-    if output_index is not None:
-        _check_index("output_index", output_index, (batch, heads, size), q.device)
-    if position is not None:
-        _check_index("position", position, (batch, tokens + decoys), q.device)
+    position = None if row_index is None else _inverse(row_index)
     if mask is not None:
         mask = mask.expand(batch, heads, tokens, keys)
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
@@ -705,48 +668,28 @@ def attention_step(
     v: Tensor,
     *,
     softmax_scale: float,
-    output_index: Tensor | None = None,
     window: int | None = None,
     kv_start: Tensor | None = None,
     kv_length: Tensor | None = None,
     position: Tensor | None = None,
+    output_index: Tensor | None = None,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
 ) -> Tensor:
-    """Attention of a sequence's last few queries on its cache (generation), split over the cache.
-
-    The queries are the sequence's last S tokens: with keys kv_start..e-1, query s sees keys up to e - S + s.
+    """`scx_kernels.attention_step` for float32, float16 and bfloat16, any strides, head sizes up to 256: the cache
+    split over programs, and a second kernel that combines what they found.
 
     Args:
-        q: (B, H, S, d) float32, float16 or bfloat16, any strides, d up to 256; S of 1 to about 16.
-        k, v: (B, G, capacity, d), H a multiple of G, any strides.
-        softmax_scale: positive factor on QKᵀ.
-        output_index: (B, H, d) int64, the inverse of V's permutation, repeated over each group; undone on the output.
-        window: a query sees no more than its last `window` keys, itself among them.
-        kv_start: (B,) int32 or int64, first key that takes part (left padding); 0 if absent.
-        kv_length: (B,) int32 or int64, how many keys from kv_start on take part; all if absent. Read on the device
-            only, so that a captured graph can move on.
-        position: (B, N) int64 in 0..capacity-1, the cache row of each key, in token order: for a cache that is
-            token-permuted and has redundant rows among the others. kv_start, kv_length and window count in N.
-        out: (B, H, S, d), any strides.
+        kv_length: read on the device only, so that a captured graph can move on.
+        out: (B, H, S, d), any strides; by default in memory by tokens.
         tile: overrides of `step_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
 
-    Returns: (B, H, S, d), in memory by tokens; plain features if output_index is given, else in V's order. A query
-    that sees no key gives zeros.
-    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
-    Source: Dao et al., Flash-Decoding (2023); SCX, generation.
+    Source: Dao et al., Flash-Decoding (2023).
     """
-    check_attention(q, k, v, None, False)
-    _check_head(q, v, softmax_scale)
-    _check_lengths(q, kv_start, kv_length)
+    check_attention_step(q, k, v, softmax_scale, window, kv_start, kv_length, position, output_index)
+    _check_head(q, v)
     (batch, heads, tokens, size), groups = q.shape, k.shape[1]
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected a positive number, got {window}")
-    if output_index is not None:
-        _check_index("output_index", output_index, (batch, heads, size), q.device)
-    if position is not None:
-        _check_index("position", position, (batch, position.shape[-1]), q.device)
     keys = k.shape[2] if position is None else position.shape[1]
     if out is None:
         out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)

@@ -7,9 +7,12 @@
 
 The rows of all sequences form one list of M = B*T rows. Many rows: tiles of the output, x on the left. Few rows: the
 product is turned around, `(weight @ x.T).T`, so that the weight fills the matrix unit's 64 rows and x, at most 64
-rows, its columns; where even then the tiles are too few for the machine, the inner dimension is split.
+rows, its columns; where even then the tiles are too few for the machine, the inner dimension is split. Up to three
+weights sharing the rows lie side by side in the columns of the result, each beginning a tile of its own.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scx_kernels.checks import check_rows
+from scx_kernels.checks import check_linear, check_linears
 from scx_kernels.kernels.launch import Target, check_dtype, dot, exceeds_int32, launch, narrow, strides, target_of
 
-__all__ = ["matmul_tile", "permuted_linear"]
+__all__ = ["matmul_tile", "permuted_linear", "permuted_linears"]
 
 
 @triton.jit
@@ -36,7 +39,7 @@ def _finish_tile(
     out_ptr,
     # Sizes
     M,
-    N,
+    column_end,
     T,
     out_rows,
     # Strides
@@ -55,9 +58,9 @@ def _finish_tile(
     HAS_SCATTER: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Subtract the noise's image, add the bias, write rows to their places."""
+    """Subtract the noise's image, add the bias, write rows to their places, in columns before `column_end`."""
     in_rows = row < M
-    in_columns = column < N
+    in_columns = column < column_end
     # int64: sequence * stride and row * stride grow with the whole tensor.
     sequence = (row // T).to(tl.int64)
     place = (row % T).to(tl.int64)
@@ -85,6 +88,8 @@ def _matmul_kernel(
     row_index_ptr,
     noise_ptr,
     weight_ptr,
+    weight_1_ptr,
+    weight_2_ptr,
     bias_ptr,
     image_ptr,
     scatter_ptr,
@@ -93,6 +98,8 @@ def _matmul_kernel(
     # Sizes
     M,
     N,
+    N_0,  # columns of the first weight, and up to the end of the second
+    N_1,
     K,
     T,
     tokens,
@@ -121,12 +128,14 @@ def _matmul_kernel(
     stride_ot,
     stride_on,
     # Meta-parameters
+    HAS_INDEX: tl.constexpr,
     HAS_REDUNDANT: tl.constexpr,
     SAME_STRIDE: tl.constexpr,  # x and redundant step alike from feature to feature: keeps loads vectorised
     HAS_NOISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
     HAS_SCATTER: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     EVEN_K: tl.constexpr,
     INT64: tl.constexpr,
     SWAP: tl.constexpr,  # the weight is the left operand
@@ -137,26 +146,45 @@ def _matmul_kernel(
     GROUP_M: tl.constexpr,  # tiles of this many row blocks follow each other, so that they share weights in L2
 ):
     blocks_m = tl.cdiv(M, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_0 = tl.cdiv(N_0, BLOCK_N)
+    blocks_1 = blocks_0 + tl.cdiv(N_1 - N_0, BLOCK_N)
+    blocks_n = blocks_1 + tl.cdiv(N - N_1, BLOCK_N)
     first_m = tl.program_id(0) // (GROUP_M * blocks_n) * GROUP_M
     group_m = tl.minimum(blocks_m - first_m, GROUP_M)
     block_m = first_m + tl.program_id(0) % (GROUP_M * blocks_n) % group_m
     block_n = tl.program_id(0) % (GROUP_M * blocks_n) // group_m
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_block = 0
+    first_column = 0
+    column_end = N_0
+    if WEIGHTS > 1:
+        weight_ptr = tl.where(block_n < blocks_0, weight_ptr, weight_1_ptr)
+        first_block = tl.where(block_n < blocks_0, 0, blocks_0)
+        first_column = tl.where(block_n < blocks_0, 0, N_0)
+        column_end = tl.where(block_n < blocks_0, N_0, N_1)
+    if WEIGHTS > 2:
+        weight_ptr = tl.where(block_n < blocks_1, weight_ptr, weight_2_ptr)
+        first_block = tl.where(block_n < blocks_1, first_block, blocks_1)
+        first_column = tl.where(block_n < blocks_1, first_column, N_1)
+        column_end = tl.where(block_n < blocks_1, column_end, N)
+    weight_row = (block_n - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = first_column + weight_row
 
     # Rows past the end repeat the last one: no mask in the loop, and the store drops them.
     # int64: sequence * stride and row * stride grow with the whole tensor.
     sequence = (tl.minimum(row, M - 1) // T).to(tl.int64)
     place = (tl.minimum(row, M - 1) % T).to(tl.int64)
-    source = tl.load(row_index_ptr + sequence * stride_jb + place * stride_jt)
+    source = place
+    if HAS_INDEX:
+        source = tl.load(row_index_ptr + sequence * stride_jb + place * stride_jt)
     x_rows = x_ptr + sequence * stride_xb + source * stride_xn
     step_xk = tl.full((BLOCK_M,), 1, tl.int32) * stride_xk
     if HAS_REDUNDANT:
         redundant_rows = redundant_ptr + sequence * stride_rb + (source - tokens) * stride_rr
         x_rows = tl.where(source < tokens, x_rows, redundant_rows)
         step_xk = tl.where(source < tokens, step_xk, step_xk * 0 + stride_rk)
-    weight_rows = weight_ptr + tl.minimum(column, N - 1).to(tl.int64) * stride_wn
+    last_weight_row = column_end - first_column - 1
+    weight_rows = weight_ptr + tl.minimum(weight_row, last_weight_row).to(tl.int64) * stride_wn
 
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     k_start = tl.program_id(1) * steps * BLOCK_K
@@ -177,7 +205,7 @@ def _matmul_kernel(
         noise_pointers = noise_rows[:, None] + inner[None, :] * stride_ak
         noise_step = tl.full((), BLOCK_K, tl.int64) * stride_ak
 
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
         if EVEN_K:
@@ -193,12 +221,13 @@ def _matmul_kernel(
             else:
                 noise = tl.load(noise_pointers, mask=in_inner, other=0)
             noise_pointers += noise_step
-            noisy = x.to(tl.float32) + noise
+            x = x.to(tl.float32) + noise
+        if x.dtype != DTYPE:
+            # Two terms carry twice the bits of one; the products add up in float32.
+            noisy = x
             x = narrow(noisy, DTYPE)
-            if DTYPE != tl.float32:
-                # Two terms carry twice the bits of one; the products add up in float32.
-                rest = narrow(noisy - x.to(tl.float32), DTYPE)
-                acc = dot(weight, tl.trans(rest), acc) if SWAP else dot(rest, tl.trans(weight), acc)
+            rest = narrow(noisy - x.to(tl.float32), DTYPE)
+            acc = dot(weight, tl.trans(rest), acc) if SWAP else dot(rest, tl.trans(weight), acc)
         acc = dot(weight, tl.trans(x), acc) if SWAP else dot(x, tl.trans(weight), acc)
         x_pointers += x_step
         weight_pointers += weight_step
@@ -208,11 +237,11 @@ def _matmul_kernel(
     if SPLIT_K > 1:
         # The workspace is (SPLIT_K, M, N), contiguous.
         partial = partial_ptr + (tl.program_id(1).to(tl.int64) * M + row) * N
-        mask = (row < M)[:, None] & (column < N)[None, :]
+        mask = (row < M)[:, None] & (column < column_end)[None, :]
         tl.store(partial[:, None] + column[None, :], acc, mask=mask)
     else:
         _finish_tile(
-            acc, row, column, bias_ptr, image_ptr, scatter_ptr, out_ptr, M, N, T, out_rows,
+            acc, row, column, bias_ptr, image_ptr, scatter_ptr, out_ptr, M, column_end, T, out_rows,
             stride_bn, stride_ib, stride_it, stride_in, stride_sb, stride_st, stride_ob, stride_ot, stride_on,
             HAS_BIAS, HAS_IMAGE, HAS_SCATTER, INT64,
         )  # fmt: skip
@@ -330,32 +359,10 @@ def _rows_are_aligned(x: Tensor) -> bool:
     return x.stride(-1) == 1 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
 
 
-def _check(
-    x: Tensor, weight: Tensor, row_index: Tensor, redundant: Tensor | None, bias: Tensor | None,
-    noise: Tensor | None, image: Tensor | None, scatter_index: Tensor | None,
-) -> None:  # fmt: skip
-    check_rows(x, row_index, redundant)
-    check_dtype("x", x)
-    columns, (batch, encoded) = weight.shape[0], row_index.shape
-    if weight.dim() != 2 or weight.shape[1] != x.shape[2] or weight.dtype != x.dtype or weight.device != x.device:
-        raise ValueError(f"weight: expected (N, {x.shape[2]}) {x.dtype}, got {tuple(weight.shape)} {weight.dtype}")
-    if bias is not None and (bias.shape != (columns,) or bias.device != x.device):
-        raise ValueError(f"bias: expected ({columns},) on {x.device}, got {tuple(bias.shape)} on {bias.device}")
-    for name, added, width in (("noise", noise, x.shape[2]), ("image", image, columns)):
-        if added is None:
-            continue
-        if added.dtype != torch.float32 or added.device != x.device:
-            raise TypeError(f"{name}: expected float32 on {x.device}, got {added.dtype} on {added.device}")
-        if added.shape not in ((encoded, width), (batch, encoded, width)):
-            raise ValueError(f"{name}: expected ({batch}, {encoded}, {width}) or without batch, got {added.shape}")
-    if scatter_index is not None and (scatter_index.shape != row_index.shape or scatter_index.dtype != torch.int64):
-        raise ValueError(f"scatter_index: expected {tuple(row_index.shape)} int64, got {tuple(scatter_index.shape)}")
-
-
 def permuted_linear(
     x: Tensor,
     weight: Tensor,
-    row_index: Tensor,
+    row_index: Tensor | None = None,
     redundant: Tensor | None = None,
     bias: Tensor | None = None,
     *,
@@ -367,39 +374,77 @@ def permuted_linear(
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
 ) -> Tensor:
-    """Permuted-gather product: `(inject_permute(x, row_index, redundant) + noise) @ weight.T - image + bias`.
+    """`scx_kernels.permuted_linear` for float32, float16 and bfloat16, any strides, in one kernel.
+
+    Half-precision weights meet noisy rows as two terms, so that the noise costs no more precision than it would in
+    float32 (bfloat16: 16 bits).
 
     Args:
-        x: (B, S, D) float32, float16 or bfloat16, any strides.
-        weight: (N, D) of x's dtype, as in `torch.nn.Linear`, any strides; several layers sharing the input may come
-            stacked as one.
-        row_index: (B, T) int64 in 0..S+R-1. A product of stripped rows only is one with a shorter row_index.
-        redundant: (B, R, D) of x's dtype, or None for R = 0.
-        bias: (N,) or None.
-        noise: (T, D) or (B, T, D) float32, added to the gathered rows: half-precision operands then go in as two
-            terms, so that the noise costs no more precision than it would in float32 (bfloat16: 16 bits).
-        image: (T, N) or (B, T, N) float32, subtracted in float32 before the one rounding.
-        scatter_index: (B, T) int64: row t goes to row `scatter_index[t]` of the result, or nowhere where that is
-            `out_rows` or more; needs out_rows (or out). Rows that nothing is scattered to are not written.
-        out_rows: rows of the result, T by default.
-        out: (B, out_rows, N) to write into, any strides and any kernel dtype.
+        out: (B, T or out_rows, M) to write into, any strides and any kernel dtype.
         tile: overrides of `matmul_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
-
-    Returns: (B, out_rows, N) of x's dtype; float32 under noise whose image is still to be subtracted.
-    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
     """
-    _check(x, weight, row_index, redundant, bias, noise, image, scatter_index)
-    (batch, tokens, inner), encoded, columns = x.shape, row_index.shape[1], weight.shape[0]
+    check_linear(x, weight, row_index, redundant, bias, noise, image, scatter_index, out_rows)
+    check_dtype("x", x)
+    check_dtype("weight", weight)
+    encoded, columns = x.shape[1] if row_index is None else row_index.shape[1], weight.shape[0]
+    shape = (x.shape[0], encoded if out_rows is None else out_rows, columns)
     if out is None:
-        dtype = torch.float32 if noise is not None and image is None else x.dtype
-        out = x.new_empty(batch, encoded if out_rows is None else out_rows, columns, dtype=dtype)
-    if scatter_index is None and out.shape != (batch, encoded, columns):
-        raise ValueError(f"out: expected ({batch}, {encoded}, {columns}), got {tuple(out.shape)}")
+        noisy = noise is not None or x.dtype != weight.dtype
+        out = x.new_empty(shape, dtype=torch.float32 if noisy and image is None else weight.dtype)
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out: expected {shape}, got {tuple(out.shape)}")
+    _multiply(x, (weight,), row_index, redundant, bias, noise, image, scatter_index, out, tile, force_int64)
+    return out
+
+
+def permuted_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    row_index: Tensor | None = None,
+    redundant: Tensor | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    tile: dict[str, Any] | None = None,
+) -> Tensor:
+    """`scx_kernels.permuted_linears` in one kernel for up to three weights of like strides: the products side by side,
+    (B, T, sum of M).
+
+    Args:
+        tile: overrides of `matmul_tile`.
+    """
+    biases = check_linears(x, weights, row_index, redundant, biases)
+    check_dtype("x", x)
+    encoded = x.shape[1] if row_index is None else row_index.shape[1]
+    widths = [weight.shape[0] for weight in weights]
+    out = x.new_empty(x.shape[0], encoded, sum(widths))
+    rows = (x, row_index, redundant)
+    if len(weights) > 3 or len({weight.stride() for weight in weights}) > 1 or 0 in widths:
+        for weight, bias, part in zip(weights, biases, out.split(widths, dim=2), strict=True):
+            _multiply(rows[0], (weight,), *rows[1:], bias, None, None, None, part, tile, False)
+        return out
+    bias = None
+    if any(bias is not None for bias in biases):
+        pairs = zip(weights, biases, strict=True)
+        bias = torch.cat([w.new_zeros(len(w)) if b is None else b.to(w.dtype) for w, b in pairs])
+    _multiply(rows[0], weights, *rows[1:], bias, None, None, None, out, tile, False)
+    return out
+
+
+def _multiply(
+    x: Tensor, weights: Sequence[Tensor], row_index: Tensor | None, redundant: Tensor | None, bias: Tensor | None,
+    noise: Tensor | None, image: Tensor | None, scatter_index: Tensor | None, out: Tensor,
+    tile: dict[str, Any] | None, force_int64: bool,
+) -> None:  # fmt: skip
+    """Launch the product of arguments that are checked; weights of one stride share the launch."""
+    (batch, tokens, inner), columns = x.shape, out.shape[2]
+    encoded = tokens if row_index is None else row_index.shape[1]
+    rows, weight = batch * encoded, weights[0]
+    ends = list(itertools.accumulate(len(weight) for weight in weights))
     noise = None if noise is None else noise.expand(batch, encoded, inner)
     image = None if image is None else image.expand(batch, encoded, columns)
-    rows = batch * encoded
-    aligned = all(_rows_are_aligned(operand) for operand in (x, weight, redundant) if operand is not None)
-    meta = matmul_tile(rows, columns, inner, x.dtype, noise is not None, aligned, target_of(x.device)) | (tile or {})
+    noisy = noise is not None or x.dtype != weight.dtype
+    aligned = all(_rows_are_aligned(operand) for operand in (x, *weights, redundant) if operand is not None)
+    meta = matmul_tile(rows, columns, inner, weight.dtype, noisy, aligned, target_of(x.device)) | (tile or {})
     split = meta["SPLIT_K"] > 1
     partial = x.new_empty(meta["SPLIT_K"], rows, columns, dtype=torch.float32) if split else None
     finish_strides = (*strides(bias, 1), *strides(image, 3), *strides(scatter_index, 2), *out.stride())
@@ -407,19 +452,21 @@ def permuted_linear(
         "HAS_BIAS": bias is not None,
         "HAS_IMAGE": image is not None,
         "HAS_SCATTER": scatter_index is not None,
-        "INT64": force_int64 or exceeds_int32(x, redundant, noise, weight, image, out),
+        "INT64": force_int64 or exceeds_int32(x, redundant, noise, *weights, image, out),
     }
-    blocks = triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])
+    blocks_n = sum(triton.cdiv(len(weight), meta["BLOCK_N"]) for weight in weights)
     launch(
         _matmul_kernel,
-        (blocks, meta["SPLIT_K"]),
-        *(x, redundant, row_index, noise, weight, bias, image, scatter_index, out, partial),
-        *(rows, columns, inner, encoded, tokens, out.shape[1]),
-        *(*x.stride(), *strides(redundant, 3), *row_index.stride(), *strides(noise, 3), *weight.stride()),
+        (triton.cdiv(rows, meta["BLOCK_M"]) * blocks_n, meta["SPLIT_K"]),
+        *(x, redundant, row_index, noise, *weights, *[None] * (3 - len(weights)), bias, image, scatter_index),
+        *(out, partial, rows, columns, ends[0], ends[min(1, len(ends) - 1)], inner, encoded, tokens, out.shape[1]),
+        *(*x.stride(), *strides(redundant, 3), *strides(row_index, 2), *strides(noise, 3), *weight.stride()),
         *finish_strides,
+        HAS_INDEX=row_index is not None,
         HAS_REDUNDANT=redundant is not None,
         SAME_STRIDE=redundant is None or redundant.stride(2) == x.stride(2),
         HAS_NOISE=noise is not None,
+        WEIGHTS=len(weights),
         EVEN_K=inner % meta["BLOCK_K"] == 0,
         device=x.device,
         **flags,
@@ -438,4 +485,3 @@ def permuted_linear(
             device=x.device,
             **flags,
         )
-    return out

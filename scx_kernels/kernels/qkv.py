@@ -10,6 +10,7 @@ Rows are read whole and their features permuted on the chip: a gather of two-byt
 loads on every element (x, its rotary partner, cos, sin).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from scx_kernels.checks import check_qkv
 from scx_kernels.kernels.launch import Target, check_dtype, exceeds_int32, launch, narrow, strides, target_of
 
-__all__ = ["qkv_decode_encode", "qkv_tile"]
+__all__ = ["qkv_decode_encode", "qkv_into_cache", "qkv_tile"]
 
 
 @triton.jit
@@ -287,85 +288,48 @@ def qkv_decode_encode(
     key: Tensor,
     value: Tensor,
     *,
-    images: tuple[Tensor, Tensor, Tensor] | None = None,
+    images: Sequence[Tensor] | None = None,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
     keys: Tensor | None = None,
     values: Tensor | None = None,
-    offset: int | Tensor = 0,
-    dtype: torch.dtype | None = None,
+    offset: int = 0,
+    offsets: Tensor | None = None,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Strip, un-permute, cancel noise, (norm,) rotate, permute features, write into the cache: one pass over Z.
+    """`scx_kernels.qkv_decode_encode` for float32, float16 and bfloat16, any strides, in one pass over Z.
 
     Args:
-        z_q: (B, T, H*d) projected encoded rows, float32, float16 or bfloat16, any strides. z_k, z_v: (B, T, G*d) of
-            z_q's dtype; the three may be slices of one tensor.
-        position: (B, S) int64 in 0..T-1; None where the rows are S = T tokens in order.
-        cos, sin: (B or 1, S, d), any floating dtype.
-        query: (B, H, d) int64 in 0..d-1, the feature order of q. key, value: (B, G, d).
-        images: what the noise became in z_q, z_k, z_v: each (T, *) or (B, T, *) float32; subtracted in float32.
-        q_norm, k_norm: (d,) weights of an RMS norm on every head before the rotary step (Qwen3), with `eps`; both or
-            neither.
-        keys, values: (B, G, capacity, d) caches to write into at `offset`, any strides; fresh (B, G, S, d) if absent.
-        offset: slot of token 0, an int or a (B,) int64 tensor (not read on the host; its range is not checked).
-        dtype: of what is written, by default z_q's, or that of the given cache.
-        out: (B, H, S, d) for q, any strides.
+        z_q, z_k, z_v: may be slices of one tensor.
+        out: (B, H, S, d) for q, any strides; by default in memory by tokens.
         tile: overrides of `qkv_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
-
-    Returns: q (B, H, S, d) and the two caches.
-    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
-    Source: SCX, prefill, steps 3 and 4; RoFormer (arXiv 2104.09864), half-split layout; Qwen3's q_norm and k_norm.
     """
-    check_qkv(z_q, z_k, z_v, position, cos, sin, query, key, value, q_norm, k_norm)
+    dtype = check_qkv(
+        z_q, z_k, z_v, position, cos, sin, query, key, value, images, q_norm, k_norm, dtype, keys, values, offset,
+        offsets,
+    )  # fmt: skip
     check_dtype("z_q", z_q)
-    for image, z in zip(images or (), (z_q, z_k, z_v), strict=False):
-        if image.dtype != torch.float32 or image.shape not in (z.shape, z.shape[1:]) or image.device != z.device:
-            raise ValueError(f"images: expected {tuple(z.shape)} float32, got {tuple(image.shape)} {image.dtype}")
-    wide_images = (
-        [None] * 3 if images is None else [x.expand(z.shape) for x, z in zip(images, (z_q, z_k, z_v), strict=True)]
-    )
     (batch, heads, size), groups = query.shape, key.shape[1]
     tokens = z_q.shape[1] if position is None else position.shape[1]
-    dtype = dtype or (z_q if keys is None else keys).dtype
-    out = z_q.new_empty(batch, heads, tokens, size, dtype=dtype) if out is None else out
+    wide_images = [
+        None if image is None else image.expand(z.shape)
+        for image, z in zip(images or (None, None, None), (z_q, z_k, z_v), strict=True)
+    ]
+    if out is None:
+        out = z_q.new_empty(batch, tokens, heads, size, dtype=dtype).transpose(1, 2)
     keys = z_q.new_empty(batch, groups, tokens, size, dtype=dtype) if keys is None else keys
     values = torch.empty_like(keys) if values is None else values
-    offsets = offset if isinstance(offset, Tensor) else None
-    for name, cache in (("keys", keys), ("values", values)):
-        fits = cache.shape[:2] == (batch, groups) and cache.shape[3] == size and cache.dtype == dtype
-        if not fits or (offsets is None and not 0 <= offset <= cache.shape[2] - tokens):
-            raise ValueError(
-                f"{name}: expected ({batch}, {groups}, at least {offset} + {tokens}, {size}) {dtype}, "
-                f"got {tuple(cache.shape)} {cache.dtype}"
-            )
     meta = qkv_tile(batch * tokens, heads + 2 * groups, size, dtype, target_of(z_q.device)) | (tile or {})
     chunks = triton.cdiv(heads, meta["HEADS"]) + 2 * triton.cdiv(groups, meta["HEADS"])
     launch(
         _qkv_kernel,
         (batch * triton.cdiv(tokens, meta["BLOCK_S"]), chunks),
-        *(
-            z_q,
-            z_k,
-            z_v,
-            *wide_images,
-            position,
-            cos,
-            sin,
-            query,
-            key,
-            value,
-            q_norm,
-            k_norm,
-            offsets,
-            out,
-            keys,
-            values,
-        ),
-        *(tokens, heads, groups, 0 if offsets is not None else offset, eps),
+        *(z_q, z_k, z_v, *wide_images, position, cos, sin, query, key, value, q_norm, k_norm, offsets),
+        *(out, keys, values, tokens, heads, groups, offset, eps),
         *(*z_q.stride(), *z_k.stride(), *z_v.stride()),
         *(stride for image in wide_images for stride in strides(image, 3)),
         *strides(position, 2),
@@ -384,3 +348,8 @@ def qkv_decode_encode(
         **meta,
     )
     return out, keys, values
+
+
+def qkv_into_cache(*args: Any, **options: Any) -> Tensor:
+    """`qkv_decode_encode` into caches that are given: q alone."""
+    return qkv_decode_encode(*args, **options)[0]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scx_kernels.checks import check_rows, check_same_shape
+from scx_kernels.checks import check_inject, check_rows, check_strip
 from scx_kernels.kernels.launch import Target, check_dtype, exceeds_int32, launch, narrow, strides, target_of
 
 __all__ = ["inject_permute", "inject_tile", "strip_restore", "strip_tile"]
@@ -32,11 +32,11 @@ def _inject_kernel(
     x_ptr,
     redundant_ptr,
     row_index_ptr,
+    feature_index_ptr,
     norm_weight_ptr,
     noise_ptr,
     out_ptr,
     # Sizes
-    rows,
     T,
     N,
     D,
@@ -50,6 +50,9 @@ def _inject_kernel(
     stride_rd,
     stride_ib,
     stride_it,
+    stride_fb,
+    stride_fh,
+    stride_fd,
     stride_wd,
     stride_ab,
     stride_at,
@@ -58,7 +61,9 @@ def _inject_kernel(
     stride_ot,
     stride_od,
     # Meta-parameters
+    HAS_INDEX: tl.constexpr,
     HAS_REDUNDANT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,  # of heads whose features are reordered, one head a program; 0 if there are none
     HAS_NORM: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     ONE_TILE: tl.constexpr,  # the whole row is in registers, so the norm reads it once
@@ -66,12 +71,14 @@ def _inject_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = row < rows
+    blocks = tl.cdiv(T, BLOCK_M)
     # int64: sequence * stride and row * stride grow with the whole tensor.
-    sequence = (row // T).to(tl.int64)
-    place = (row % T).to(tl.int64)
-    source = tl.load(row_index_ptr + sequence * stride_ib + place * stride_it, mask=in_rows, other=0)
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = place < T
+    source = place
+    if HAS_INDEX:
+        source = tl.load(row_index_ptr + sequence * stride_ib + place * stride_it, mask=in_rows, other=0)
     x_rows = x_ptr + sequence * stride_xb + source * stride_xn
     if HAS_NOISE:
         noise_rows = noise_ptr + sequence * stride_ab + place * stride_at
@@ -83,27 +90,43 @@ def _inject_kernel(
 
     if HAS_NORM:
         first = 0
+        end = D
+    elif HEAD_DIM:
+        first = tl.program_id(1) * HEAD_DIM
+        end = first + HEAD_DIM
     else:
         first = tl.program_id(1) * BLOCK_D
+        end = D
     columns = first + tl.arange(0, BLOCK_D)
     if INT64:
         columns = columns.to(tl.int64)
 
     scale = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if HAS_NORM:
+    if HAS_NORM and not ONE_TILE:
         square_sum = tl.zeros((BLOCK_M,), tl.float32)
-        if not ONE_TILE:
-            for start in range(0, D, BLOCK_D):
-                part = columns + start
-                mask = from_x[:, None] & (part < D)[None, :]
-                x = _load_rows(x_rows, part, stride_xd, mask).to(tl.float32)
-                square_sum += tl.sum(x * x, axis=1)
-            scale = tl.rsqrt(square_sum / D + eps)
+        for start in range(0, D, BLOCK_D):
+            part = columns + start
+            in_columns = (part < D)[None, :]
+            x = _load_rows(x_rows, part, stride_xd, from_x[:, None] & in_columns).to(tl.float32)
+            if HAS_REDUNDANT:
+                decoy_mask = (in_rows & (source >= N))[:, None] & in_columns
+                x += _load_rows(redundant_rows, part, stride_rd, decoy_mask).to(tl.float32)
+            square_sum += tl.sum(x * x, axis=1)
+        scale = tl.rsqrt(square_sum / D + eps)
 
     for start in range(0, D if HAS_NORM and not ONE_TILE else 1, BLOCK_D):
         part = columns + start
-        in_columns = (part < D)[None, :]
+        in_columns = (part < end)[None, :]
         x = _load_rows(x_rows, part, stride_xd, from_x[:, None] & in_columns)
+        if HEAD_DIM:
+            head = feature_index_ptr + sequence * stride_fb + tl.program_id(1).to(tl.int64) * stride_fh
+            index = tl.load(head + tl.arange(0, BLOCK_D) * stride_fd, mask=part < end, other=0).to(tl.int32)
+            x = tl.gather(x, tl.broadcast_to(index[None, :], (BLOCK_M, BLOCK_D)), axis=1)
+        if HAS_REDUNDANT:
+            # Rows of one kind are masked off in the other load, so no byte is read twice.
+            decoy_mask = (in_rows & (source >= N))[:, None] & in_columns
+            decoy = _load_rows(redundant_rows, part, stride_rd, decoy_mask)
+            x = tl.where(from_x[:, None], x, decoy)
         if HAS_NORM:
             weight = tl.load(norm_weight_ptr + part * stride_wd, mask=part < D, other=0)[None, :].to(tl.float32)
             wide = x.to(tl.float32)
@@ -112,11 +135,6 @@ def _inject_kernel(
             # Llama rounds the normalised row to the input dtype before it multiplies by the weight.
             normed = narrow(wide * scale[:, None], x.dtype)
             x = narrow(normed.to(tl.float32) * weight, x.dtype)
-        if HAS_REDUNDANT:
-            # Rows of one kind are masked off in the other load, so no byte is read twice.
-            decoy_mask = (in_rows & (source >= N))[:, None] & in_columns
-            decoy = _load_rows(redundant_rows, part, stride_rd, decoy_mask)
-            x = tl.where(from_x[:, None], x, decoy)
         mask = in_rows[:, None] & in_columns
         if HAS_NOISE:
             x = x.to(tl.float32) + _load_rows(noise_rows, part, stride_ad, mask)
@@ -204,20 +222,12 @@ def strip_tile(features: int, dtype: torch.dtype, image: bool, target: Target) -
     return _row_tile(features, 4 if image else dtype.itemsize, 64, 4096, target)
 
 
-def _encoded_image(name: str, image: Tensor, batch: int, rows: int, features: int, device: torch.device) -> Tensor:
-    """(T, D) or (B, T, D) float32 -> (B, T, D), without a copy."""
-    if image.dtype != torch.float32 or image.device != device:
-        raise TypeError(f"{name}: expected float32 on {device}, got {image.dtype} on {image.device}")
-    if image.shape not in ((rows, features), (batch, rows, features)):
-        raise ValueError(f"{name}: expected shape ({batch}, {rows}, {features}) or without batch, got {image.shape}")
-    return image.expand(batch, rows, features)
-
-
 def inject_permute(
     x: Tensor,
-    row_index: Tensor,
+    row_index: Tensor | None,
     redundant: Tensor | None = None,
     *,
+    feature_index: Tensor | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     noise: Tensor | None = None,
@@ -225,43 +235,35 @@ def inject_permute(
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
 ) -> Tensor:
-    """Append redundant rows and permute: `y[b, t] = (norm(x) ⊕ redundant)[b, row_index[b, t]] (+ noise[b, t])`.
+    """`scx_kernels.inject_permute` for float32, float16 and bfloat16, any strides, in one pass.
 
     Args:
-        x: (B, N, D) float32, float16 or bfloat16, any strides.
-        row_index: (B, T) int64 in 0..N+R-1.
-        redundant: (B, R, D) of x's dtype, or None for R = 0. Taken as it is: not normalised.
-        norm_weight: (D,) of x's dtype, RMS norm on the rows of x (float32 statistics, rounded to x's dtype, then
-            multiplied by the weight, as in Llama); None for no norm.
-        eps: added to the mean square under the root.
-        noise: (T, D) or (B, T, D) float32 in encoded order, or None.
         out: (B, T, D) to write into, any strides; x's dtype, float32 under noise.
         tile: overrides of `inject_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
-
-    Returns: (B, T, D) of x's dtype; float32 under noise.
-    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
-    Source: SCX, prefill, "encode"; Zhang and Sennrich, RMSNorm (arXiv 1910.07467).
     """
     check_rows(x, row_index, redundant)
+    check_inject(x, row_index, feature_index, norm_weight, noise)
     check_dtype("x", x)
-    (batch, tokens, features), encoded = x.shape, row_index.shape[1]
-    if norm_weight is not None and (norm_weight.shape != (features,) or norm_weight.dtype != x.dtype):
-        raise ValueError(f"norm_weight: expected ({features},) {x.dtype}, got {norm_weight.shape} {norm_weight.dtype}")
+    batch, tokens, features = x.shape
+    encoded = tokens if row_index is None else row_index.shape[1]
     if noise is not None:
-        noise = _encoded_image("noise", noise, batch, encoded, features, x.device)
+        noise = noise.expand(batch, encoded, features)
     if out is None:
         out = x.new_empty(batch, encoded, features, dtype=x.dtype if noise is None else torch.float32)
-    meta = inject_tile(features, x.dtype, norm_weight is not None, noise is not None, target_of(x.device))
+    head_dim = 0 if feature_index is None else feature_index.shape[2]
+    meta = inject_tile(head_dim or features, x.dtype, norm_weight is not None, noise is not None, target_of(x.device))
     meta |= tile or {}
-    columns = 1 if norm_weight is not None else triton.cdiv(features, meta["BLOCK_D"])
+    columns = 1 if norm_weight is not None else triton.cdiv(features, head_dim or meta["BLOCK_D"])
     launch(
         _inject_kernel,
-        (triton.cdiv(batch * encoded, meta["BLOCK_M"]), columns),
-        *(x, redundant, row_index, norm_weight, noise, out),
-        *(batch * encoded, encoded, tokens, features, eps),
-        *(*x.stride(), *strides(redundant, 3), *row_index.stride(), *strides(norm_weight, 1)),
-        *(*strides(noise, 3), *out.stride()),
+        (batch * triton.cdiv(encoded, meta["BLOCK_M"]), columns),
+        *(x, redundant, row_index, feature_index, norm_weight, noise, out),
+        *(encoded, tokens, features, eps),
+        *(*x.stride(), *strides(redundant, 3), *strides(row_index, 2), *strides(feature_index, 3)),
+        *(*strides(norm_weight, 1), *strides(noise, 3), *out.stride()),
+        HAS_INDEX=row_index is not None,
         HAS_REDUNDANT=redundant is not None,
+        HEAD_DIM=head_dim,
         HAS_NORM=norm_weight is not None,
         HAS_NOISE=noise is not None,
         INT64=force_int64 or exceeds_int32(x, redundant, noise, out),
@@ -282,30 +284,21 @@ def strip_restore(
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
 ) -> Tensor:
-    """Drop redundant rows and undo the permutation: `y[b, s] = (z - image)[b, position[b, s]] (+ residual[b, s])`.
+    """`scx_kernels.strip_restore` for float32, float16 and bfloat16, any strides, in one pass.
 
     Args:
-        z: (B, T, D) float32, float16 or bfloat16, encoded rows, any strides.
-        position: (B, S) int64 in 0..T-1.
-        residual: (B, S, D), added to the result, or None. May be `out` itself.
-        image: (T, D) or (B, T, D) float32 in encoded order, what the noise became; subtracted in float32. Or None.
+        residual: may be `out` itself.
         dtype: of the result, by default z's. The sum is taken in float32 and rounded once.
         out: (B, S, D) to write into, any strides.
         tile: overrides of `strip_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
-
-    Returns: (B, S, D).
-    Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
-    Source: SCX, prefill, "decode".
     """
-    check_rows(z, position, None, index_name="position")
+    check_strip(z, position, residual, image)
     check_dtype("z", z)
     (batch, encoded, features), tokens = z.shape, position.shape[1]
     if image is not None:
-        image = _encoded_image("image", image, batch, encoded, features, z.device)
+        image = image.expand(batch, encoded, features)
     if out is None:
         out = z.new_empty(batch, tokens, features, dtype=dtype or z.dtype)
-    if residual is not None:
-        check_same_shape(out, residual, "residual")
     meta = strip_tile(features, z.dtype, image is not None, target_of(z.device)) | (tile or {})
     launch(
         _strip_kernel,
