@@ -95,7 +95,7 @@ def test_published_vectors(vector):
 
 def test_random_bits_are_those_of_a_session():
     """What a session draws on the CPU, an accelerator draws for itself: permutations and noise need no copy."""
-    stream = KeyStream(Secret(KEY), bytes(16))
+    stream = KeyStream(Secret(KEY))
     streams = [(0, 0, 0), (5, 6, 2**32 - 1), (2**31, 1, 0)]
     expected = stream.bits("a purpose", streams, 37, torch.int32)
     key = key_words(stream._key("a purpose"), DEVICE)
