@@ -12,9 +12,10 @@ from tiny import tiny_model
 
 from bench import __main__ as command
 from bench import model, operations
+from bench.contest import Case
 from bench.model import Field, Workload, measure
 from bench.model_cases import COMPILED, EAGER, NOISE, OF_PREFILL, OF_TOKEN, PLAIN, REDUNDANT, SCX, ModelCase
-from bench.operation_cases import OPERATIONS, Case
+from bench.operation_cases import OPERATIONS
 from bench.results import failures, load_results
 from bench.run import OUT_OF_MEMORY, Run, attempt
 from bench.shapes import SHAPES, Shape
