@@ -186,6 +186,17 @@ def test_lengthened_caches_hold_the_context(field: Field) -> None:
 
 
 @torch.no_grad()
+def test_lengthened_caches_have_room(field: Field) -> None:
+    """No timed step grows an encoded cache: in a conversation one in many does, and its copy is not a token's cost."""
+    workload = Workload(field, ModelCase("tiny", "token", 100, 2, "float32"), SCX)
+    cache = workload.prepare()
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    workload.run(cache)
+    assert cache.get_seq_length() == 100 + model.STEPS
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+
+
+@torch.no_grad()
 def test_a_static_cache_is_lengthened(field: Field) -> None:
     """The compiled contestant's workload, without compiling it: a static cache gives the plain model's logits."""
     case = ModelCase("tiny", "token", 21, 1, "float32")
