@@ -281,7 +281,7 @@ def run_compiled(run: Run, device: torch.device, everything: bool = False, share
 
 
 def _run(run: Run, device: torch.device, wanted: Iterable[ModelCase], share: float) -> None:
-    seconds = 2.0 if device.type == "cuda" else 6.0
+    seconds = 2.0 if device.type == "cuda" else 4.0
     held: dict[str, Field] = {}
     for case in wanted:
         run.measure(case.id, lambda case=case: _entry(held, case, device, seconds), share)
