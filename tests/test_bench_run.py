@@ -12,9 +12,10 @@ from tiny import tiny_model
 
 from bench import __main__ as command
 from bench import model, operations
+from bench.contest import Case
 from bench.model import Field, Workload, measure
 from bench.model_cases import COMPILED, EAGER, NOISE, OF_PREFILL, OF_TOKEN, PLAIN, REDUNDANT, SCX, ModelCase
-from bench.operation_cases import OPERATIONS, Case
+from bench.operation_cases import OPERATIONS
 from bench.results import failures, load_results
 from bench.run import OUT_OF_MEMORY, Run, attempt
 from bench.shapes import SHAPES, Shape
@@ -182,6 +183,17 @@ def test_lengthened_caches_hold_the_context(field: Field) -> None:
     for contestant in (PLAIN, SCX):
         workload = Workload(field, ModelCase("tiny", "token", 21, 2, "float32"), contestant)
         assert workload.prepare().get_seq_length() == 21
+
+
+@torch.no_grad()
+def test_lengthened_caches_have_room(field: Field) -> None:
+    """No timed step grows an encoded cache: in a conversation one in many does, and its copy is not a token's cost."""
+    workload = Workload(field, ModelCase("tiny", "token", 100, 2, "float32"), SCX)
+    cache = workload.prepare()
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    workload.run(cache)
+    assert cache.get_seq_length() == 100 + model.STEPS
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
 
 
 @torch.no_grad()
