@@ -2,7 +2,8 @@
 
 import torch
 
-from scx_kernels.kernels import attention, product, qkv, rows, unlock
+from scx_kernels.kernels import attention, product, qkv, rows, sealing, unlock
+from scx_kernels.sealing import Sealing
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -150,6 +151,35 @@ def linear(batch, tokens, decoys, inner, columns, noisy=False, strip=False, adde
     return call
 
 
+def sealed(batch, tokens, layer, rounds):
+    return Sealing(meta(8, dtype=torch.int32), index(batch, tokens), layer, rounds)
+
+
+def seal(batch, groups, tokens, size, rounds):
+    def call(dtype):
+        sealing.seal(meta(batch, groups, tokens, size, dtype=dtype), sealed(batch, tokens, 3, rounds), is_value=True)
+
+    return call
+
+
+def reseal(batch, groups, tokens, size, rounds):
+    def call(dtype):
+        old, new = sealed(batch, tokens, 3, rounds), sealed(batch, tokens, 3, rounds)
+        sealing.reseal(meta(batch, groups, tokens, size, dtype=dtype), old, new, is_value=True)
+
+    return call
+
+
+def bits(streams, count):
+    def call(dtype):
+        sealing.random_bits(meta(8, dtype=torch.int32), index(streams, 3), count)
+
+    return call
+
+
+# Patterns of 16 bits are the same to a cipher, whatever they mean.
+SEALED = {"dtypes": ("fp32", "fp16"), "keystreams": 1}
+
 CASES = [
     {"name": "inject 4096", "call": inject(4096, False, False), "quick": True},
     {"name": "inject 576", "call": inject(576, False, False)},
@@ -221,4 +251,20 @@ CASES = [
     {"name": "step 4 4096 128 many rows", "call": step(4, 32, 4, 8, 4096, 128), "matrix": "MMA"},
     {"name": "step 4 4096 96 many rows", "call": step(4, 32, 4, 8, 4096, 96, True), "matrix": "MMA"},
     {"name": "product 64 4096 6144 noise", "call": linear(1, 60, 4, 4096, 6144, True), "matrix": "HGMMA"},
+    {"name": "seal 8 8192 128 rounds 20", "call": seal(1, 8, 8192, 128, 20), **SEALED},
+    {"name": "seal 8 8192 128 rounds 12", "call": seal(1, 8, 8192, 128, 12), **SEALED},
+    {"name": "seal 8 8192 128 rounds 8", "call": seal(1, 8, 8192, 128, 8), **SEALED},
+    {"name": "seal 8 1 128 rounds 20", "call": seal(1, 8, 1, 128, 20), **SEALED, "dtypes": ("fp16",)},
+    {"name": "seal 3 8192 64 rounds 20", "call": seal(8, 3, 8192, 64, 20), **SEALED, "dtypes": ("fp32",)},
+    {"name": "seal 32 4096 80 rounds 20", "call": seal(1, 32, 4096, 80, 20), **SEALED, "dtypes": ("fp16",)},
+    {
+        "name": "seal 32 4096 96 rounds 8",
+        "call": seal(1, 32, 4096, 96, 8),
+        **SEALED,
+        "dtypes": ("fp16",),
+        "quick": True,
+    },
+    {"name": "seal 8 4096 256 rounds 20", "call": seal(1, 8, 4096, 256, 20), **SEALED, "dtypes": ("fp32",)},
+    {"name": "reseal 8 8192 128 rounds 20", "call": reseal(1, 8, 8192, 128, 20), **SEALED, "keystreams": 2},
+    {"name": "random bits", "call": bits(64, 4096), **SEALED, "dtypes": ("fp32",)},
 ]

@@ -6,6 +6,7 @@ from scx.keyfile import load_keys, save_keys
 from scx.keys import SCXKeyGenerator, Session
 from scx.kvcache import EncodedCache, decode_kvcache, merge_kvcache_dynamic, split_kvcache_dynamic
 from scx.models.llama import decode_llama, encode_llama, encoded_llama
+from scx.warmup import warm_up
 
 __all__ = [
     "EncodedCache",
@@ -22,5 +23,6 @@ __all__ = [
     "save_keys",
     "save_kvcache",
     "split_kvcache_dynamic",
+    "warm_up",
 ]
 __version__ = "0.1.0"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import scx_kernels as ops
+from scx.devices import CPU
 from scx.encoding import (
     ENCODINGS,
     FeatureKey,
@@ -33,7 +34,6 @@ from scx.encoding import (
     ResidualKey,
     TokenKeys,
     inverse,
-    upload,
 )
 from scx.keystream import KeyStream, Secret, StreamId, derive
 
@@ -367,34 +367,42 @@ class Session:
         heads, size = shape.num_kv_heads, shape.head_dim
         groups = shape.num_heads // heads
 
-        drawn = self._stream.permutations("feature permutations of K and V", streams, size, 2 * heads)
+        drawn = self._stream.permutations("feature permutations of K and V", streams, size, 2 * heads, device)
         key, value = drawn.view(shape.num_layers, self.batch_size, 2, heads, size).unbind(2)
         key_inverse, value_inverse = inverse(key), inverse(value)
         query, output = (index.repeat_interleave(groups, dim=2) for index in (key, value_inverse))
-        stacked = [upload(x, device).unbind(0) for x in (query, key, value, output, key_inverse, value_inverse)]
+        stacked = [x.unbind(0) for x in (query, key, value, output, key_inverse, value_inverse)]
         return [FeatureKey(*layer) for layer in zip(*stacked, strict=True)]
 
-    def draw_token_keys(self, tokens: int, batch: int, scale: RedundantScale | None, dtype: torch.dtype) -> TokenKeys:
+    def draw_token_keys(
+        self,
+        tokens: int,
+        batch: int,
+        scale: RedundantScale | None,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> TokenKeys:
         """Token permutations and redundant rows of one forward pass; never the same ones twice.
 
         Args:
             tokens: new tokens S per sequence.
             batch: sequences B.
-            scale: of real rows; needed where the generator asks for redundant rows.
+            scale: of real rows, on `device`; needed where the generator asks for redundant rows.
             dtype: of the redundant rows.
 
-        Returns: the keys, on the CPU.
+        Returns: the keys, on `device`.
         """
         branch = self._branch
         step = next(branch.steps)
         streams = self._streams(batch, step)
         layers, redundant_num = self.shape.num_layers, self.settings.redundant_num
         total = tokens + redundant_num
-        drawn = branch.stream.permutations("token permutations", streams, total, len(ENCODINGS))
+        drawn = branch.stream.permutations("token permutations", streams, total, len(ENCODINGS), device)
         row_index = drawn.view(layers, batch, len(ENCODINGS), total).permute(2, 0, 1, 3).contiguous()
         rows = [(0, sequence, step) for sequence in range(batch)]
-        residual_index = branch.stream.permutations("token permutation of the residual stream", rows, total)[:, 0]
-        decoys = branch.stream.bits("redundant tokens", rows, redundant_num, torch.int64)
+        purpose = "token permutation of the residual stream"
+        residual_index = branch.stream.permutations(purpose, rows, total, device=device)[:, 0]
+        decoys = branch.stream.bits("redundant tokens", rows, redundant_num, torch.int64, device)
         decoys = decoys.remainder_(self.shape.vocab_size)
 
         def draw_redundant(encoding: str) -> Tensor | None:
@@ -404,7 +412,7 @@ class Session:
                 raise ValueError("scale: redundant rows need the scale of real rows")
             per_feature: Tensor = getattr(scale, encoding)
             features = per_feature.shape[-1]
-            normal = branch.stream.normal(f"redundant rows, {encoding}", streams, redundant_num * features)
+            normal = branch.stream.normal(f"redundant rows, {encoding}", streams, redundant_num * features, device)
             rows = normal.view(layers, batch, redundant_num, features)
             return rows.mul_(per_feature[:, None, None]).to(dtype)
 
@@ -432,9 +440,9 @@ class Session:
         number = next(branch.noise_draws)
         draw = getattr(branch.stream, self.settings.noise_distribution)
         streams = [(0, sequence, number) for sequence in range(batch)]
-        drawn = draw("noise of the first block", streams, rows * self.shape.hidden_size)
+        drawn = draw("noise of the first block", streams, rows * self.shape.hidden_size, weights[0].device)
         drawn = drawn.view(batch, rows, -1).mul_(self.settings.noise_scale * self.shape.first_norm_rms)
-        noise = upload(drawn.to(ops.accumulation_dtype(weights[0].dtype)), weights[0].device)
+        noise = drawn.to(ops.accumulation_dtype(weights[0].dtype))
         return Noise(noise, tuple(ops.noise_image(noise, weight) for weight in weights))
 
 

@@ -211,7 +211,7 @@ class EncodedModel(nn.Module):
     """The decoder stack: admits a request, opens or continues its session, and runs the blocks with its keys."""
 
     config: Any
-    embed_tokens: nn.Module
+    embed_tokens: nn.Embedding
     layers: Any
     gradient_checkpointing: bool
     _scx: "ModelEncoding"
@@ -250,7 +250,8 @@ class EncodedModel(nn.Module):
         else:
             session = encoding.check_cache(cache, batch)
 
-        step = encoding.open_step(session, cache, tokens, batch, permute_tokens=is_prefill or tokens > 1)
+        device = self.embed_tokens.weight.device
+        step = encoding.open_step(session, cache, tokens, batch, device, permute_tokens=is_prefill or tokens > 1)
         attention = self.layers[0].self_attn
         step.prepare(batch, tokens, [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         # Who names a stage serves a model: the kernels, which have no backward, are not to be kept out by its weights.
@@ -359,9 +360,19 @@ class ModelEncoding:
         return session
 
     def open_step(
-        self, session: Session, cache: EncodedCache | None, tokens: int, batch: int, *, permute_tokens: bool
+        self,
+        session: Session,
+        cache: EncodedCache | None,
+        tokens: int,
+        batch: int,
+        device: torch.device,
+        *,
+        permute_tokens: bool,
     ) -> Step:
-        token_keys = session.draw_token_keys(tokens, batch, self.scale, self.dtype) if permute_tokens else None
+        token_keys = None
+        if permute_tokens:
+            scale = None if self.scale is None else self.scale.to(device)
+            token_keys = session.draw_token_keys(tokens, batch, scale, self.dtype, device)
         return Step(session, session if cache is None else cache, token_keys)
 
     def check_adoptable(self, cache: Cache | None) -> None:
@@ -483,12 +494,13 @@ def _calibrate(decoder: Decoder, generator: SCXKeyGenerator, shape: ModelShape) 
     is the median magnitude over tokens, as that of a normal distribution: one token with huge values, as attention
     sinks have, does not move it.
     """
+    device = decoder.embed_tokens.weight.device
     recorded: dict[str, list[Tensor]] = {"attention": [], "output": [], "feed_forward": []}
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             magnitude = args[0][0].float().abs()
-            recorded[name].append(magnitude.median(dim=0).values.cpu() / 0.6745)
+            recorded[name].append(magnitude.median(dim=0).values.to(device) / 0.6745)
 
         return hook
 

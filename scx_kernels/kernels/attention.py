@@ -21,7 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.checks import check_attention, check_attention_step
-from scx_kernels.kernels.launch import Target, check_dtype, dot, exceeds_int32, launch, narrow, strides, target_of
+from scx_kernels.kernels.launch import (
+    Target,
+    check_dtype,
+    choose_tile,
+    dot,
+    exceeds_int32,
+    launch,
+    narrow,
+    strides,
+    target_of,
+)
 
 __all__ = ["attention", "attention_step", "attention_tile", "step_tile"]
 
@@ -182,7 +192,8 @@ def _store_heads(
         tl.store(out_rows[:, None] + tail_columns[None, :].to(tl.int64) * stride_od, tail, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+# What changes from request to request is not specialised: one compiled kernel serves every length.
+@triton.jit(do_not_specialize=["S", "N", "R", "stride_pb"])
 def _attention_kernel(
     # Pointers
     q_ptr,
@@ -347,7 +358,7 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["S", "N", "splits", "stride_pb"])
 def _step_kernel(
     # Pointers
     q_ptr,
@@ -464,7 +475,7 @@ def _step_kernel(
     _store_heads(partial_rows, acc, tail, None, in_rows, 0, 1, HEAD_DIM, False, BLOCK_D, BLOCK_TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "splits"])
 def _combine_kernel(
     # Pointers
     partial_ptr,
@@ -564,7 +575,9 @@ def step_tile(
     width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
     block_m = max(16, triton.next_power_of_2(rows))
     if dtype == torch.float32:
-        block_m, block_n, warps, stages = min(32, block_m), 32 if width <= 128 else 16, 8, 1
+        block_m, block_n, warps, stages = min(32, block_m), 32, 8, 1
+        if width > 128:
+            block_m, block_n, warps = 16, 16, 16 if target.backend == "cuda" else 8
     elif target.backend == "hip":
         block_m, block_n, warps, stages = min(64, block_m), 32, 4, 2
     elif width > 128:
@@ -638,7 +651,10 @@ def attention(
     if position is not None:
         out_strides = (out.stride(0), size * out.stride(2), out.stride(1), out.stride(2))
     hidden = mask is not None or window is not None
-    meta = attention_tile(tokens, size, q.dtype, hidden, target_of(q.device)) | (tile or {})
+    target = target_of(q.device)
+    heuristic = attention_tile(tokens, size, q.dtype, hidden, target)
+    variant = "hidden" if hidden else ""
+    meta = choose_tile("attention", heuristic, tile, target, q.dtype, variant, tokens=tokens, keys=keys, head_dim=size)
     blocks = triton.cdiv(tokens, meta["BLOCK_M"]) + triton.cdiv(decoys, meta["BLOCK_M"])
     launch(
         _attention_kernel,
@@ -694,8 +710,11 @@ def attention_step(
     if out is None:
         out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)
     rows = heads // groups * tokens
-    meta = step_tile(batch, groups, rows, keys, size, q.dtype, position is not None, target_of(q.device))
-    meta |= tile or {}
+    target = target_of(q.device)
+    heuristic = step_tile(batch, groups, rows, keys, size, q.dtype, position is not None, target)
+    variant = "permuted" if position is not None else ""
+    sizes = {"sequences": batch * groups, "rows": rows, "keys": keys, "head_dim": size}
+    meta = choose_tile("attention_step", heuristic, tile, target, q.dtype, variant, **sizes)
     splits = meta.pop("splits")
     partial = q.new_empty(batch, heads, tokens, splits, size, dtype=torch.float32)
     row_max, row_sum = q.new_empty(2, batch, heads, tokens, splits, dtype=torch.float32)

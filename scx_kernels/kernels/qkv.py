@@ -19,7 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.checks import check_qkv
-from scx_kernels.kernels.launch import Target, check_dtype, exceeds_int32, launch, narrow, strides, target_of
+from scx_kernels.kernels.launch import (
+    Target,
+    check_dtype,
+    choose_tile,
+    exceeds_int32,
+    launch,
+    narrow,
+    strides,
+    target_of,
+)
 
 __all__ = ["qkv_decode_encode", "qkv_into_cache", "qkv_tile"]
 
@@ -127,7 +136,8 @@ def _encode_heads(
         out_rows += stride_oh
 
 
-@triton.jit(do_not_specialize=["offset"])
+# What changes from request to request is not specialised: one compiled kernel serves every length.
+@triton.jit(do_not_specialize=["S", "offset", "stride_pb"])
 def _qkv_kernel(
     # Pointers
     z_q_ptr,
@@ -323,7 +333,10 @@ def qkv_decode_encode(
         out = z_q.new_empty(batch, tokens, heads, size, dtype=dtype).transpose(1, 2)
     keys = z_q.new_empty(batch, groups, tokens, size, dtype=dtype) if keys is None else keys
     values = torch.empty_like(keys) if values is None else values
-    meta = qkv_tile(batch * tokens, heads + 2 * groups, size, dtype, target_of(z_q.device)) | (tile or {})
+    target, all_heads = target_of(z_q.device), heads + 2 * groups
+    heuristic = qkv_tile(batch * tokens, all_heads, size, dtype, target)
+    sizes = {"tokens": batch * tokens, "heads": all_heads, "head_dim": size}
+    meta = choose_tile("qkv_decode_encode", heuristic, tile, target, dtype, **sizes)
     chunks = triton.cdiv(heads, meta["HEADS"]) + 2 * triton.cdiv(groups, meta["HEADS"])
     launch(
         _qkv_kernel,
