@@ -29,6 +29,9 @@ The key is one session's (HKDF over the master key and session id). A write numb
 
 Consecutive numbers of one head are consecutive in word 12 (no carry: a run is cut where the number is a multiple of
 2^28), so a library deciphers a whole head in one call.
+
+A sealed tensor holds patterns, many of them signalling NaN. Copies, `cat`, `index_select` and indexing move them as
+they are; `gather` and `scatter` of 16-bit floats on the CPU do not. Where those are needed, move `patterns(x)`.
 """
 
 import threading
@@ -45,9 +48,11 @@ __all__ = [
     "Sealing",
     "WriteCounter",
     "blocks_of",
+    "check_cache",
     "check_sealing",
     "key_words",
     "keystream",
+    "patterns",
     "random_bits",
     "reseal",
     "seal",
@@ -68,7 +73,8 @@ class Sealing(NamedTuple):
 
     Attributes:
         key: (8,) int32, `key_words` of the session's cache key.
-        writes: (B, N) int64 in 0..2^60-1, the write number of every row, any strides.
+        writes: (B, N) int64 in 0..2^60-1, the write number of every row, any strides; anything, say zero, for rows that
+            are not written yet. On an accelerator the range is not checked.
         layer: which layer, below 2^16.
         rounds: of ChaCha: 8, 12 or 20.
         first_head: number of the tensor's first key/value head, where the heads of a layer are spread over devices.
@@ -135,7 +141,7 @@ def blocks_of(head_dim: int, itemsize: int) -> int:
 
 
 def check_sealing(x: Tensor, sealing: Sealing, name: str = "sealing") -> None:
-    """Whether rows of x (B, G, N, d) can be sealed so. Write numbers are read on the CPU only.
+    """Whether rows of x (B, G, N, d) can be sealed so. The values of write numbers are not read here.
 
     Raises: TypeError, ValueError naming the argument and what was expected.
     """
@@ -155,10 +161,24 @@ def check_sealing(x: Tensor, sealing: Sealing, name: str = "sealing") -> None:
     if first_head < 0 or first_head + groups > 2**16:
         raise ValueError(f"{name}.first_head: heads {first_head} to {first_head + groups} leave 0..65535")
     check_rounds(rounds, f"{name}.rounds")
-    if writes.device.type == "cpu" and writes.numel():
-        lowest, highest = (int(value) for value in writes.aminmax())
-        if lowest < 0 or highest >= WRITE_LIMIT:
-            raise ValueError(f"{name}.writes: expected 0..2^60-1, got {lowest} to {highest}")
+
+
+def _check_values(x: Tensor, limit: int, name: str) -> None:
+    """0 <= x < limit; on an accelerator this would wait for the device, and is left out."""
+    if x.device.type == "cpu" and x.numel():
+        lowest, highest = (int(value) for value in x.aminmax())
+        if lowest < 0 or highest >= limit:
+            raise ValueError(f"{name}: expected 0..{limit - 1}, got {lowest} to {highest}")
+
+
+def check_cache(keys: Tensor, values: Tensor, sealing: Sealing | None) -> None:
+    """keys, values (B, G, N, d), sealed alike, or not at all where sealing is None."""
+    if sealing is not None:
+        check_sealing(keys, sealing)
+        if values.shape[:3] != keys.shape[:3]:
+            raise ValueError(
+                f"values: expected the rows of keys, {tuple(keys.shape[:3])}, got {tuple(values.shape[:3])}"
+            )
 
 
 def check_key(key: Tensor, device: torch.device, name: str = "key") -> None:
@@ -181,6 +201,11 @@ def check_out(x: Tensor, out: Tensor | None) -> None:
         raise ValueError(f"out: expected {tuple(x.shape)} {x.dtype} on {x.device}, got {got}")
     if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
         raise ValueError("out: expected every element in a place of its own, got an expanded tensor")
+
+
+def patterns(x: Tensor) -> Tensor:
+    """A view of x as integers of its size: what may be moved by any operation without a change of bits."""
+    return x.detach().view(_DTYPES[x.dtype])
 
 
 def row_format(head_dim: int, itemsize: int, is_value: bool) -> int:
@@ -252,7 +277,7 @@ def _cipher_in_place(x: Tensor, sealing: Sealing, is_value: bool, out: Tensor) -
     """out = sealed x by the library alone, one call a run and head. False, and nothing done, where rows have gaps."""
     blocks = blocks_of(x.shape[3], x.element_size())
     whole = blocks * BLOCK_BYTES == x.shape[3] * x.element_size()
-    dense = all(t.stride(3) == 1 and (t.stride(2) == t.shape[3] or t.shape[2] == 1) for t in (x, out))
+    dense = out.stride(3) == 1 and (out.stride(2) == out.shape[3] or out.shape[2] == 1)
     if not (whole and dense and _by_library(x, sealing.rounds)):
         return False
     runs = [_runs(writes) for writes in sealing.writes]
@@ -260,6 +285,7 @@ def _cipher_in_place(x: Tensor, sealing: Sealing, is_value: bool, out: Tensor) -
         return False
     key, word15 = key_bytes(sealing.key), row_format(x.shape[3], x.element_size(), is_value)
     width = blocks * BLOCK_BYTES
+    x = x if x.stride() == out.stride() else x.contiguous()
     for sequence, parts in enumerate(runs):
         sources, targets = (
             [
@@ -288,14 +314,14 @@ def seal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = No
     Source: RFC 8439, section 2.4, on the counter of this module's table.
     """
     check_sealing(x, sealing)
+    _check_values(sealing.writes, WRITE_LIMIT, "sealing.writes")
     check_out(x, out)
     x = x.detach()
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not _cipher_in_place(x, sealing, is_value, out.detach()):
-        integer = _DTYPES[x.dtype]
         bits = keystream(sealing, x.shape[1], x.shape[3], x.dtype, is_value=is_value)
-        torch.bitwise_xor(x.view(integer), bits, out=out.detach().view(integer))
+        torch.bitwise_xor(patterns(x), bits, out=patterns(out))
     return out
 
 
@@ -325,10 +351,6 @@ def check_streams(key: Tensor, streams: Tensor, count: int, rounds: int) -> None
     if not 0 <= count < 2**32:
         raise ValueError(f"count: expected 0..2^32-1, got {count}")
     check_rounds(rounds)
-    if streams.device.type == "cpu" and streams.numel():
-        lowest, highest = (int(value) for value in streams.aminmax())
-        if lowest < 0 or highest >= 2**32:
-            raise ValueError(f"streams: expected 0..2^32-1, got {lowest} to {highest}")
 
 
 def random_bits(key: Tensor, streams: Tensor, count: int, *, rounds: int = 20) -> Tensor:
@@ -343,6 +365,7 @@ def random_bits(key: Tensor, streams: Tensor, count: int, *, rounds: int = 20) -
     Raises: TypeError, ValueError naming the argument that does not fit.
     """
     check_streams(key, streams, count, rounds)
+    _check_values(streams, 2**32, "streams")
     if _by_library(streams, rounds):
         out = torch.zeros(len(streams), count, dtype=torch.int32)
         secret, width, first = key_bytes(key), 4 * count, out.data_ptr()

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.checks import check_attention, check_attention_step
+from scx_kernels.kernels.chacha import EMPTY, head_word, load_key, load_unsealed
 from scx_kernels.kernels.launch import (
     Target,
     check_dtype,
@@ -32,6 +33,8 @@ from scx_kernels.kernels.launch import (
     strides,
     target_of,
 )
+from scx_kernels.kernels.sealing import encoding_of, key_and_writes, layer_and_head
+from scx_kernels.sealing import Sealing, check_cache
 
 __all__ = ["attention", "attention_step", "attention_tile", "step_tile"]
 
@@ -54,6 +57,23 @@ def _load_tile(pointers, mask, limit: tl.constexpr, IS_FULL: tl.constexpr, BLOCK
 @triton.jit
 def _load_rows(rows, columns, stride, mask, limit: tl.constexpr, BLOCK: tl.constexpr):
     return _load_tile(rows[:, None] + columns[None, :] * stride, mask, limit, False, BLOCK)
+
+
+@triton.jit
+def _load_stored(
+    pointers, rows, stride_d, mask, key, writes, word14, IS_VALUE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    START: tl.constexpr, BLOCK: tl.constexpr, IS_FULL: tl.constexpr, INT64: tl.constexpr, ENCODING: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """(rows, BLOCK) of K or V: features START.. of a head, zero where `_load_tile` has zero. What is permuted is loaded
+    by the tile's pointers, what is sealed by those of its rows; the others are dropped by the compiler."""
+    if ENCODING == "sealed":
+        x = load_unsealed(
+            rows, stride_d, mask, key, writes, word14, IS_VALUE, HEAD_DIM, START, BLOCK, IS_FULL, INT64, ROUNDS
+        )
+    else:
+        x = _load_tile(pointers, mask, HEAD_DIM - START, IS_FULL, BLOCK)
+    return x
 
 
 @triton.jit
@@ -83,6 +103,10 @@ def _attend(
     k_ptr,
     v_ptr,
     mask_rows,
+    writes_ptr,
+    # Of sealed K and V
+    key,
+    word14,
     # The keys lo..hi-1, and which of them a query sees
     lo,
     hi,
@@ -96,10 +120,13 @@ def _attend(
     stride_vn,
     stride_vd,
     stride_mn,
+    stride_wn,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     IS_MASKED: tl.constexpr,  # some of these keys are hidden from some of the queries
     MASK: tl.constexpr,
+    ENCODING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -125,10 +152,20 @@ def _attend(
     for start in range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         in_keys = keys < key_end
-        k = _load_tile(k_tile + k_offsets, in_keys, HEAD_DIM, not IS_MASKED, BLOCK_D)
+        writes = None
+        if ENCODING == "sealed":
+            number = writes_ptr + keys.to(tl.int64) * stride_wn
+            writes = tl.load(number, mask=in_keys, other=EMPTY) if IS_MASKED else tl.load(number)
+        k = _load_stored(
+            k_tile + k_offsets, k_tile + offsets * stride_kn, stride_kd, in_keys, key, writes, word14, False,
+            HEAD_DIM, 0, BLOCK_D, not IS_MASKED, INT64, ENCODING, ROUNDS,
+        )  # fmt: skip
         scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
         if BLOCK_TAIL:
-            k = _load_tile(k_tile + k_tail, in_keys, HEAD_DIM - BLOCK_D, not IS_MASKED, BLOCK_TAIL)
+            k = _load_stored(
+                k_tile + k_tail, k_tile + offsets * stride_kn, stride_kd, in_keys, key, writes, word14, False,
+                HEAD_DIM, BLOCK_D, BLOCK_TAIL, not IS_MASKED, INT64, ENCODING, ROUNDS,
+            )  # fmt: skip
             scores = dot(q_tail, tl.trans(k), scores)
         scores *= scale
         if IS_MASKED:
@@ -143,11 +180,17 @@ def _attend(
         weights, row_max, row_sum, acc, tail = _softmax_step(
             scores, row_max, row_sum, acc, tail, BLOCK_TAIL > 0, IS_MASKED
         )
-        v = _load_tile(v_tile + v_offsets, in_keys, HEAD_DIM, not IS_MASKED, BLOCK_D)
+        v = _load_stored(
+            v_tile + v_offsets, v_tile + offsets * stride_vn, stride_vd, in_keys, key, writes, word14, True,
+            HEAD_DIM, 0, BLOCK_D, not IS_MASKED, INT64, ENCODING, ROUNDS,
+        )  # fmt: skip
         weights = narrow(weights, v.dtype)
         acc = dot(weights, v, acc)
         if BLOCK_TAIL:
-            v = _load_tile(v_tile + v_tail, in_keys, HEAD_DIM - BLOCK_D, not IS_MASKED, BLOCK_TAIL)
+            v = _load_stored(
+                v_tile + v_tail, v_tile + offsets * stride_vn, stride_vd, in_keys, key, writes, word14, True,
+                HEAD_DIM, BLOCK_D, BLOCK_TAIL, not IS_MASKED, INT64, ENCODING, ROUNDS,
+            )  # fmt: skip
             tail = dot(weights, v, tail)
         k_tile += step_k
         v_tile += step_v
@@ -193,7 +236,7 @@ def _store_heads(
 
 
 # What changes from request to request is not specialised: one compiled kernel serves every length.
-@triton.jit(do_not_specialize=["S", "N", "R", "stride_pb"])
+@triton.jit(do_not_specialize=["S", "N", "R", "stride_pb", "stride_wb", "layer", "first_head"])
 def _attention_kernel(
     # Pointers
     q_ptr,
@@ -205,6 +248,8 @@ def _attention_kernel(
     output_index_ptr,
     position_ptr,
     redundant_ptr,
+    key_ptr,
+    writes_ptr,
     out_ptr,
     # Sizes
     S,
@@ -214,6 +259,8 @@ def _attention_kernel(
     heads_per_group,
     window,
     scale,
+    layer,
+    first_head,
     # Strides
     stride_qb,
     stride_qh,
@@ -243,6 +290,8 @@ def _attention_kernel(
     stride_oh,
     stride_os,
     stride_od,
+    stride_wb,
+    stride_wn,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -252,6 +301,8 @@ def _attention_kernel(
     HAS_LENGTH: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_POSITION: tl.constexpr,
+    ENCODING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -322,26 +373,35 @@ def _attention_kernel(
 
     k_ptr += b * stride_kb + head // heads_per_group * stride_kh
     v_ptr += b * stride_vb + head // heads_per_group * stride_vh
+    key = None
+    word14 = None
+    if ENCODING == "sealed":
+        key = load_key(key_ptr)
+        word14 = head_word(layer, first_head + head // heads_per_group)
+        writes_ptr += b * stride_wb
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tail = tl.zeros((BLOCK_M, BLOCK_TAIL if BLOCK_TAIL else 1), tl.float32)
     if HAS_WINDOW and MASK == "none":
         acc, tail, row_max, row_sum = _attend(
-            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, lo, tl.minimum(full_lo, hi), key_end,
-            last_key, window, scale, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn,
-            HEAD_DIM, True, MASK, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
+            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, key, word14,
+            lo, tl.minimum(full_lo, hi), key_end, last_key, window, scale,
+            stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, stride_wn,
+            HEAD_DIM, True, MASK, ENCODING, ROUNDS, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
         )  # fmt: skip
     if MASK == "none":
         acc, tail, row_max, row_sum = _attend(
-            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, full_lo, full_hi, key_end,
-            last_key, window, scale, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn,
-            HEAD_DIM, False, MASK, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
+            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, key, word14,
+            full_lo, full_hi, key_end, last_key, window, scale,
+            stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, stride_wn,
+            HEAD_DIM, False, MASK, ENCODING, ROUNDS, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
         )  # fmt: skip
     acc, tail, row_max, row_sum = _attend(
-        acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, full_hi, hi, key_end,
-        last_key, window, scale, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn,
-        HEAD_DIM, True, MASK, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
+        acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, key, word14,
+        full_hi, hi, key_end, last_key, window, scale,
+        stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, stride_wn,
+        HEAD_DIM, True, MASK, ENCODING, ROUNDS, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
     )  # fmt: skip
 
     # A query that sees no key (padding) gives zeros.
@@ -358,7 +418,7 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["S", "N", "splits", "stride_pb"])
+@triton.jit(do_not_specialize=["S", "N", "splits", "stride_pb", "stride_wb", "layer", "first_head"])
 def _step_kernel(
     # Pointers
     q_ptr,
@@ -367,6 +427,8 @@ def _step_kernel(
     kv_start_ptr,
     kv_length_ptr,
     position_ptr,
+    key_ptr,
+    writes_ptr,
     partial_ptr,
     max_ptr,
     sum_ptr,
@@ -378,6 +440,8 @@ def _step_kernel(
     splits,
     window,
     scale,
+    layer,
+    first_head,
     # Strides
     stride_qb,
     stride_qh,
@@ -393,11 +457,15 @@ def _step_kernel(
     stride_vd,
     stride_pb,
     stride_pn,
+    stride_wb,
+    stride_wn,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
     HAS_POSITION: tl.constexpr,
+    ENCODING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -439,6 +507,12 @@ def _step_kernel(
 
     k_ptr += b * stride_kb + group * stride_kh
     v_ptr += b * stride_vb + group * stride_vh
+    key = None
+    word14 = None
+    if ENCODING == "sealed":
+        key = load_key(key_ptr)
+        word14 = head_word(layer, first_head + group)
+        writes_ptr += b * stride_wb
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -449,22 +523,37 @@ def _step_kernel(
         cache_row = keys.to(tl.int64)
         if HAS_POSITION:
             cache_row = tl.load(position_ptr + b * stride_pb + cache_row * stride_pn, mask=in_keys, other=0)
+        writes = None
+        if ENCODING == "sealed":
+            writes = tl.load(writes_ptr + cache_row * stride_wn, mask=in_keys, other=EMPTY)
         k_rows = k_ptr + cache_row * stride_kn
         v_rows = v_ptr + cache_row * stride_vn
-        k = _load_rows(k_rows, columns, stride_kd, in_keys, HEAD_DIM, BLOCK_D)
+        k = _load_stored(
+            k_rows[:, None] + columns[None, :] * stride_kd, k_rows, stride_kd, in_keys, key, writes, word14, False,
+            HEAD_DIM, 0, BLOCK_D, False, INT64, ENCODING, ROUNDS,
+        )  # fmt: skip
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if BLOCK_TAIL:
-            k = _load_rows(k_rows, tail_columns, stride_kd, in_keys, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+            k = _load_stored(
+                k_rows[:, None] + tail_columns[None, :] * stride_kd, k_rows, stride_kd, in_keys, key, writes, word14,
+                False, HEAD_DIM, BLOCK_D, BLOCK_TAIL, False, INT64, ENCODING, ROUNDS,
+            )  # fmt: skip
             scores = dot(q_tail, tl.trans(k), scores)
         seen = in_keys[None, :] & (keys[None, :] <= last_key[:, None])
         seen &= keys[None, :] > last_key[:, None] - window
         scores = tl.where(seen, scores * scale, float("-inf"))
         weights, row_max, row_sum, acc, tail = _softmax_step(scores, row_max, row_sum, acc, tail, BLOCK_TAIL > 0, True)
-        v = _load_rows(v_rows, columns, stride_vd, in_keys, HEAD_DIM, BLOCK_D)
+        v = _load_stored(
+            v_rows[:, None] + columns[None, :] * stride_vd, v_rows, stride_vd, in_keys, key, writes, word14, True,
+            HEAD_DIM, 0, BLOCK_D, False, INT64, ENCODING, ROUNDS,
+        )  # fmt: skip
         weights = narrow(weights, v.dtype)
         acc = dot(weights, v, acc)
         if BLOCK_TAIL:
-            v = _load_rows(v_rows, tail_columns, stride_vd, in_keys, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+            v = _load_stored(
+                v_rows[:, None] + tail_columns[None, :] * stride_vd, v_rows, stride_vd, in_keys, key, writes, word14,
+                True, HEAD_DIM, BLOCK_D, BLOCK_TAIL, False, INT64, ENCODING, ROUNDS,
+            )  # fmt: skip
             tail = dot(weights, v, tail)
 
     # Workspaces are (B, H, S, splits(, d)), contiguous.
@@ -619,6 +708,7 @@ def attention(
     output_index: Tensor | None = None,
     row_index: Tensor | None = None,
     redundant: Tensor | None = None,
+    sealing: Sealing | None = None,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
@@ -627,6 +717,7 @@ def attention(
 
     Args:
         mask: slow: every tile is masked.
+        sealing: every program takes the keystream off the keys it sees, in registers, once for each block of queries.
         out: (B, H, S, d), or (B, T, H*d) with row_index, any strides; by default in memory by tokens.
         tile: overrides of `attention_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
 
@@ -636,6 +727,7 @@ def attention(
         q, k, v, softmax_scale, mask, is_causal, window, kv_start, kv_length, output_index, row_index, redundant
     )
     _check_head(q, v)
+    check_cache(k, v, sealing)
     (batch, heads, tokens, size), keys = q.shape, k.shape[2]
     decoys = 0 if redundant is None else redundant.shape[1]
     position = None if row_index is None else _inverse(row_index)
@@ -659,10 +751,11 @@ def attention(
     launch(
         _attention_kernel,
         (batch * heads * blocks,),
-        *(q, k, v, mask, kv_start, kv_length, output_index, position, redundant, out),
+        *(q, k, v, mask, kv_start, kv_length, output_index, position, redundant, *key_and_writes(sealing), out),
         *(tokens, keys, decoys, heads, heads // k.shape[1], window or NO_WINDOW, softmax_scale * LOG2E),
+        *layer_and_head(sealing),
         *(*q.stride(), *k.stride(), *v.stride(), *strides(mask, 4), *strides(output_index, 3)),
-        *(*strides(position, 2), *strides(redundant, 3), *out_strides),
+        *(*strides(position, 2), *strides(redundant, 3), *out_strides, *strides(key_and_writes(sealing)[1], 2)),
         HEAD_DIM=size,
         IS_CAUSAL=is_causal,
         HAS_WINDOW=window is not None,
@@ -671,6 +764,7 @@ def attention(
         HAS_LENGTH=kv_length is not None,
         HAS_INDEX=output_index is not None,
         HAS_POSITION=position is not None,
+        **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(q, k, v, redundant),
         device=q.device,
         **meta,
@@ -689,6 +783,7 @@ def attention_step(
     kv_length: Tensor | None = None,
     position: Tensor | None = None,
     output_index: Tensor | None = None,
+    sealing: Sealing | None = None,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
@@ -698,6 +793,7 @@ def attention_step(
 
     Args:
         kv_length: read on the device only, so that a captured graph can move on.
+        sealing: the keystream is taken off in registers, once for all query heads of a group.
         out: (B, H, S, d), any strides; by default in memory by tokens.
         tile: overrides of `step_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
 
@@ -705,6 +801,7 @@ def attention_step(
     """
     check_attention_step(q, k, v, softmax_scale, window, kv_start, kv_length, position, output_index)
     _check_head(q, v)
+    check_cache(k, v, sealing)
     (batch, heads, tokens, size), groups = q.shape, k.shape[1]
     keys = k.shape[2] if position is None else position.shape[1]
     if out is None:
@@ -721,13 +818,15 @@ def attention_step(
     launch(
         _step_kernel,
         (batch * groups * splits, triton.cdiv(rows, meta["BLOCK_M"])),
-        *(q, k, v, kv_start, kv_length, position, partial, row_max, row_sum),
+        *(q, k, v, kv_start, kv_length, position, *key_and_writes(sealing), partial, row_max, row_sum),
         *(tokens, keys, heads, heads // groups, splits, window or NO_WINDOW, softmax_scale * LOG2E),
-        *(*q.stride(), *k.stride(), *v.stride(), *strides(position, 2)),
+        *layer_and_head(sealing),
+        *(*q.stride(), *k.stride(), *v.stride(), *strides(position, 2), *strides(key_and_writes(sealing)[1], 2)),
         HEAD_DIM=size,
         HAS_START=kv_start is not None,
         HAS_LENGTH=kv_length is not None,
         HAS_POSITION=position is not None,
+        **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(q, k, v),
         device=q.device,
         **meta,

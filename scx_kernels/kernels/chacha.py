@@ -12,13 +12,51 @@ Everything is unrolled: a loop in here would keep a caller's loop over keys from
 import triton
 import triton.language as tl
 
+from scx_kernels.kernels.launch import INTERPRET
 from scx_kernels.sealing import COUNT_BITS, WRITE_LIMIT
 
-__all__ = ["block_words", "load_key", "load_unsealed", "row_words", "seal", "stripe", "stripe_columns"]
+__all__ = [
+    "EMPTY",
+    "block_words",
+    "head_word",
+    "load_key",
+    "load_unsealed",
+    "row_words",
+    "seal",
+    "stripe",
+    "stripe_columns",
+]
 
 _COUNT_BITS = tl.constexpr(COUNT_BITS)
 _WRITE_BITS = tl.constexpr(WRITE_LIMIT.bit_length() - 1)
 _COUNT_MASK = tl.constexpr((1 << COUNT_BITS) - 1)
+
+
+# The quarter round, RFC 8439, section 2.1: $0 to $3 are a, b, c, d afterwards, $4 to $7 before.
+PTX_QUARTER_ROUND = tl.constexpr("""
+    add.u32 $0, $4, $5; xor.b32 $3, $7, $0; shf.l.wrap.b32 $3, $3, $3, 16;
+    add.u32 $2, $6, $3; xor.b32 $1, $5, $2; shf.l.wrap.b32 $1, $1, $1, 12;
+    add.u32 $0, $0, $1; xor.b32 $3, $3, $0; shf.l.wrap.b32 $3, $3, $3, 8;
+    add.u32 $2, $2, $3; xor.b32 $1, $1, $2; shf.l.wrap.b32 $1, $1, $1, 7;
+""")
+PTX_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r")
+GCN_QUARTER_ROUND = tl.constexpr(
+    """
+    v_add_u32 $0, $4, $5; v_xor_b32 $3, $7, $0; v_alignbit_b32 $3, $3, $3, 16;
+    v_add_u32 $2, $6, $3; v_xor_b32 $1, $5, $2; v_alignbit_b32 $1, $1, $1, 20;
+    v_add_u32 $0, $0, $1; v_xor_b32 $3, $3, $0; v_alignbit_b32 $3, $3, $3, 24;
+    v_add_u32 $2, $2, $3; v_xor_b32 $1, $1, $2; v_alignbit_b32 $1, $1, $1, 25;
+""".replace(";", "\n")
+)
+GCN_REGISTERS = tl.constexpr("=&v,=&v,=&v,=&v,v,v,v,v")
+# What stands for a write number where there is no row: its keystream is zero.
+EMPTY = tl.constexpr(WRITE_LIMIT)
+
+
+@triton.jit
+def head_word(layer, head):
+    """Word 14."""
+    return ((head.to(tl.uint32) << 16) | layer.to(tl.uint32)).to(tl.uint32)
 
 
 @triton.jit
@@ -36,6 +74,12 @@ def load_key(key_ptr):
     )
 
 
+@tl.core.builtin
+def _backend(_semantic=None):
+    """What is compiled for, "cuda" or "hip"; it need not be a machine that is here."""
+    return tl.constexpr(_semantic.builder.options.backend_name)
+
+
 @triton.jit
 def _rotate(x, BITS: tl.constexpr):
     return (x << BITS) | (x >> (32 - BITS))
@@ -43,14 +87,22 @@ def _rotate(x, BITS: tl.constexpr):
 
 @triton.jit
 def _quarter_round(a, b, c, d):
-    a = a + b
-    d = _rotate(d ^ a, 16)
-    c = c + d
-    b = _rotate(b ^ c, 12)
-    a = a + b
-    d = _rotate(d ^ a, 8)
-    c = c + d
-    b = _rotate(b ^ c, 7)
+    if INTERPRET:
+        a = a + b
+        d = _rotate(d ^ a, 16)
+        c = c + d
+        b = _rotate(b ^ c, 12)
+        a = a + b
+        d = _rotate(d ^ a, 8)
+        c = c + d
+        b = _rotate(b ^ c, 7)
+    else:
+        # One operation instead of twenty: Triton's analyses of a loop take time by the square of what is in it.
+        ASM: tl.constexpr = GCN_QUARTER_ROUND if _backend() == "hip" else PTX_QUARTER_ROUND
+        REGISTERS: tl.constexpr = GCN_REGISTERS if _backend() == "hip" else PTX_REGISTERS
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASM, REGISTERS, [a, b, c, d], dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
     return a, b, c, d
 
 
@@ -154,8 +206,8 @@ def _joined(first, second, third, fourth, STRIPES: tl.constexpr, VECTOR: tl.cons
 
 @triton.jit
 def _tile_words(
-    key, writes, word14, word15, HEAD_DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    key, writes, word14, IS_VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    BITS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Sixteen (rows, blocks) words: the blocks that hold features START..START+WIDTH-1."""
     PER_BLOCK: tl.constexpr = 512 // BITS
@@ -163,19 +215,22 @@ def _tile_words(
     tl.static_assert(START % PER_BLOCK == 0 or START % PER_BLOCK + WIDTH <= PER_BLOCK, "START: leaves its block")
     block = tl.arange(0, max(WIDTH // PER_BLOCK, 1)) + START // PER_BLOCK
     BLOCKS: tl.constexpr = (HEAD_DIM * BITS + 511) // 512
+    word15 = tl.full((), BLOCKS - 1 + (16 if IS_VALUE else 0), tl.uint32)
     return row_words(key, writes[:, None], block[None, :], word14, word15, BLOCKS, ROUNDS)
 
 
 @triton.jit
 def _load_stripe(
     rows, words, mask, keep, stride, PLACE: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
-    FIRST: tl.constexpr, IS_FULL: tl.constexpr, NARROW: tl.constexpr, UINT: tl.constexpr,
+    FIRST: tl.constexpr, IS_FULL: tl.constexpr, NARROW: tl.constexpr, INT64: tl.constexpr, UINT: tl.constexpr,
 ):  # fmt: skip
     """Stripe FIRST + PLACE of the tile's blocks, unsealed."""
     BITS: tl.constexpr = UINT.primitive_bitwidth
     bits = stripe(words, keep, FIRST + PLACE, BITS)
     columns = stripe_columns(PLACE, words[0].shape[1], BITS) + START
-    pointers = rows[:, None] + columns[None, :].to(tl.int64) * stride
+    if INT64:
+        columns = columns.to(tl.int64)
+    pointers = rows[:, None] + columns[None, :] * stride
     if IS_FULL and not NARROW:
         x = tl.load(pointers)
     else:
@@ -189,13 +244,13 @@ def _load_stripe(
 
 @triton.jit
 def load_unsealed(
-    rows, stride, mask, key, writes, word14, word15, HEAD_DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
-    IS_FULL: tl.constexpr, ROUNDS: tl.constexpr,
+    rows, stride, mask, key, writes, word14, IS_VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
+    WIDTH: tl.constexpr, IS_FULL: tl.constexpr, INT64: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """(rows, WIDTH): features START..START+WIDTH-1 of sealed rows, unsealed; zero past HEAD_DIM and, unless IS_FULL,
     outside mask.
 
-    rows: pointers. writes: their numbers, loaded with 2^60 outside mask. START is a multiple of 16, and of a block's
+    rows: pointers. writes: their numbers, loaded with EMPTY outside mask. START is a multiple of 16, and of a block's
     features unless the tile lies within a block; WIDTH is a power of two. Loaded stripe by stripe, each an asynchronous
     copy where the compiler pipelines the caller's loop, and joined only then: a tile that was loaded whole would meet
     its keystream in another layout, dozens of barriers later.
@@ -206,24 +261,24 @@ def load_unsealed(
     STRIPES: tl.constexpr = min(WIDTH // VECTOR, 4)
     FIRST: tl.constexpr = START // VECTOR % 4
     NARROW: tl.constexpr = START + WIDTH > HEAD_DIM
-    words = _tile_words(key, writes, word14, word15, HEAD_DIM, START, WIDTH, BITS, ROUNDS)
+    words = _tile_words(key, writes, word14, IS_VALUE, HEAD_DIM, START, WIDTH, BITS, ROUNDS)
     keep = None
     if not IS_FULL:
         # Arithmetic on a loaded number: of a comparison the compiler would make a selection of each element.
         keep = ((writes >> _WRITE_BITS) - 1).to(tl.uint32)[:, None]
-    a = _load_stripe(rows, words, mask, keep, stride, 0, HEAD_DIM, START, FIRST, IS_FULL, NARROW, UINT)
-    b = _load_stripe(rows, words, mask, keep, stride, 1, HEAD_DIM, START, FIRST, IS_FULL, NARROW, UINT)
+    a = _load_stripe(rows, words, mask, keep, stride, 0, HEAD_DIM, START, FIRST, IS_FULL, NARROW, INT64, UINT)
+    b = _load_stripe(rows, words, mask, keep, stride, 1, HEAD_DIM, START, FIRST, IS_FULL, NARROW, INT64, UINT)
     c = a
     d = b
     if STRIPES == 4:
-        c = _load_stripe(rows, words, mask, keep, stride, 2, HEAD_DIM, START, FIRST, IS_FULL, NARROW, UINT)
-        d = _load_stripe(rows, words, mask, keep, stride, 3, HEAD_DIM, START, FIRST, IS_FULL, NARROW, UINT)
+        c = _load_stripe(rows, words, mask, keep, stride, 2, HEAD_DIM, START, FIRST, IS_FULL, NARROW, INT64, UINT)
+        d = _load_stripe(rows, words, mask, keep, stride, 3, HEAD_DIM, START, FIRST, IS_FULL, NARROW, INT64, UINT)
     return _joined(a, b, c, d, STRIPES, VECTOR)
 
 
 @triton.jit
 def seal(
-    x, key, writes, word14, word15, HEAD_DIM: tl.constexpr, START: tl.constexpr, ROUNDS: tl.constexpr,
+    x, key, writes, word14, IS_VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """A tile (rows, columns) of features START.., in the dtype in which it is stored -> what is stored.
 
@@ -234,7 +289,7 @@ def seal(
     VECTOR: tl.constexpr = 128 // BITS
     STRIPES: tl.constexpr = min(x.shape[1] // VECTOR, 4)
     FIRST: tl.constexpr = START // VECTOR % 4
-    words = _tile_words(key, writes, word14, word15, HEAD_DIM, START, x.shape[1], BITS, ROUNDS)
+    words = _tile_words(key, writes, word14, IS_VALUE, HEAD_DIM, START, x.shape[1], BITS, ROUNDS)
     a = stripe(words, None, FIRST, BITS)
     b = stripe(words, None, FIRST + 1, BITS)
     c = a

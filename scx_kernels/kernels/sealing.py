@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scx_kernels.kernels.chacha import block_words, load_key, row_words, stripe, stripe_columns
+from scx_kernels.kernels.chacha import block_words, head_word, load_key, row_words, stripe, stripe_columns
 from scx_kernels.kernels.launch import Target, launch, strides, target_of
-from scx_kernels.sealing import Sealing, blocks_of, check_out, check_sealing, check_streams, row_format
+from scx_kernels.sealing import Sealing, blocks_of, check_out, check_sealing, check_streams, patterns, row_format
 
-__all__ = ["random_bits", "reseal", "seal", "seal_tile"]
+__all__ = ["encoding_of", "key_and_writes", "layer_and_head", "random_bits", "reseal", "seal", "seal_tile"]
 
 
 @triton.jit
@@ -25,10 +25,8 @@ def _words(
 ):  # fmt: skip
     """Sixteen (BLOCK_U, 1) words of the program's blocks."""
     writes = tl.load(writes_ptr + token * stride_wn, mask=in_rows, other=0)
-    word14 = (head.to(tl.uint32) << 16) | layer.to(tl.uint32)
-    return row_words(
-        load_key(key_ptr), writes[:, None], block[:, None], word14.to(tl.uint32), word15.to(tl.uint32), BLOCKS, ROUNDS
-    )
+    word14 = head_word(layer, head)
+    return row_words(load_key(key_ptr), writes[:, None], block[:, None], word14, word15.to(tl.uint32), BLOCKS, ROUNDS)
 
 
 @triton.jit(do_not_specialize=["layer", "first_head", "word15", "old_layer", "old_first_head"])
@@ -130,16 +128,29 @@ def _random_kernel(
         tl.store(out_ptr + columns, stripe(words, None, place, 32).to(tl.int32, bitcast=True), mask=columns < count)
 
 
+def key_and_writes(sealing: Sealing | None) -> tuple[Tensor | None, Tensor | None]:
+    """Pointer arguments of a kernel whose loads or stores may be sealed."""
+    return (None, None) if sealing is None else (sealing.key, sealing.writes)
+
+
+def layer_and_head(sealing: Sealing | None) -> tuple[int, int]:
+    """Its integer arguments."""
+    return (0, 0) if sealing is None else (sealing.layer, sealing.first_head)
+
+
+def encoding_of(sealing: Sealing | None) -> dict[str, Any]:
+    """Its meta-parameters: "permuted" costs nothing."""
+    return (
+        {"ENCODING": "permuted", "ROUNDS": 0} if sealing is None else {"ENCODING": "sealed", "ROUNDS": sealing.rounds}
+    )
+
+
 def seal_tile(units: int, heads: int, old: bool, target: Target) -> dict[str, Any]:
     """Meta-parameters of `seal`: two blocks a thread keep eight quarter rounds in flight, one where two keystreams
     share the registers or where a program more is worth it."""
     threads = 4 * target.warp_size
     few = units * heads <= 2 * threads * target.multiprocessors
     return {"BLOCK_U": threads if old or few else 2 * threads, "num_warps": 4}
-
-
-def _patterns(x: Tensor) -> Tensor:
-    return x.detach().view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 
 def _launch(
@@ -153,7 +164,7 @@ def _launch(
     launch(
         _seal_kernel,
         (triton.cdiv(tokens * blocks, meta["BLOCK_U"]) * batch * groups,),
-        *(_patterns(x), _patterns(out), sealing.key, sealing.writes),
+        *(patterns(x), patterns(out), sealing.key, sealing.writes),
         *((None, None) if old is None else (old.key, old.writes)),
         *(groups, tokens, sealing.layer, sealing.first_head, row_format(size, x.element_size(), is_value)),
         *((0, 0) if old is None else (old.layer, old.first_head)),
