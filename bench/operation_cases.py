@@ -1,7 +1,7 @@
 """Every operation that is measured, and at which sizes.
 
-To measure one more operation or one more way to compute it, add to `ROW_OPERATIONS` or `ATTENTION_OPERATIONS`; to
-measure it at more sizes, add to `cases`.
+To measure one more operation or one more way to compute it, add to the dictionary of its file; to measure it at more
+sizes, add to `cases`.
 """
 
 from collections.abc import Iterator
@@ -10,11 +10,12 @@ from dataclasses import replace
 from bench.attention_cases import ATTENTION_OPERATIONS
 from bench.contest import Case, Operation
 from bench.row_cases import ROW_OPERATIONS
+from bench.sealing_cases import SEALING_OPERATIONS
 from bench.shapes import SHAPES
 
 __all__ = ["OPERATIONS", "cases"]
 
-OPERATIONS: dict[str, Operation] = {**ROW_OPERATIONS, **ATTENTION_OPERATIONS}
+OPERATIONS: dict[str, Operation] = {**ROW_OPERATIONS, **ATTENTION_OPERATIONS, **SEALING_OPERATIONS}
 
 BY_ROWS = (
     "inject_permute",
@@ -36,9 +37,13 @@ ONCE = (
     "permute_features",
     "attention+encoding",
     "unlock+in place",
+    "seal",
+    "unseal",
+    "reseal",
+    "random_bits",
 )
 """Operations of the first block or of a session's turn only, or parts of others: measured at one size a model."""
-WITHOUT_REDUNDANT = ("rotary_permute", "permute_features")
+WITHOUT_REDUNDANT = ("rotary_permute", "permute_features", "seal", "unseal", "reseal", "random_bits")
 
 
 def cases(on_cuda: bool) -> Iterator[Case]:
@@ -74,7 +79,7 @@ def _cases_on_cuda(base: Case) -> Iterator[Case]:
 
 def _once(usual: Case, operation: str) -> Case:
     redundant = 0 if operation in WITHOUT_REDUNDANT else usual.redundant
-    headline = usual.headline and operation in ("permuted_linear+noisy rows", "attention+encoding")
+    headline = usual.headline and operation in ("permuted_linear+noisy rows", "attention+encoding", "seal")
     return replace(usual, operation=operation, redundant=redundant, headline=headline)
 
 
