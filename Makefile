@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: demo test test-floor lint format bench bench-results bench-compare bench-pytest offline clean
+.PHONY: demo test test-floor lint format bench bench-results bench-compare bench-pytest offline clean hardware
 
 demo: $(READY)
 	$(RUN) -m scx demo
@@ -57,6 +57,10 @@ bench: $(READY)
 # The same, written to bench/results: this machine's file, its tables and pictures.
 bench-results: $(READY)
 	$(RUN) -m bench --keep --only "$(ONLY)" $(BENCH)
+
+# For a machine with a GPU: parity of every kernel on it, a memory check, and its benchmarks, in about 8 minutes.
+hardware: $(READY)
+	$(RUN) -m bench.hardware $(BENCH)
 
 # What became slower: make bench-compare OLD=bench/results/MACHINE.json NEW=bench/latest/MACHINE.json
 bench-compare: $(READY)
