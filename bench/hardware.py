@@ -1,8 +1,8 @@
-"""`make hardware`: everything that waits for a GPU, in one go: parity of every kernel there, a memory check, benchmarks.
+"""`make hardware`: what waits for a GPU, in one go: parity of every kernel there, a memory check, benchmarks.
 
-The parity tests compile many small variants, so they run as one process for each file and dtype, side by side. The memory
-check runs every operation once under compute-sanitizer, where that is installed. The benchmarks then have the machine to
-themselves and write its result file. Without a GPU the kernels run in Triton's interpreter, and it says so.
+The parity tests compile many small variants, so they run as a process for each file and dtype, side by side. The memory
+check runs every operation once under compute-sanitizer, where that is installed. The benchmarks then have the machine
+to themselves and write its result file. Without a GPU the kernels run in Triton's interpreter, and it says so.
 """
 
 import argparse

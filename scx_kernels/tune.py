@@ -146,7 +146,7 @@ def _prefill(model: Model, tokens: int) -> Subject:
         make=make,
         run=lambda arguments, tile: attention.attention(**arguments, tile=tile),
         expected=lambda arguments: reference.attention(**arguments),
-        heuristic=lambda target: attention.attention_tile(tokens, model.head_dim, DTYPE, False, target),
+        heuristic=lambda target: attention.attention_tile(tokens, model.head_dim, DTYPE, False, False, target),
         vary={"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     )
 
@@ -165,7 +165,9 @@ def _step(model: Model, batch: int, keys: int) -> Subject:
         make=make,
         run=lambda arguments, tile: attention.attention_step(**arguments, tile=tile),
         expected=lambda arguments: reference.attention_step(**arguments),
-        heuristic=lambda target: attention.step_tile(batch, model.kv_heads, group, keys, size, DTYPE, False, target),
+        heuristic=lambda target: attention.step_tile(
+            batch, model.kv_heads, group, keys, size, DTYPE, False, False, target
+        ),
         vary={"BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5), "splits": (1, 8, 16, 32, 64)},
     )
 

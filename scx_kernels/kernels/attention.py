@@ -626,7 +626,9 @@ def _head_blocks(size: int) -> dict[str, int]:
     return {"BLOCK_D": half, "BLOCK_TAIL": tail}
 
 
-def attention_tile(tokens: int, size: int, dtype: torch.dtype, hidden: bool, target: Target) -> dict[str, Any]:
+def attention_tile(
+    tokens: int, size: int, dtype: torch.dtype, hidden: bool, sealed: bool, target: Target
+) -> dict[str, Any]:
     """Meta-parameters of `attention`: the widest tile whose accumulators stay in registers (read from the compiled
     code, not timed). `hidden`: a window or a mask hides keys inside the sequence, which costs registers."""
     blocks = _head_blocks(size)
@@ -652,12 +654,16 @@ def attention_tile(tokens: int, size: int, dtype: torch.dtype, hidden: bool, tar
         rows, keys, warps, stages = (128, 64, 8, 2) if target.arch == 90 and not hidden else (128, 32, 8, 2)
     else:
         rows, keys, warps, stages = (128, 32, 8, 2) if target.arch == 90 else (64, 64, 8, 2)
+    if sealed:
+        # A keystream is computed while its load is under way: no need to load ahead, and its state needs registers.
+        keys, stages = min(keys, 64), 1
     return blocks | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 def step_tile(
-    batch: int, groups: int, rows: int, keys: int, size: int, dtype: torch.dtype, permuted: bool, target: Target
-) -> dict[str, Any]:
+    batch: int, groups: int, rows: int, keys: int, size: int, dtype: torch.dtype, permuted: bool, sealed: bool,
+    target: Target,
+) -> dict[str, Any]:  # fmt: skip
     """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread: two
     programs a multiprocessor, and no fewer than 256 keys a program."""
     blocks = _head_blocks(size)
@@ -677,6 +683,10 @@ def step_tile(
         # The position is a load ahead of the loads of K and V: two stages more keep as much of those in flight.
         if permuted and (target.arch >= 90 or not blocks["BLOCK_TAIL"]):
             stages += 2
+    if sealed:
+        # As in `attention_tile`. The rest stays: sums in the same order give the same bits as without a seal.
+        stages = 2 if blocks["BLOCK_TAIL"] and dtype != torch.float32 else 1
+        block_m = 16 if blocks["BLOCK_TAIL"] and dtype == torch.float32 else block_m
     splits = min(triton.cdiv(keys, 256), max(1, 2 * target.multiprocessors // max(1, batch * groups)))
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     return blocks | tile | {"splits": max(1, splits)}
@@ -744,8 +754,8 @@ def attention(
         out_strides = (out.stride(0), size * out.stride(2), out.stride(1), out.stride(2))
     hidden = mask is not None or window is not None
     target = target_of(q.device)
-    heuristic = attention_tile(tokens, size, q.dtype, hidden, target)
-    variant = "hidden" if hidden else ""
+    heuristic = attention_tile(tokens, size, q.dtype, hidden, sealing is not None, target)
+    variant = " ".join(name for name, has in (("hidden", hidden), ("sealed", sealing is not None)) if has)
     meta = choose_tile("attention", heuristic, tile, target, q.dtype, variant, tokens=tokens, keys=keys, head_dim=size)
     blocks = triton.cdiv(tokens, meta["BLOCK_M"]) + triton.cdiv(decoys, meta["BLOCK_M"])
     launch(
@@ -808,8 +818,9 @@ def attention_step(
         out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)
     rows = heads // groups * tokens
     target = target_of(q.device)
-    heuristic = step_tile(batch, groups, rows, keys, size, q.dtype, position is not None, target)
-    variant = "permuted" if position is not None else ""
+    permuted, sealed = position is not None, sealing is not None
+    heuristic = step_tile(batch, groups, rows, keys, size, q.dtype, permuted, sealed, target)
+    variant = " ".join(name for name, has in (("permuted", permuted), ("sealed", sealed)) if has)
     sizes = {"sequences": batch * groups, "rows": rows, "keys": keys, "head_dim": size}
     meta = choose_tile("attention_step", heuristic, tile, target, q.dtype, variant, **sizes)
     splits = meta.pop("splits")
