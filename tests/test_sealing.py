@@ -113,6 +113,33 @@ def test_random_bits_of_any_count(count, rounds):
     assert torch.equal(got.cpu(), sealing.random_bits(key, streams, count, rounds=rounds))
 
 
+def run_assembly(text: str, registers: list[int]) -> list[int]:
+    """The few instructions of `chacha`'s quarter rounds on eight registers; the first four are what comes out."""
+    operations = {
+        "add": lambda x, y: x + y,
+        "xor": lambda x, y: x ^ y,
+        "shf": lambda x, y, bits: (x << 32 | y) << bits >> 32,  # left, wrapping
+        "v_add": lambda x, y: x + y,
+        "v_xor": lambda x, y: x ^ y,
+        "v_alignbit": lambda x, y, bits: (x << 32 | y) >> bits,
+    }
+    values = [*(0,) * 4, *registers]
+    for line in filter(None, (part.strip() for part in text.replace("\n", ";").split(";"))):
+        name, operands = line.split(maxsplit=1)
+        target, *sources = [operand.strip() for operand in operands.split(",")]
+        given = [values[int(source[1:])] if source.startswith("$") else int(source) for source in sources]
+        operation = operations[name.split(".")[0] if "." in name else name.rsplit("_", 1)[0]]
+        values[int(target[1:])] = operation(*given) & 0xFFFFFFFF
+    return values[:4]
+
+
+@pytest.mark.parametrize("text", [chacha.PTX_QUARTER_ROUND, chacha.GCN_QUARTER_ROUND], ids=["ptx", "gcn"])
+def test_assembly_is_the_quarter_round(text):
+    """The vector of RFC 8439, section 2.1.1. The interpreter takes another way, which the other vectors test."""
+    given = [0x11111111, 0x01020304, 0x9B8D6F43, 0x01234567]
+    assert run_assembly(text.value, given) == [0xEA2A92F4, 0xCB1CF8CE, 0x4581472E, 0x5881C4BB]
+
+
 @needs_library
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 64), (torch.float16, 80), (torch.bfloat16, 10)])
 def test_row_is_keystream_of_the_library(dtype, size):
