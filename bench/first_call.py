@@ -1,4 +1,4 @@
-"""What the first request of a process costs: imports, and compilation with and without Triton's cache."""
+"""What the first request of a process costs: imports, and compilation, with Triton's cache, without it, and ahead."""
 
 import functools
 import json
@@ -16,10 +16,12 @@ from bench.timing import spread_twice
 __all__ = ["run_first_call"]
 
 Figures = dict[str, float]
+WARMED = "SCX, warmed up"
+CASES = ("imports", "warm-up", "first request", "second request")
 
 
 def _probe(who: str, triton_cache: Path) -> Figures:
-    """Milliseconds of a fresh process's imports and requests; `who` is "plain" or "scx"."""
+    """Milliseconds of a fresh process's imports and requests; `who` is "plain", "scx" or "warmed"."""
     done = subprocess.run(
         (sys.executable, "-m", "bench.probe", who),
         capture_output=True,
@@ -34,23 +36,24 @@ def _probe(who: str, triton_cache: Path) -> Figures:
 
 
 def measure(on_cuda: bool) -> dict[str, list[Figures]]:
-    """Two processes of each variant. Without CUDA nothing is compiled, so there is one variant of SCX."""
+    """Two processes of each variant, one of the warmed one: it compiles what all lengths need. All compile anew, but
+    those that find a cache; without CUDA nothing is compiled."""
     with tempfile.TemporaryDirectory() as directory:
-        caches = [Path(directory) / name for name in ("first", "second")]
-        found = {"plain": [_probe("plain", cache) for cache in caches]}
-        if not on_cuda:
-            return {**found, "SCX": [_probe("scx", cache) for cache in caches]}
-        for variant in ("SCX, cold", "SCX, Triton's cache kept"):  # the second finds what the first left
-            found[variant] = [_probe("scx", cache) for cache in caches]
-    return found
+        first, second, third = (Path(directory) / name for name in ("first", "second", "third"))
+        found = {"plain": [_probe("plain", cache) for cache in (first, second)]}
+        found["SCX, cold" if on_cuda else "SCX"] = [_probe("scx", cache) for cache in (first, second)]
+        if on_cuda:
+            found["SCX, Triton's cache kept"] = [_probe("scx", cache) for cache in (first, second)]
+        return {**found, WARMED: [_probe("warmed", third)]}
 
 
 def entries(found: dict[str, Sequence[Figures]]) -> dict[str, list[dict[str, Any]]]:
-    """Contestants of each case: imports, first request, second request."""
+    """Contestants of each of CASES."""
 
     def contestant(name: str, kind: str, figure: str, who: str) -> dict[str, Any]:
-        first, second = found[who]
-        return {"name": name, "kind": kind, "ms": spread_twice([first[figure]], [second[figure]])}
+        first, *second = found[who]
+        ms = spread_twice([first[figure]], [figures[figure] for figures in second])
+        return {"name": name, "kind": kind, "ms": ms}
 
     def requests(figure: str) -> list[dict[str, Any]]:
         return [contestant(who, "rival" if who == "plain" else "scx", figure, who) for who in found]
@@ -59,7 +62,8 @@ def entries(found: dict[str, Sequence[Figures]]) -> dict[str, list[dict[str, Any
         contestant("torch and transformers", "rival", "libraries", "plain"),
         contestant("scx on top of them", "scx", "package", "plain"),
     ]
-    return {"imports": imports, "first request": requests("first"), "second request": requests("second")}
+    warm_up = [contestant(WARMED, "scx", "warm-up", WARMED)]
+    return dict(zip(CASES, (imports, warm_up, requests("first"), requests("second")), strict=True))
 
 
 def run_first_call(run: Run, on_cuda: bool, share: float = 1.0) -> None:
@@ -71,5 +75,5 @@ def run_first_call(run: Run, on_cuda: bool, share: float = 1.0) -> None:
         status = {"status": problem} if problem else {}
         return {"suite": "first call", **status, "contestants": contestants[name] if contestants else []}
 
-    for name in ("imports", "first request", "second request"):
+    for name in CASES:
         run.measure(f"first call/{name}", functools.partial(entry, name), share)

@@ -7,13 +7,15 @@ half-precision product on sm_90 does without the Hopper matrix unit.
 """
 
 import argparse
+import hashlib
+import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.offline_cases import CASES
+from scx_kernels import tiles
 from scx_kernels.kernels import launch
 from scx_kernels.kernels.launch import TARGETS, Target
 
@@ -34,12 +37,17 @@ TYPE_NAMES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.bool: "*i1",
 }
 OPTIONS = ("num_warps", "num_stages")
+UNITS = ("HGMMA", "HMMA", "UTCMMA", "MFMA")
 # Instructions of each target's matrix unit, in its own assembly.
 MATRIX = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b", 942: r"\bv_mfma_"}
 HALF_MATRIX_BELOW_HOPPER = r"\bHMMA\b"
+# Integer work by pipe: additions that became IMAD leave the pipe of logic and shifts free.
+INTEGER = {"INT": r"\b(?:IADD3|VIADD|LOP3|SHF|PRMT|LEA|ISETP|SEL|IMAD)\b", "IMAD": r"\bIMAD\b"}
+AMD_INTEGER = r"\bv_(?:add|sub|xor|xad|or|and|lsh|alignb|perm|mad|mul|bfe|bfi|cmp|cndmask)\w*_[ibu]\d+"
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Case:
     dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
     matrix: str = ""
     quick: bool = False
+    keystreams: int = 0  # for kernels of straight-line integer code: how many are XORed on 64 bytes a BLOCK_U
 
 
 @dataclass
@@ -64,8 +73,12 @@ class Row:
     stack: int
     shared: int
     matrix: str
+    integer: str
     warps_resident: str
     problems: str
+
+
+TITLES = {"registers": "regs", "integer": "int/B", "warps_resident": "warps"}
 
 
 def source_of(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
@@ -108,7 +121,7 @@ def read_nvidia(compiled: Any, target: Target, warps: int) -> tuple[int, int, di
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     stack = int(re.search(r"STACK:(\d+)", usage)[1])
     patterns = {"HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b", "UTCMMA": r"\bUTC\w*MMA\b", "LDL": r"\bLDL\b|\bSTL\b"}
-    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in patterns.items()}
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in (patterns | INTEGER).items()}
     shared_of_multiprocessor = {80: 167_936, 90: 233_472, 100: 233_472}[target.arch]
     by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
     by_shared = shared_of_multiprocessor // (compiled.metadata.shared + 1024)
@@ -123,16 +136,42 @@ def read_amd(compiled: Any, target: Target, warps: int) -> tuple[int, int, dict[
 
     registers = field("vgpr_count") + field("agpr_count")
     spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
-    counts = {"MFMA": len(re.findall(r"\bv_mfma_", assembly))}
+    counts = {"MFMA": len(re.findall(r"\bv_mfma_", assembly)), "INT": len(re.findall(AMD_INTEGER, assembly))}
     # Four SIMDs, 512 registers of a lane each, at most 8 waves; shared memory bounds whole workgroups.
     by_registers = 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps
     by_shared = target.shared_memory // max(1, compiled.metadata.shared)
     return registers, spills, counts, warps * min(by_registers, by_shared, 32 // warps)
 
 
-def compile_case(case_name: str, dtype_name: str, key: tuple[str, int]) -> list[Row]:
+def targets() -> list[Target]:
+    """Every kind of target with the heuristics' tiles, and every device that tiles are shipped for with those."""
+    files = (json.loads(path.read_text()) for path in sorted(tiles.SHIPPED.glob("*.json")))
+    return list(TARGETS.values()) + [
+        replace(TARGETS[file["provenance"]["backend"], file["provenance"]["arch"]], name=file["device"])
+        for file in files
+    ]
+
+
+def digest() -> str:
+    """Of the kernels and the cases compiled: the table in the repository says which it was made from."""
+    here = Path(__file__).parent
+    sources = [*sorted(Path(launch.__file__).parent.glob("*.py")), here / "offline_cases.py"]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+def integer_work(counts: dict[str, int], keystream_bytes: int, threads: int) -> str:
+    """Integer instructions a byte of keystream, and those of them outside the multiply-add pipe."""
+    if not keystream_bytes:
+        return "-"
+    thread_bytes = keystream_bytes / threads
+    text = f"{counts['INT'] / thread_bytes:.1f}"
+    if "IMAD" in counts:
+        text += f" ({(counts['INT'] - counts['IMAD']) / thread_bytes:.1f})"
+    return text
+
+
+def compile_case(case_name: str, dtype_name: str, target: Target) -> list[Row]:
     case = next(case for case in cases() if case.name == case_name)
-    target = TARGETS[key]
     launches: list[tuple[Any, ...]] = []
     with launch.recording(target, lambda *what: launches.append(what)):
         case.call(DTYPES[dtype_name])
@@ -141,7 +180,8 @@ def compile_case(case_name: str, dtype_name: str, key: tuple[str, int]) -> list[
         source, options = source_of(kernel, args, meta)
         tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in meta.items() if k.startswith(("BLOCK", "SPLIT")))
         tile += f" w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
-        row = Row(case.name, kernel.__name__, dtype_name, f"{target.backend}{target.arch}", tile, 0, 0, 0, "", "", "")
+        name = f"{target.backend}{target.arch}"
+        row = Row(case.name, kernel.__name__, dtype_name, name, tile, 0, 0, 0, "", "", "", "")
         rows.append(row)
         arch = target.arch if target.backend == "cuda" else f"gfx{target.arch}"
         try:
@@ -154,7 +194,9 @@ def compile_case(case_name: str, dtype_name: str, key: tuple[str, int]) -> list[
         row.registers, row.stack, counts, resident = read(compiled, target, warps)
         row.shared = compiled.metadata.shared
         row.warps_resident = f"{resident}/{64 if target.backend == 'cuda' else 32}"
-        row.matrix = " ".join(f"{name} {count}" for name, count in counts.items() if count and name != "LDL") or "-"
+        unit = [f"{name} {count}" for name, count in counts.items() if count and name in UNITS]
+        row.matrix = " ".join(unit) or "-"
+        row.integer = integer_work(counts, case.keystreams * 64 * meta.get("BLOCK_U", 0), warps * target.warp_size)
         problems = []
         if row.stack or counts.get("LDL"):
             problems.append(f"spills ({row.stack} B, {counts.get('LDL', 0)} LDL/STL)")
@@ -173,7 +215,7 @@ def cases() -> list[Case]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    titles = ("case", "kernel", "dtype", "target", "tile", "regs", "stack", "shared", "matrix", "warps", "problems")
+    titles = tuple(TITLES.get(field.name, field.name) for field in fields(Row))
     lines = [titles] + [tuple(str(value) for value in vars(row).values()) for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -189,19 +231,20 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="a file for the table")
     options = parser.parse_args()
     work = [
-        (case.name, dtype, key)
+        (case.name, dtype, target)
         for case in cases()
         if options.only in case.name and (case.quick or not options.quick)
         for dtype in case.dtypes
-        for key in TARGETS
-        if options.dtype in ("", dtype) and options.arch in (0, key[1])
+        for target in targets()
+        if options.dtype in ("", dtype) and options.arch in (0, target.arch)
     ]
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = [row for found in pool.map(compile_case, *zip(*work, strict=True)) for row in found]
     text = table(rows)
     failures = [row for row in rows if row.problems]
     summary = (
-        f"{len(rows)} compilations (torch {torch.__version__}, triton {triton.__version__}), {len(failures)} failures"
+        f"{len(rows)} compilations of kernels {digest()} (torch {torch.__version__}, triton {triton.__version__}), "
+        f"{len(failures)} failures"
     )
     print(text, summary, sep="\n")
     if options.write:

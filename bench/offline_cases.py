@@ -2,7 +2,8 @@
 
 import torch
 
-from scx_kernels.kernels import attention, product, qkv, rows, unlock
+from scx_kernels.kernels import attention, product, qkv, rows, sealing, unlock
+from scx_kernels.sealing import Sealing
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -58,7 +59,13 @@ def strip(features, noisy):
     return call
 
 
-def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=False):
+def sealed(batch, tokens, rounds):
+    if not rounds:
+        return None
+    return Sealing(meta(8, dtype=torch.int32), index(batch, tokens), 3, rounds)
+
+
+def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=False, rounds=0):
     def call(dtype):
         z_dtype, encoded = torch.float32 if noisy else dtype, tokens + 128
         z = meta(2, encoded, (heads + 2 * groups) * size, dtype=z_dtype)
@@ -76,12 +83,13 @@ def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=Fals
             keys=meta(2, groups, 8192, size, dtype=dtype),
             values=meta(2, groups, 8192, size, dtype=dtype),
             **({"offsets": index(2)} if offsets else {"offset": 17}),
+            sealing=sealed(2, 8192, rounds),
         )
 
     return call
 
 
-def prefill(heads, groups, tokens, keys, size, window=None, lengths=False, permuted=False, mask=False):
+def prefill(heads, groups, tokens, keys, size, window=None, lengths=False, permuted=False, mask=False, rounds=0):
     def call(dtype):
         q, k, v = (meta(2, m, n, size, dtype=dtype) for m, n in ((heads, tokens), (groups, keys), (groups, keys)))
         attention.attention(
@@ -97,12 +105,13 @@ def prefill(heads, groups, tokens, keys, size, window=None, lengths=False, permu
             output_index=index(2, heads, size),
             row_index=index(2, tokens + 128) if permuted else None,
             redundant=meta(2, 128, heads * size, dtype=dtype) if permuted else None,
+            sealing=sealed(2, keys, rounds),
         )
 
     return call
 
 
-def step(batch, heads, groups, tokens, capacity, size, permuted=False):
+def step(batch, heads, groups, tokens, capacity, size, permuted=False, rounds=0):
     def call(dtype):
         attention.attention_step(
             meta(batch, heads, tokens, size, dtype=dtype),
@@ -112,6 +121,7 @@ def step(batch, heads, groups, tokens, capacity, size, permuted=False):
             output_index=index(batch, heads, size),
             kv_length=index(batch),
             position=index(batch, capacity - 128) if permuted else None,
+            sealing=sealed(batch, capacity, rounds),
         )
 
     return call
@@ -149,6 +159,31 @@ def linear(batch, tokens, decoys, inner, columns, noisy=False, strip=False, adde
 
     return call
 
+
+def seal(batch, groups, tokens, size, rounds):
+    def call(dtype):
+        sealing.seal(meta(batch, groups, tokens, size, dtype=dtype), sealed(batch, tokens, rounds), is_value=True)
+
+    return call
+
+
+def reseal(batch, groups, tokens, size, rounds):
+    def call(dtype):
+        old, new = sealed(batch, tokens, rounds), sealed(batch, tokens, rounds)
+        sealing.reseal(meta(batch, groups, tokens, size, dtype=dtype), old, new, is_value=True)
+
+    return call
+
+
+def bits(streams, count):
+    def call(dtype):
+        sealing.random_bits(meta(8, dtype=torch.int32), index(streams, 3), count)
+
+    return call
+
+
+# Patterns of 16 bits are the same to a cipher, whatever they mean.
+SEALED = {"dtypes": ("fp32", "fp16"), "keystreams": 1}
 
 CASES = [
     {"name": "inject 4096", "call": inject(4096, False, False), "quick": True},
@@ -221,4 +256,31 @@ CASES = [
     {"name": "step 4 4096 128 many rows", "call": step(4, 32, 4, 8, 4096, 128), "matrix": "MMA"},
     {"name": "step 4 4096 96 many rows", "call": step(4, 32, 4, 8, 4096, 96, True), "matrix": "MMA"},
     {"name": "product 64 4096 6144 noise", "call": linear(1, 60, 4, 4096, 6144, True), "matrix": "HGMMA"},
+    {"name": "seal 8 8192 128 rounds 20", "call": seal(1, 8, 8192, 128, 20), **SEALED},
+    {"name": "seal 8 8192 128 rounds 12", "call": seal(1, 8, 8192, 128, 12), **SEALED},
+    {"name": "seal 8 8192 128 rounds 8", "call": seal(1, 8, 8192, 128, 8), **SEALED},
+    {"name": "seal 8 1 128 rounds 20", "call": seal(1, 8, 1, 128, 20), **SEALED, "dtypes": ("fp16",)},
+    {"name": "seal 3 8192 64 rounds 20", "call": seal(8, 3, 8192, 64, 20), **SEALED, "dtypes": ("fp32",)},
+    {"name": "seal 32 4096 80 rounds 20", "call": seal(1, 32, 4096, 80, 20), **SEALED, "dtypes": ("fp16",)},
+    {
+        "name": "seal 32 4096 96 rounds 8",
+        "call": seal(1, 32, 4096, 96, 8),
+        **SEALED,
+        "dtypes": ("fp16",),
+        "quick": True,
+    },
+    {"name": "seal 8 4096 256 rounds 20", "call": seal(1, 8, 4096, 256, 20), **SEALED, "dtypes": ("fp32",)},
+    {"name": "reseal 8 8192 128 rounds 20", "call": reseal(1, 8, 8192, 128, 20), **SEALED, "keystreams": 2},
+    {"name": "random bits", "call": bits(64, 4096), **SEALED, "dtypes": ("fp32",)},
+    {"name": "sealed qkv 4096 32x8x128", "call": transcode(4096, 32, 8, 128, rounds=20)},
+    {"name": "sealed qkv 1 32x8x128", "call": transcode(1, 32, 8, 128, offsets=True, rounds=20)},
+    {"name": "sealed qkv 512 32x32x80", "call": transcode(512, 32, 32, 80, rounds=8)},
+    {"name": "sealed attention 4096 128", "call": prefill(32, 8, 4096, 4096, 128, rounds=8), "matrix": "HGMMA"},
+    {"name": "sealed attention 4096 80", "call": prefill(32, 32, 4096, 4096, 80, rounds=20), "matrix": "HGMMA"},
+    {"name": "sealed step 1 8192 128", "call": step(1, 32, 8, 1, 8192, 128, rounds=20), "matrix": "MMA"},
+    {"name": "sealed step 8 65536 128 permuted", "call": step(8, 32, 8, 1, 65536, 128, True, 8), "matrix": "MMA"},
+    {"name": "sealed step 4 8192 80", "call": step(4, 32, 32, 4, 8192, 80, rounds=8), "matrix": "MMA"},
+    {"name": "sealed step 4 4096 96", "call": step(4, 32, 4, 8, 4096, 96, rounds=8), "matrix": "MMA"},
+    {"name": "sealed step 1 8192 64", "call": step(1, 9, 3, 1, 8192, 64, rounds=20), "matrix": "MMA"},
+    {"name": "sealed step 1 8192 256", "call": step(1, 16, 8, 16, 8192, 256, rounds=8), "matrix": "MMA"},
 ]

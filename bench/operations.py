@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from bench.operation_cases import BOUND, OPERATIONS, RIVAL, TRITON, Case, Contestant, Inputs, Operation, cases, wide
+from bench.contest import BOUND, RIVAL, TRITON, Case, Contestant, Inputs, Operation, copied, wide
+from bench.operation_cases import OPERATIONS, cases
 from bench.run import Run, attempt
 from bench.timing import peak_memory, rotating, spread_twice, time_calls
 
 __all__ = ["check", "measure", "measure_ceilings", "run_operations"]
 
-FLOOR = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""One rounding, relative to the largest element: allowed also where plain PyTorch happens to be exact."""
+FLOOR = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 0.0}
+"""One rounding, relative to the largest element: allowed also where plain PyTorch happens to be exact; but not where
+bits are compared, which stand in float64."""
 
 MOST_INPUTS = 16
 CPU_CACHE = 32 << 20
@@ -58,13 +61,15 @@ def disagreement(got: Any, plain: Any, exact: Any) -> str | None:
 def check(operation: Operation, contestants: Iterable[Contestant], inputs: Inputs) -> dict[str, str | None]:
     """What is wrong with each contestant's result, None for nothing. Limits compute something else: they only run."""
     exact = operation.exact(inputs) if operation.exact else operation.plain(wide(inputs))
-    plain = operation.select(operation.plain(inputs))
+    # Where a call writes into its inputs, nobody may find there what another one wrote.
+    own = copied if operation.writes else lambda inputs: inputs
+    plain = operation.select(inputs, operation.plain(own(inputs)))
     found: dict[str, str | None] = {}
     for contestant in contestants:
         with poisoned(), contestant.within():
-            result, problem = attempt(lambda contestant=contestant: contestant.call(inputs))
+            result, problem = attempt(lambda contestant=contestant: contestant.call(own(inputs)))
         if problem is None and contestant.kind != BOUND:
-            result = operation.select(contestant.finish(inputs, result))
+            result = operation.select(inputs, contestant.finish(inputs, result))
             problem = disagreement(result, plain, exact)
         elif problem is not None and contestant.kind == RIVAL and problem.startswith("raised"):
             problem = f"not available: {problem}"
@@ -76,7 +81,7 @@ def check(operation: Operation, contestants: Iterable[Contestant], inputs: Input
 def enough_inputs(operation: Operation, case: Case, device: torch.device, first: Inputs) -> list[Inputs]:
     """As many inputs as together exceed the last cache twice: a repeated one would be read from there."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
-    size = sum(x.nbytes for x in vars(first).values() if isinstance(x, Tensor))
+    size = sum(x.nbytes for x in tree_leaves(vars(first)) if isinstance(x, Tensor))
     count = min(MOST_INPUTS, max(1, math.ceil(2 * cache / size)))
     return [first, *(operation.make(case, device) for _ in range(count - 1))]
 
@@ -89,6 +94,7 @@ def measure(case: Case, device: torch.device, milliseconds: float) -> dict[str, 
         "suite": "operations",
         **dataclasses.asdict(case),
         "bytes": operation.bytes(case),
+        "copied_bytes": operation.copied_bytes(case),
         "flops": operation.flops(case),
     }
     contestants = [c for c in operation.contestants(case) if c.kind != TRITON or device.type == "cuda"]

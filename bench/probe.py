@@ -1,4 +1,4 @@
-"""Times this process's own first call and prints it as JSON: `python -m bench.probe plain` or `scx`.
+"""Times this process's own first call and prints it as JSON: `python -m bench.probe plain`, `scx` or `warmed`.
 
 Nothing here may be imported before it is timed.
 """
@@ -12,8 +12,9 @@ from typing import Any
 PROMPT, STEPS = 128, 2
 
 
-def probe(is_scx: bool) -> dict[str, float]:
-    """Milliseconds of imports and of two equal requests, made by SCX or by the plain model."""
+def probe(who: str) -> dict[str, float]:
+    """Milliseconds of imports and of two equal requests, made by the plain model, by SCX, or by SCX after its warm-up,
+    whose own time is told as well."""
     ticks = [time.perf_counter()]
     import torch
     from transformers import LlamaForCausalLM
@@ -24,11 +25,16 @@ def probe(is_scx: bool) -> dict[str, float]:
     ticks.append(time.perf_counter())
     libraries, package = (b - a for a, b in itertools.pairwise(ticks))
 
+    found = {"libraries": libraries, "package": package}
     model = _small_model(LlamaForCausalLM)
-    if is_scx:
+    if who != "plain":
         scx.encode_llama(model, scx.SCXKeyGenerator.for_model(model, redundant_num=100))
+    if who == "warmed":
+        start = time.perf_counter()
+        scx.warm_up(model)
+        found["warm-up"] = time.perf_counter() - start
     ids = torch.randint(model.config.vocab_size, (1, PROMPT), device=model.device)
-    found = {"libraries": libraries, "package": package, "first": _request(model, ids), "second": _request(model, ids)}
+    found |= {"first": _request(model, ids), "second": _request(model, ids)}
     return {name: 1e3 * seconds for name, seconds in found.items()}
 
 
@@ -62,4 +68,4 @@ def _request(model: Any, ids: Any) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe(sys.argv[1] == "scx")))
+    print(json.dumps(probe(sys.argv[1])))

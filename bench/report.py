@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.marks import reached
 from bench.plots import draw_context, draw_roofline
 from bench.results import PAPER, Content, Entry, best_rival, failures, load_results, measured, of_suite, rate, ratio
 
@@ -76,6 +77,23 @@ def headline_table(content: Content) -> Table | None:
         rows.append((name, shape, *speed, *beside, size_text(own["memory_bytes"])))
     header = ("operation, tokens", "shape", "SCX", "rate", "of ceiling", "best rival", "SCX / rival", "peak memory")
     return Table("Operations", header, tuple(rows)) if rows else None
+
+
+def marks_table(content: Content) -> Table | None:
+    """What the kernels are asked to reach, and what they reach."""
+    rows = [
+        (
+            found.mark.name,
+            f"{found.entry['operation']}, {size_of(found.entry)}",
+            f"{found.mark.least:g} of {found.mark.limit}",
+            number(found.fraction),
+            number(found.of_copy),
+            "yes" if found.is_enough else "no",
+        )
+        for found in reached(content)
+    ]
+    header = ("mark", "operation, tokens", "asked", "measured", "of a copy as large", "reached")
+    return Table("Marks", header, tuple(rows)) if rows else None
 
 
 def operation_tables(content: Content) -> Iterator[Table]:
@@ -164,7 +182,7 @@ def first_call_table(content: Content) -> Table | None:
 
 def tables(content: Content, everything: bool = False) -> list[Table]:
     """The short tables, or all of them."""
-    found = [headline_table(content), *model_tables(content), first_call_table(content)]
+    found = [headline_table(content), marks_table(content), *model_tables(content), first_call_table(content)]
     if everything:
         found += [cost_table(content), *operation_tables(content)]
     return [table for table in found if table is not None]

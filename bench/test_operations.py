@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.operation_cases import OPERATIONS, RIVAL, SCX, Case, Contestant, cases
+from bench.contest import RIVAL, SCX, Case, Contestant
+from bench.operation_cases import OPERATIONS, cases
 from bench.operations import check, enough_inputs
 from bench.timing import rotating
 

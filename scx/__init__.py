@@ -8,6 +8,7 @@ from scx.kvcache import EncodedCache, decode_kvcache, merge_kvcache_dynamic, spl
 from scx.models.llama import decode_llama, encode_llama, encoded_llama
 from scx.models.split import record_transcript, restore_conversation
 from scx.party.sharing import SharedKeys, load_shared_keys, save_shared_keys
+from scx.warmup import warm_up
 
 __all__ = [
     "EncodedCache",
@@ -29,5 +30,6 @@ __all__ = [
     "save_kvcache",
     "save_shared_keys",
     "split_kvcache_dynamic",
+    "warm_up",
 ]
 __version__ = "0.1.0"

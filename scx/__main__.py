@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from scx import audit, demo
+from scx.keys import CACHE_ENCODINGS
 from scx.party import transcript
 from scx.party.plan import CROSSINGS
 
@@ -22,6 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--device", help="default: cuda if there is one, else cpu")
     shown.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
     shown.add_argument("--tokens", type=int, default=64, help="new tokens at most (default: %(default)s)")
+    shown.add_argument(
+        "--cache", default="permuted", choices=CACHE_ENCODINGS, help="how K and V are stored (default: %(default)s)"
+    )
     shown.add_argument("--picture", type=Path, default=Path("scx-demo.png"), help="default: %(default)s")
 
     audited = commands.add_parser("audit", help="attack an encoded cache with the weights and without a key")
@@ -50,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
     if command == "audit":
-        print(audit.run(**options))
+        for finding in audit.run(**options):
+            print(finding)
         return 0
     if command == "transcript":
         print(transcript.run(**options))

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from scx.container import Container, FileRefusedError, read_container, write_container
-from scx.keys import Session
-from scx.kvcache import EncodedCache, GrowingLayer
+from scx.keys import BRANCH_BYTES, Session, public_bytes
+from scx.kvcache import EncodedCache, GrowingLayer, SealedLayer
 
 __all__ = ["load_kvcache", "save_kvcache"]
 
@@ -55,6 +55,8 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
     tensors = {}
     for index, layer in enumerate(cache.layers):
         tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
+        if isinstance(layer, SealedLayer):
+            tensors[f"layers.{index}.writes"] = layer.writes
     if cache.sequences is not None:
         tensors["sequences"] = cache.sequences
     write_container(path, tensors, metadata, kind=_KIND, key=session.derive_key(_PURPOSE), encrypt=False)
@@ -112,10 +114,12 @@ def _check_session(session: Session) -> None:
 
 
 def _describe(index: int, layer: CacheLayerMixin) -> dict[str, Any]:
-    if type(layer) not in (GrowingLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in (GrowingLayer, SealedLayer, DynamicSlidingWindowLayer):
         raise TypeError(f"cache: layer {index} is a {type(layer).__name__}, which cannot be saved")
     if layer.get_seq_length() == 0:
         raise ValueError(f"cache: layer {index} holds no tokens")
+    if isinstance(layer, SealedLayer):
+        return {"kind": "sealed", "branch": layer.branch}
     if not isinstance(layer, DynamicSlidingWindowLayer):
         return {"kind": "full"}
     window, length, records_past = layer.sliding_window, layer.cumulative_length, layer.record_past
@@ -176,6 +180,13 @@ def _restore_layer(
     if keys.dtype not in _DTYPES or values.dtype != keys.dtype:
         raise ValueError(f"layer {index}: expected K and V of one of {_DTYPES}")
     layer = _empty_layer(index, described, tokens=shape[2])
+    if isinstance(layer, SealedLayer) != (index in session.settings.sealed_layers):
+        raise ValueError(f"layer {index}: its encoding is not the session's")
+    if isinstance(layer, SealedLayer):
+        writes = tensors.pop(f"layers.{index}.writes")
+        if writes.dtype != torch.int64 or writes.shape != (rows, shape[2]) or writes.min() < 0:
+            raise ValueError(f"layer {index}: expected a write number for every row")
+        layer.writes = writes.to(device)
     keys, values = keys.to(device), values.to(device)
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values  # in place of `update`, which would copy them
@@ -185,6 +196,10 @@ def _restore_layer(
 def _empty_layer(index: int, described: Any, tokens: int) -> Any:
     if described == {"kind": "full"}:
         return GrowingLayer()
+    if isinstance(described, dict) and described.keys() == {"kind", "branch"} and described["kind"] == "sealed":
+        layer = SealedLayer()
+        layer.branch = public_bytes("branch", described["branch"], BRANCH_BYTES).hex()
+        return layer
     names = {"kind", "window", "length", "records_past"}
     if not isinstance(described, dict) or set(described) != names or described["kind"] != "sliding":
         raise ValueError(f"layer {index}: expected a full or a sliding layer")

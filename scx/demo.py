@@ -69,7 +69,8 @@ class Answer:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(x.nbytes for layer in self.cache.layers for x in (layer.keys, layer.values) if x is not None)
+        stored = (getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values", "writes"))
+        return sum(x.nbytes for x in stored if x is not None)
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Any, new_tokens: int) -> Answer:
@@ -114,7 +115,7 @@ def draw_caches(plain: Cache, encoded: EncodedCache, layer: int, path: Path, tit
 def _draw_states(axis: "Axes", states: Tensor, limit: float) -> Any:
     """(B, G, N, d) states of the first sequence as a picture of tokens by features."""
     heads, size = states.shape[1], states.shape[3]
-    flat = states[0].float().cpu().transpose(0, 1).flatten(1).numpy()
+    flat = states[0].float().nan_to_num(0.0).cpu().transpose(0, 1).flatten(1).numpy()
     image = axis.imshow(flat, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     for head in range(1, heads):
         axis.axvline(head * size - 0.5, color="black", linewidth=1, linestyle="--")
@@ -154,6 +155,7 @@ def run(
     device: str | None = None,
     dtype: str | None = None,
     tokens: int = 64,
+    cache: str = "permuted",
     picture: Path = Path("scx-demo.png"),
 ) -> bool:
     """Run the demo. Returns whether both models gave the same tokens.
@@ -165,6 +167,7 @@ def run(
         device: where the model runs; CUDA if there is one.
         dtype: "float32", "float16" or "bfloat16"; float32 on the CPU, bfloat16 elsewhere.
         tokens: new tokens at most.
+        cache: how K and V are stored: "permuted" or "sealed".
         picture: where the picture of the caches is written.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -174,11 +177,11 @@ def run(
     llama = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().to(device)
     inputs = tokenize(tokenizer, prompt).to(device)
     options: dict[str, Any] = {"noise_scale": noise} if noise else {}
-    keys = SCXKeyGenerator.for_model(llama, redundant_num=redundant, alp=noise > 0, **options)
+    keys = SCXKeyGenerator.for_model(llama, redundant_num=redundant, alp=noise > 0, cache_encoding=cache, **options)
 
     print(f"\nPrompt: {prompt}\n\nPlain model on {device}, {dtype}:\n")
     plain = answer(llama, tokenizer, inputs, tokens)
-    print(f"The same model under SCX, {redundant} redundant rows, noise scale {noise:g}:\n")
+    print(f"The same model under SCX, {redundant} redundant rows, noise scale {noise:g}, cache {cache}:\n")
     with encoded_llama(llama, keys):
         encoded = answer(llama, tokenizer, inputs, tokens)
 

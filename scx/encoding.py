@@ -15,6 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import scx_kernels as ops
+from scx.devices import upload
 
 __all__ = [
     "ENCODINGS",
@@ -29,7 +30,6 @@ __all__ = [
     "inverse",
     "is_plain_linear",
     "is_plain_rms_norm",
-    "upload",
 ]
 
 PLAIN_RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
@@ -54,11 +54,6 @@ def is_plain_rms_norm(module: nn.Module) -> bool:
     """Whether `module(x)` is just Llama's RMS norm: one of transformers' classes for it, with no hook around it."""
     is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) in PLAIN_RMS_NORMS and not is_hooked
-
-
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`. To an accelerator it goes from pinned memory, so that neither side waits for the other."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @dataclass(frozen=True, repr=False)
@@ -283,3 +278,7 @@ class RedundantScale:
     attention: Tensor
     output: Tensor
     feed_forward: Tensor
+
+    def to(self, device: torch.device) -> "RedundantScale":
+        """The same on `device`."""
+        return RedundantScale(*(getattr(self, f.name).to(device) for f in fields(self)))

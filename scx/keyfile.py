@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scx.container import FileRefusedError, read_container, write_container
-from scx.keys import BRANCH_BYTES, NOISE_DISTRIBUTIONS, SESSION_ID_BYTES, KeySettings, ModelShape, Session
+from scx.keys import (
+    BRANCH_BYTES,
+    CIPHER_ROUNDS,
+    NOISE_DISTRIBUTIONS,
+    SESSION_ID_BYTES,
+    KeySettings,
+    ModelShape,
+    Session,
+)
 from scx.keystream import KEY_BYTES, Secret
 
 if TYPE_CHECKING:
@@ -173,6 +181,11 @@ def _read_settings(read: dict[str, Any], shape: ModelShape) -> KeySettings:
         or len(start + end) > len(layers)
     ):
         raise ValueError("end_layers: expected the last layers")
+    sealed, rounds = read["sealed_layers"], read["cipher_rounds"]
+    if not isinstance(sealed, list) or sorted(set(sealed) & set(layers)) != sealed:
+        raise ValueError("sealed_layers: expected layers in order")
+    if rounds not in CIPHER_ROUNDS or type(rounds) is not int:
+        raise ValueError("cipher_rounds: expected a known number")
     return KeySettings(
         redundant_num=_count("redundant_num", read["redundant_num"]),
         alp=read["alp"],
@@ -180,4 +193,6 @@ def _read_settings(read: dict[str, Any], shape: ModelShape) -> KeySettings:
         noise_distribution=read["noise_distribution"],
         start_layers=tuple(start),
         end_layers=tuple(end),
+        sealed_layers=tuple(sealed),
+        cipher_rounds=rounds,
     )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import scx_kernels as ops
+from scx.devices import CPU, upload
 from scx.encoding import (
     ENCODINGS,
     FeatureKey,
@@ -34,7 +35,6 @@ from scx.encoding import (
     RowKey,
     TokenKeys,
     inverse,
-    upload,
 )
 from scx.keystream import KeyStream, Secret, StreamId, derive
 
@@ -43,11 +43,23 @@ if TYPE_CHECKING:
 
     from scx.party.sharing import SharedKeys
 
-__all__ = ["KeySettings", "ModelShape", "PassKeys", "SCXKeyGenerator", "Session", "Step"]
+__all__ = [
+    "CACHE_ENCODINGS",
+    "CIPHER_ROUNDS",
+    "KeySettings",
+    "ModelShape",
+    "PassKeys",
+    "SCXKeyGenerator",
+    "Session",
+    "Step",
+    "public_bytes",
+]
 
 SESSION_ID_BYTES = 16
 BRANCH_BYTES = 16
 NOISE_DISTRIBUTIONS = ("laplace", "normal")
+CACHE_ENCODINGS = ("permuted", "sealed")
+CIPHER_ROUNDS = (8, 12, 20)
 _NOISE_ROWS_AHEAD = 32
 
 
@@ -79,6 +91,8 @@ class KeySettings:
     noise_distribution: str
     start_layers: tuple[int, ...]
     end_layers: tuple[int, ...]
+    sealed_layers: tuple[int, ...] = ()
+    cipher_rounds: int = 20
 
     def difference(self, other: "KeySettings") -> str:
         """The fields that differ, as "name a and b"; empty if none do."""
@@ -108,7 +122,7 @@ def _positive(name: str, value: int, least: int = 1) -> int:
     return value
 
 
-def _public_bytes(name: str, value: str, size: int) -> bytes:
+def public_bytes(name: str, value: str, size: int) -> bytes:
     """Bytes written in hexadecimal."""
     try:
         read = bytes.fromhex(value)
@@ -137,6 +151,9 @@ class SCXKeyGenerator:
             (the paper's range is 5 to 10).
         noise_distribution: "laplace" (scale is its b) or "normal" (scale is its standard deviation).
         protected_layers: how many first and last layers are protected where the lists above are not given.
+        cache_encoding: how K and V are stored: "permuted", or "sealed" under a stream cipher as well; one for all
+            layers, or a sequence with one for each.
+        cipher_rounds: of the ChaCha that seals: 8, 12 or 20.
 
     Raises: TypeError, ValueError naming the argument.
     """
@@ -156,6 +173,8 @@ class SCXKeyGenerator:
         noise_scale: float = 5.0,
         noise_distribution: str = "laplace",
         protected_layers: int = 1,
+        cache_encoding: str | Sequence[str] = "permuted",
+        cipher_rounds: int = 20,
     ) -> None:
         self.seq_len = _positive("seq_len", seq_len)
         self.hidden_dim = _positive("hidden_dim", hidden_dim)
@@ -172,6 +191,13 @@ class SCXKeyGenerator:
         self.noise_distribution = noise_distribution
         self.decode_start_layers = _check_layers("decode_start_layers", decode_start_layers)
         self.decode_end_layers = _check_layers("decode_end_layers", decode_end_layers)
+        given = [cache_encoding] if isinstance(cache_encoding, str) else list(cache_encoding)
+        if not given or any(encoding not in CACHE_ENCODINGS for encoding in given):
+            raise ValueError(f"cache_encoding: expected {CACHE_ENCODINGS}, one or one a layer, got {cache_encoding!r}")
+        self.cache_encoding = cache_encoding if isinstance(cache_encoding, str) else tuple(given)
+        if cipher_rounds not in CIPHER_ROUNDS:
+            raise ValueError(f"cipher_rounds: expected one of {CIPHER_ROUNDS}, got {cipher_rounds!r}")
+        self.cipher_rounds = cipher_rounds
         self._master_key = Secret(master_key)
         self._opened: set[bytes] = set()
 
@@ -202,6 +228,10 @@ class SCXKeyGenerator:
             "noise_distribution": settings.noise_distribution,
             "decode_start_layers": settings.start_layers,
             "decode_end_layers": settings.end_layers,
+            "cache_encoding": tuple(
+                "sealed" if layer in settings.sealed_layers else "permuted" for layer in range(shape.num_layers)
+            ),
+            "cipher_rounds": settings.cipher_rounds,
         }
         return cls(**{**given, **options})
 
@@ -234,10 +264,28 @@ class SCXKeyGenerator:
             raise ValueError(f"decode_start_layers and decode_end_layers overlap: {list(start)} and {list(end)}")
         return start, end
 
+    def sealed(self, shape: ModelShape) -> tuple[int, ...]:
+        """The layers whose K and V are stored sealed, for a model of this shape."""
+        encodings = self.cache_encoding
+        if isinstance(encodings, str):
+            encodings = (encodings,) * shape.num_layers
+        if len(encodings) != shape.num_layers:
+            raise ValueError(f"cache_encoding: the model has {shape.num_layers} layers, got {len(encodings)} encodings")
+        return tuple(layer for layer, encoding in enumerate(encodings) if encoding == "sealed")
+
     def settings(self, shape: ModelShape) -> KeySettings:
         """What this generator's sessions on a model of this shape are drawn for."""
         start, end = self.protected(shape)
-        return KeySettings(self.redundant_num, self.alp, self.noise_scale, self.noise_distribution, start, end)
+        return KeySettings(
+            redundant_num=self.redundant_num,
+            alp=self.alp,
+            noise_scale=self.noise_scale,
+            noise_distribution=self.noise_distribution,
+            start_layers=start,
+            end_layers=end,
+            sealed_layers=self.sealed(shape),
+            cipher_rounds=self.cipher_rounds,
+        )
 
     def open_session(self, shape: ModelShape, batch_size: int, session_id: bytes | None = None) -> "Session":
         """Open a session for `batch_size` sequences on a model of this shape.
@@ -273,6 +321,7 @@ class _Branch:
         self.noise_draws = itertools.count()
         self.noise_ahead: dict[int, tuple[Noise, int]] = {}  # by layer: rows drawn, and how many of them are used
         self.noise_lock = threading.Lock()
+        self.writes = ops.WriteCounter()
 
 
 class Session:
@@ -307,6 +356,7 @@ class Session:
         self._current_branch = _Branch(secret, branch)
         self._feature_keys: dict[torch.device, list[FeatureKey]] = {}
         self._shared_keys: SharedKeys | None = None  # of its prefill, where that crossed a boundary
+        self._cipher_keys: dict[tuple[str, torch.device], Tensor] = {}
 
     def __repr__(self) -> str:
         return f"Session(id={self.id}, batch_size={self.batch_size})"
@@ -352,7 +402,7 @@ class Session:
         """
         if not purpose:
             raise ValueError("purpose: expected a name, got an empty one")
-        salt = b"" if branch is None else _public_bytes("branch", branch, BRANCH_BYTES)
+        salt = b"" if branch is None else public_bytes("branch", branch, BRANCH_BYTES)
         return derive(self._secret, f"scx session key v1, {'session' if branch is None else 'branch'}\0{purpose}", salt)
 
     def share_keys(self) -> "SharedKeys":
@@ -365,6 +415,22 @@ class Session:
         if self._shared_keys is None:
             raise RuntimeError("share_keys: this session had no prefill in the split placement in this process")
         return self._shared_keys
+
+    def take_writes(self, batch: int, tokens: int, device: torch.device) -> Tensor:
+        """Write numbers (batch, tokens) for rows of a sealed cache, one for each token in all layers, never given out
+        twice in a branch.
+
+        Raises: OverflowError when they run out.
+        """
+        return self._branch.writes.take(batch, tokens, device)
+
+    def sealing(self, layer: int, writes: Tensor, branch: str) -> ops.Sealing:
+        """How rows of a layer with these write numbers (B, N) are sealed by the writer in `branch`; on their device."""
+        place = (branch, writes.device)
+        if place not in self._cipher_keys:
+            key = ops.key_words(self.derive_key("sealed cache", branch=branch).reveal())
+            self._cipher_keys[place] = upload(key, writes.device)
+        return ops.Sealing(self._cipher_keys[place], writes, layer, self.settings.cipher_rounds)
 
     def _streams(self, batch: int, step: int) -> list[StreamId]:
         return [(layer, sequence, step) for layer in range(self.shape.num_layers) for sequence in range(batch)]
@@ -381,34 +447,42 @@ class Session:
         heads, size = shape.num_kv_heads, shape.head_dim
         groups = shape.num_heads // heads
 
-        drawn = self._stream.permutations("feature permutations of K and V", streams, size, 2 * heads)
+        drawn = self._stream.permutations("feature permutations of K and V", streams, size, 2 * heads, device)
         key, value = drawn.view(shape.num_layers, self.batch_size, 2, heads, size).unbind(2)
         key_inverse, value_inverse = inverse(key), inverse(value)
         query, output = (index.repeat_interleave(groups, dim=2) for index in (key, value_inverse))
-        stacked = [upload(x, device).unbind(0) for x in (query, key, value, output, key_inverse, value_inverse)]
+        stacked = [x.unbind(0) for x in (query, key, value, output, key_inverse, value_inverse)]
         return [FeatureKey(*layer) for layer in zip(*stacked, strict=True)]
 
-    def draw_token_keys(self, tokens: int, batch: int, scale: RedundantScale | None, dtype: torch.dtype) -> TokenKeys:
+    def draw_token_keys(
+        self,
+        tokens: int,
+        batch: int,
+        scale: RedundantScale | None,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> TokenKeys:
         """Token permutations and redundant rows of one forward pass; never the same ones twice.
 
         Args:
             tokens: new tokens S per sequence.
             batch: sequences B.
-            scale: of real rows; needed where the generator asks for redundant rows.
+            scale: of real rows, on `device`; needed where the generator asks for redundant rows.
             dtype: of the redundant rows.
 
-        Returns: the keys, on the CPU.
+        Returns: the keys, on `device`.
         """
         branch = self._branch
         step = next(branch.steps)
         streams = self._streams(batch, step)
         layers, redundant_num = self.shape.num_layers, self.settings.redundant_num
         total = tokens + redundant_num
-        drawn = branch.stream.permutations("token permutations", streams, total, len(ENCODINGS))
+        drawn = branch.stream.permutations("token permutations", streams, total, len(ENCODINGS), device)
         row_index = drawn.view(layers, batch, len(ENCODINGS), total).permute(2, 0, 1, 3).contiguous()
         rows = [(0, sequence, step) for sequence in range(batch)]
-        residual_index = branch.stream.permutations("token permutation of the residual stream", rows, total)[:, 0]
-        decoys = branch.stream.bits("redundant tokens", rows, redundant_num, torch.int64)
+        purpose = "token permutation of the residual stream"
+        residual_index = branch.stream.permutations(purpose, rows, total, device=device)[:, 0]
+        decoys = branch.stream.bits("redundant tokens", rows, redundant_num, torch.int64, device)
         decoys = decoys.remainder_(self.shape.vocab_size)
 
         def draw_redundant(encoding: str) -> Tensor | None:
@@ -418,7 +492,7 @@ class Session:
                 raise ValueError("scale: redundant rows need the scale of real rows")
             per_feature: Tensor = getattr(scale, encoding)
             features = per_feature.shape[-1]
-            normal = branch.stream.normal(f"redundant rows, {encoding}", streams, redundant_num * features)
+            normal = branch.stream.normal(f"redundant rows, {encoding}", streams, redundant_num * features, device)
             rows = normal.view(layers, batch, redundant_num, features)
             return rows.mul_(per_feature[:, None, None]).to(dtype)
 
@@ -470,9 +544,9 @@ class Session:
         number = next(branch.noise_draws)
         draw = getattr(branch.stream, self.settings.noise_distribution)
         streams = [(layer, sequence, number) for sequence in range(batch)]
-        drawn = draw("noise of the first block", streams, rows * self.shape.hidden_size)
+        drawn = draw("noise of the first block", streams, rows * self.shape.hidden_size, weights[0].device)
         drawn = drawn.view(batch, rows, -1).mul_(self.settings.noise_scale * rms)
-        noise = upload(drawn.to(ops.accumulation_dtype(weights[0].dtype)), weights[0].device)
+        noise = drawn.to(ops.accumulation_dtype(weights[0].dtype))
         return Noise(noise, tuple(ops.noise_image(noise, weight) for weight in weights))
 
 
@@ -554,6 +628,7 @@ class Step:
         self.feature_key = feature_keys.feature_key
         self._token_keys = token_keys
         self.noise: Noise | None = None  # of the first block's input, once prepared
+        self.writes: Tensor | None = None  # write numbers of the pass's tokens (B, S), where layers are sealed
         self._rows: Tensor
         self._on_device: dict[torch.device, tuple[ResidualKey, list[LayerKeys]]] = {}
 
@@ -591,6 +666,8 @@ class Step:
         if self.session.settings.alp:
             rows = tokens if key.entry is None else key.entry.shape[1]
             self.noise = self.session.take_noise(batch, rows, weights)
+        if self.session.settings.sealed_layers:
+            self.writes = self.session.take_writes(batch, tokens, device)
 
     def embed(self, embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Embed a request straight into the residual stream's encoding.

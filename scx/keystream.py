@@ -21,6 +21,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
+import scx_kernels as ops
+from scx.devices import CPU, upload
+
 __all__ = ["KEY_BYTES", "KeyStream", "Secret", "StreamId", "derive"]
 
 KEY_BYTES = 32
@@ -84,16 +87,29 @@ class KeyStream:
             key = self._purpose_keys[purpose] = derive(self._secret, f"scx keystream v2\0{purpose}")
         return key.reveal()
 
-    def bits(self, purpose: str, streams: Sequence[StreamId], count: int, dtype: torch.dtype) -> Tensor:
-        """Uniform bits: (len(streams), count) integers of `dtype` (int32 or int64), on the CPU."""
+    def bits(
+        self, purpose: str, streams: Sequence[StreamId], count: int, dtype: torch.dtype, device: torch.device = CPU
+    ) -> Tensor:
+        """Uniform bits: (len(streams), count) integers of `dtype` (int32 or int64) on `device`, the same bits on any.
+
+        A GPU draws for itself: of a draw, 32 bytes of key and the names of the streams go there, not the bits.
+        """
+        for stream in streams:
+            if not all(0 <= number < _LIMIT for number in stream):
+                raise ValueError(f"stream {stream} is outside the 32-bit counters")
+        if device.type == "cuda":
+            key = upload(ops.key_words(self._key(purpose)), device)
+            names = upload(torch.tensor(streams, dtype=torch.int64).view(-1, 3), device)
+            return ops.random_bits(key, names, count * dtype.itemsize // 4).view(dtype)
+        return self._bits_of_the_library(purpose, streams, count, dtype).to(device)
+
+    def _bits_of_the_library(self, purpose: str, streams: Sequence[StreamId], count: int, dtype: torch.dtype) -> Tensor:
         key = self._key(purpose)
         width = count * dtype.itemsize
         zeros = bytes(width)
         drawn = bytearray(width * len(streams))
         view = memoryview(drawn)
         for row, (layer, sequence, step) in enumerate(streams):
-            if not (0 <= layer < _LIMIT and 0 <= sequence < _LIMIT and 0 <= step < _LIMIT):
-                raise ValueError(f"stream ({layer}, {sequence}, {step}) is outside the 32-bit counters")
             nonce = struct.pack("<4I", 0, layer, sequence, step)
             cipher = Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
             cipher.update_into(zeros, view[row * width : (row + 1) * width])
@@ -101,22 +117,24 @@ class KeyStream:
             return torch.empty((len(streams), count), dtype=dtype)
         return torch.frombuffer(drawn, dtype=dtype).view(len(streams), count)
 
-    def permutations(self, purpose: str, streams: Sequence[StreamId], size: int, count: int = 1) -> Tensor:
-        """(len(streams), count, size) int64, each row a uniform permutation of 0..size-1.
+    def permutations(
+        self, purpose: str, streams: Sequence[StreamId], size: int, count: int = 1, device: torch.device = CPU
+    ) -> Tensor:
+        """(len(streams), count, size) int64 on `device`, each row a uniform permutation of 0..size-1.
 
         Sorts 64-bit uniform numbers; two equal ones, the only source of bias, have odds below size² / 2^65.
         """
-        draws = self.bits(purpose, streams, size * count, torch.int64)
+        draws = self.bits(purpose, streams, size * count, torch.int64, device)
         return draws.view(len(streams), count, size).argsort(dim=-1)
 
-    def normal(self, purpose: str, streams: Sequence[StreamId], count: int) -> Tensor:
-        """(len(streams), count) float32, standard normal by inverse transform of 32-bit uniform numbers."""
-        draws = self.bits(purpose, streams, count, torch.int32)
+    def normal(self, purpose: str, streams: Sequence[StreamId], count: int, device: torch.device = CPU) -> Tensor:
+        """(len(streams), count) float32 on `device`, standard normal by inverse transform of 32-bit uniform numbers."""
+        draws = self.bits(purpose, streams, count, torch.int32, device)
         below_one = 1 - 2.0**-24
         return draws.float().mul_(2.0**-31).clamp_(-below_one, below_one).erfinv_().mul_(math.sqrt(2))
 
-    def laplace(self, purpose: str, streams: Sequence[StreamId], count: int) -> Tensor:
-        """(len(streams), count) float32, Laplace(0, 1) by inverse transform of 53-bit uniform numbers."""
-        draws = self.bits(purpose, streams, count, torch.int64)
+    def laplace(self, purpose: str, streams: Sequence[StreamId], count: int, device: torch.device = CPU) -> Tensor:
+        """(len(streams), count) float32 on `device`, Laplace(0, 1) by inverse transform of 53-bit uniform numbers."""
+        draws = self.bits(purpose, streams, count, torch.int64, device)
         magnitude = (draws >> 11).abs_().double().add_(0.5).mul_(2.0**-52).log_().neg_().float()
         return torch.where(draws < 0, -magnitude, magnitude)

@@ -7,18 +7,27 @@ carries the session's public id alone.
 
 import copy
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+import scx_kernels as ops
 from scx.encoding import FeatureKey
 from scx.keys import Session
 
-__all__ = ["EncodedCache", "GrowingLayer", "decode_kvcache", "merge_kvcache_dynamic", "split_kvcache_dynamic"]
+__all__ = [
+    "EncodedCache",
+    "GrowingLayer",
+    "SealedLayer",
+    "decode_kvcache",
+    "merge_kvcache_dynamic",
+    "split_kvcache_dynamic",
+]
 
 
 class AbsentLayer(CacheLayerMixin):
@@ -51,11 +60,12 @@ class Slots:
     values: Tensor
     offset: int
     tokens: int
+    sealing: ops.Sealing | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """As arguments of `qkv_decode_encode`."""
-        return {"keys": self.keys, "values": self.values, "offset": self.offset}
+        return {"keys": self.keys, "values": self.values, "offset": self.offset, "sealing": self.sealing}
 
 
 class GrowingLayer(DynamicLayer):
@@ -99,17 +109,76 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class SealedLayer(GrowingLayer):
+    """A growing layer whose rows are sealed by a stream cipher, K and V under the session's key of one branch.
+
+    `writes` (B, N) int64 are the rows' write numbers, public. They move with the rows, whatever is done to the layer;
+    a row that is written anew has a number of its own. `branch` names the writer.
+    """
+
+    writes: Tensor | None = None
+    branch: str | None = None
+    _write_buffer: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_write_buffer": None}
+
+    def number(self, slots: Slots, writes: Tensor) -> Tensor:
+        """Write the numbers (B, S) of the tokens that go into `slots` beside them. Returns those of all slots."""
+        capacity, filled = slots.keys.shape[2], slots.offset
+        held = None if filled == 0 else self.writes
+        buffer = self._write_buffer
+        if buffer is None or buffer.shape[1] != capacity or held is None or held.data_ptr() != buffer.data_ptr():
+            buffer = writes.new_zeros(slots.keys.shape[0], capacity)
+            if held is not None:
+                buffer[:, :filled] = held
+            self._write_buffer = buffer
+        buffer[:, filled : filled + slots.tokens] = writes
+        return buffer
+
+    def take_in(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Count the tokens written into `slots` as the layer's. Returns all of its sealed K and V."""
+        if slots.sealing is not None:
+            self.writes = slots.sealing.writes[:, : slots.offset + slots.tokens]
+        return super().take_in(slots)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        self.writes = None if self.writes is None else self.writes[:, : self.get_seq_length()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.writes = None if self.writes is None else self.writes.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.writes = None if self.writes is None else self.writes[indices.to(self.writes.device)]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.writes = None if self.writes is None else self.writes.index_select(0, beam_idx.to(self.writes.device))
+
+    def reset(self) -> None:
+        super().reset()
+        self.writes = self.branch = None
+
+
 def _without_room(layer: CacheLayerMixin) -> CacheLayerMixin:
     """The layer as it leaves the process: tokens that it holds, not what lies behind them in its buffers."""
     if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
         return layer
     twin = copy.copy(layer)
     twin.keys, twin.values = layer.keys.contiguous(), layer.values.contiguous()
+    if isinstance(twin, SealedLayer) and twin.writes is not None:
+        twin.writes = twin.writes.contiguous()
     return twin
 
 
-def _growing(layer: CacheLayerMixin) -> CacheLayerMixin:
-    return GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
+def _growing(layer: CacheLayerMixin, is_sealed: bool) -> CacheLayerMixin:
+    """The layer, or in place of an empty plain one the kind that stores its tokens encoded."""
+    if type(layer) is not DynamicLayer or layer.is_initialized:
+        return layer
+    return SealedLayer() if is_sealed else GrowingLayer()
 
 
 class EncodedCache(DynamicCache):
@@ -126,7 +195,8 @@ class EncodedCache(DynamicCache):
     _selected: dict[tuple[int, torch.device], FeatureKey]
 
     def __init__(self, session: Session, layers: list[CacheLayerMixin]) -> None:
-        Cache.__init__(self, layers=[_growing(layer) for layer in layers])
+        sealed = session.settings.sealed_layers
+        Cache.__init__(self, layers=[_growing(layer, i in sealed) for i, layer in enumerate(layers)])
         self._bind(session)
 
     @classmethod
@@ -135,7 +205,8 @@ class EncodedCache(DynamicCache):
         adopted: Any = cache
         adopted.__class__ = cls
         missing = session.shape.num_layers - len(cache.layers) if cache.layer_class_to_replicate is DynamicLayer else 0
-        adopted.layers = [_growing(layer) for layer in cache.layers] + [GrowingLayer() for _ in range(missing)]
+        layers, sealed = [*cache.layers, *(DynamicLayer() for _ in range(missing))], session.settings.sealed_layers
+        adopted.layers = [_growing(layer, i in sealed) for i, layer in enumerate(layers)]
         adopted._bind(session)
         return adopted
 
@@ -201,26 +272,98 @@ class EncodedCache(DynamicCache):
             self._selected[layer, device] = key
         return key
 
-    def room(self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor) -> Slots | None:
+    def room(
+        self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor, writes: Tensor | None
+    ) -> Slots | None:
         """Slots in a layer's own buffers for `tokens` more tokens of (B, G, d) states in like's dtype.
 
         None where states cannot be written in place: in a sliding layer, in one that lies on another device than
         `like`, and where gradients are to flow through them.
+
+        Args:
+            writes: (B, tokens) write numbers, which a sealed layer needs.
+
+        Raises: ValueError where gradients are to flow through a sealed layer.
         """
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if not isinstance(layer, GrowingLayer) or (like.requires_grad and torch.is_grad_enabled()):
+        wants_gradients = like.requires_grad and torch.is_grad_enabled()
+        if wants_gradients and isinstance(layer, SealedLayer):
+            raise ValueError(
+                "cache_encoding: gradients do not flow through a sealed cache; "
+                "use torch.no_grad(), name the mode, or use_cache=False"
+            )
+        if not isinstance(layer, GrowingLayer) or wants_gradients:
             return None
         if layer.is_initialized and layer.keys.device != like.device:
             return None
-        return layer.room(tokens, shape, like)
+        if not isinstance(layer, SealedLayer):
+            return layer.room(tokens, shape, like)
+        if writes is None:
+            raise ValueError(f"writes: layer {layer_idx} is sealed and needs the numbers of its tokens")
+        self._own(layer_idx, layer)
+        slots = layer.room(tokens, shape, like)
+        numbers = layer.number(slots, writes.to(like.device))
+        return replace(slots, sealing=self.session.sealing(layer_idx, numbers, self.session.branch))
+
+    @contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """A pass that breaks off half-way leaves every layer with the tokens it had, so that it can be run again."""
+        before = [dict(vars(layer)) for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for layer, state in zip(self.layers, before, strict=True):
+                vars(layer).clear()
+                vars(layer).update(state)
+            raise
+
+    def _own(self, layer_idx: int, layer: SealedLayer) -> None:
+        """Make a layer this branch's own: what another holder of the session wrote is sealed anew, so that no two ever
+        write under one key."""
+        branch = self.session.branch
+        if layer.is_initialized and layer.branch not in (None, branch):
+            old = self.sealing(layer_idx, layer.keys.device)
+            writes = self.session.take_writes(layer.keys.shape[0], layer.keys.shape[2], layer.keys.device)
+            new = self.session.sealing(layer_idx, writes, branch)
+            if old is None:
+                raise RuntimeError(f"layer {layer_idx} holds sealed rows without their numbers")
+            layer.keys = ops.reseal(layer.keys, old, new, is_value=False)
+            layer.values = ops.reseal(layer.values, old, new, is_value=True)
+            layer.writes = writes
+        layer.branch = branch
+
+    def sealing(self, layer_idx: int, device: torch.device) -> ops.Sealing | None:
+        """How the rows of a layer are sealed, for operations that read them on `device`; None if they are not."""
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, SealedLayer) or layer.writes is None or layer.branch is None:
+            return None
+        return self.session.sealing(layer_idx, layer.writes.to(device), layer.branch)
 
     def take_in(self, layer_idx: int, slots: Slots) -> tuple[Tensor, Tensor]:
         """Count the tokens written into `slots` as the layer's. Returns all of the layer's K and V."""
         return self.layers[layer_idx].take_in(slots)
 
-    def append(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append encoded K and V (B, G, S, d) to a layer. Returns all of the layer's K and V."""
-        return super().update(keys, values, layer_idx)
+    def append(
+        self, keys: Tensor, values: Tensor, layer_idx: int, writes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append feature-permuted K and V (B, G, S, d) to a layer, which seals them if it is sealed.
+
+        Args:
+            writes: (B, S) write numbers, which a sealed layer needs; `session.take_writes` gives them.
+
+        Returns: all of the layer's K and V as they are stored.
+        """
+        if not isinstance(self.layers[layer_idx], SealedLayer):
+            return super().update(keys, values, layer_idx)
+        batch, groups, tokens, size = keys.shape
+        slots = self.room(layer_idx, tokens, (batch, groups, size), keys, writes)
+        if slots is None or slots.sealing is None:
+            raise ValueError(f"keys: expected them on {self.layers[layer_idx].keys.device}, where the layer lies")
+        new = slice(slots.offset, slots.offset + tokens)
+        own = slots.sealing._replace(writes=slots.sealing.writes[:, new])
+        slots.keys[:, :, new] = ops.seal(keys, own, is_value=False)
+        slots.values[:, :, new] = ops.seal(values, own, is_value=True)
+        return self.take_in(layer_idx, slots)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What a plain model would call; its K and V must not be mixed with encoded ones."""
@@ -281,6 +424,8 @@ def _moved(layer: CacheLayerMixin, device: torch.device | str | None) -> CacheLa
     if device is not None and twin.is_initialized:
         twin.keys, twin.values = twin.keys.to(device), twin.values.to(device)
         twin.device = twin.keys.device
+        if isinstance(twin, SealedLayer) and twin.writes is not None:
+            twin.writes = twin.writes.to(device)
     return twin
 
 
@@ -393,11 +538,24 @@ def decode_kvcache(cache: EncodedCache, session: Session) -> DynamicCache:
     if session.id != cache.session_id:
         raise ValueError(f"session: this cache belongs to session {cache.session_id}, got {session.id}")
     keyed = copy.copy(cache)
+    keyed.layers = cache.layers
     keyed.attach(session)
     plain = DynamicCache()
     Cache.__init__(plain, layers=[copy.copy(layer) for layer in cache.layers])
     for index, layer in enumerate(plain.layers):
-        if layer.is_initialized:
-            key = keyed.feature_key(index, layer.keys.device)
-            layer.keys, layer.values = key.decode_cache(layer.keys, layer.values)
+        if not layer.is_initialized:
+            continue
+        sealing = keyed.sealing(index, layer.keys.device)
+        if sealing is not None:
+            unsealed = (ops.unseal(x, sealing, is_value=i == 1) for i, x in enumerate((layer.keys, layer.values)))
+            plain.layers[index] = layer = _plain_layer(*unsealed)
+        key = keyed.feature_key(index, layer.keys.device)
+        layer.keys, layer.values = key.decode_cache(layer.keys, layer.values)
     return plain
+
+
+def _plain_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer

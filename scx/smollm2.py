@@ -59,6 +59,8 @@ def _convert(target: Path) -> None:
     try:
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        if (target / "model.safetensors").exists():
+            return  # another process was faster
         shutil.rmtree(target, ignore_errors=True)
         os.replace(made, target)  # last and at once: another process never sees half a model
     finally:

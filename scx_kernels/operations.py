@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scx_kernels import checks, reference
+from scx_kernels.sealing import Sealing, check_cache
 
 __all__ = [
     "attention",
@@ -80,6 +81,22 @@ def _takes_triton(*given: Any) -> bool:
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
+# How an operator's schema spells `sealing`, which is one argument everywhere else.
+_SEALING = "Tensor? seal_key=None, Tensor? seal_writes=None, SymInt[]? seal_numbers=None"
+
+
+def _spelled(sealing: Sealing | None) -> dict[str, Any]:
+    if sealing is None:
+        return {}
+    key, writes, *numbers = sealing
+    return {"seal_key": key, "seal_writes": writes, "seal_numbers": numbers}
+
+
+def _unspelled(arguments: dict[str, Any]) -> dict[str, Any]:
+    key, writes, numbers = (arguments.pop(f"seal_{name}", None) for name in ("key", "writes", "numbers"))
+    return arguments if key is None else arguments | {"sealing": Sealing(key, writes, *numbers)}
+
+
 def _register(name: str, module: str, schema: str, shape_rule: Callable[..., Any]) -> Any:
     """Register a kernel's launcher as the operator `scx_kernels::NAME`. Kernels, and triton, are imported by the first
     call."""
@@ -89,10 +106,10 @@ def _register(name: str, module: str, schema: str, shape_rule: Callable[..., Any
 
     def launch(*args: Any, **options: Any) -> Any:
         launcher = getattr(import_module(f"scx_kernels.kernels.{module}"), name)
-        return launcher(**dict(zip(names, args, strict=False)), **options)
+        return launcher(**_unspelled(dict(zip(names, args, strict=False)) | options))
 
     def shape(*args: Any, **options: Any) -> Any:
-        return shape_rule(**dict(zip(names, args, strict=False)), **options)
+        return shape_rule(**_unspelled(dict(zip(names, args, strict=False)) | options))
 
     operator = torch.library.custom_op(f"scx_kernels::{name}", launch, mutates_args=mutates, schema=schema)
     operator.register_fake(shape)
@@ -290,6 +307,7 @@ def _qkv_shape(
     values: Tensor | None = None,
     offset: int = 0,
     offsets: Tensor | None = None,
+    sealing: Sealing | None = None,
 ) -> Any:
     dtype = checks.check_qkv(
         z_q, z_k, z_v, position, cos, sin, query, key, value, images, q_norm, k_norm, dtype, keys, values, offset,
@@ -298,20 +316,22 @@ def _qkv_shape(
     tokens = z_q.shape[1] if position is None else position.shape[1]
     batch, heads, size = query.shape
     q = z_q.new_empty(batch, tokens, heads, size, dtype=dtype).transpose(1, 2)
-    if keys is not None:
+    if keys is not None and values is not None:
+        check_cache(keys, values, sealing)
         return q
     k, v = (z_q.new_empty(batch, key.shape[1], tokens, size, dtype=dtype) for _ in range(2))
+    check_cache(k, v, sealing)
     return q, k, v
 
 
 _qkv_decode_encode = _register(
-    "qkv_decode_encode", "qkv", f"({_QKV_ROWS}, {_QKV_OPTIONS}) -> (Tensor, Tensor, Tensor)", _qkv_shape
+    "qkv_decode_encode", "qkv", f"({_QKV_ROWS}, {_QKV_OPTIONS}, {_SEALING}) -> (Tensor, Tensor, Tensor)", _qkv_shape
 )
 _qkv_into_cache = _register(
     "qkv_into_cache",
     "qkv",
-    f"({_QKV_ROWS}, Tensor(a!) keys, Tensor(b!) values, {_QKV_OPTIONS}, SymInt offset=0, Tensor? offsets=None) "
-    "-> Tensor",
+    f"({_QKV_ROWS}, Tensor(a!) keys, Tensor(b!) values, {_QKV_OPTIONS}, SymInt offset=0, Tensor? offsets=None, "
+    f"{_SEALING}) -> Tensor",
     _qkv_shape,
 )
 
@@ -319,8 +339,9 @@ _qkv_into_cache = _register(
 @_operation(reference.qkv_decode_encode)
 def qkv_decode_encode(
     *args: Any, keys: Tensor | None = None, values: Tensor | None = None, offset: int = 0,
-    offsets: Tensor | None = None, **options: Any,
+    offsets: Tensor | None = None, sealing: Sealing | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options |= _spelled(sealing)
     if keys is None or values is None:
         checks.check_no_slots(keys, values, offset, offsets)
         return _qkv_decode_encode(*args, **options)
@@ -342,10 +363,12 @@ def _attention_shape(
     output_index: Tensor | None = None,
     row_index: Tensor | None = None,
     redundant: Tensor | None = None,
+    sealing: Sealing | None = None,
 ) -> Tensor:
     checks.check_attention(
         q, k, v, softmax_scale, mask, is_causal, window, kv_start, kv_length, output_index, row_index, redundant
     )
+    check_cache(k, v, sealing)
     batch, heads, tokens, size = q.shape
     if row_index is not None:
         return q.new_empty(batch, row_index.shape[1], heads * size)
@@ -357,7 +380,7 @@ _attention = _register(
     "attention",
     "(Tensor q, Tensor k, Tensor v, float softmax_scale, Tensor? mask=None, bool is_causal=False, "
     "SymInt? window=None, Tensor? kv_start=None, Tensor? kv_length=None, Tensor? output_index=None, "
-    "Tensor? row_index=None, Tensor? redundant=None) -> Tensor",
+    f"Tensor? row_index=None, Tensor? redundant=None, {_SEALING}) -> Tensor",
     _attention_shape,
 )
 
@@ -375,14 +398,16 @@ def attention(
     output_index: Tensor | None = None,
     row_index: Tensor | None = None,
     redundant: Tensor | None = None,
+    sealing: Sealing | None = None,
     **options: Any,
 ) -> Tensor:
     # PyTorch's fused backends hold whole prompts better; what they would need a mask for is the kernel's.
     limited = window is not None or kv_start is not None or kv_length is not None
-    if _backend == "triton" or limited or (is_causal and q.shape[2] != k.shape[2]):
+    # A sealed cache must not lie unsealed in memory, where they would need it.
+    if _backend == "triton" or sealing is not None or limited or (is_causal and q.shape[2] != k.shape[2]):
         return _attention(
             q, k, v, is_causal=is_causal, window=window, kv_start=kv_start, kv_length=kv_length,
-            output_index=output_index, row_index=row_index, redundant=redundant, **options,
+            output_index=output_index, row_index=row_index, redundant=redundant, **_spelled(sealing), **options,
         )  # fmt: skip
     out = reference.attention(q, k, v, is_causal=is_causal, **options)
     if output_index is None and row_index is None:
@@ -406,8 +431,10 @@ def _step_shape(
     kv_length: Tensor | None = None,
     position: Tensor | None = None,
     output_index: Tensor | None = None,
+    sealing: Sealing | None = None,
 ) -> Tensor:
     checks.check_attention_step(q, k, v, softmax_scale, window, kv_start, kv_length, position, output_index)
+    check_cache(k, v, sealing)
     batch, heads, tokens, size = q.shape
     return q.new_empty(batch, tokens, heads, size).transpose(1, 2)
 
@@ -416,14 +443,14 @@ _attention_step = _register(
     "attention_step",
     "attention",
     "(Tensor q, Tensor k, Tensor v, float softmax_scale, SymInt? window=None, Tensor? kv_start=None, "
-    "Tensor? kv_length=None, Tensor? position=None, Tensor? output_index=None) -> Tensor",
+    f"Tensor? kv_length=None, Tensor? position=None, Tensor? output_index=None, {_SEALING}) -> Tensor",
     _step_shape,
 )
 
 
 @_operation(reference.attention_step)
-def attention_step(*args: Any, **options: Any) -> Tensor:
-    return _attention_step(*args, **options)
+def attention_step(*args: Any, sealing: Sealing | None = None, **options: Any) -> Tensor:
+    return _attention_step(*args, **options, **_spelled(sealing))
 
 
 def _unlock_shape(cache: Tensor, position: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from scx_kernels.checks import (
     check_strip,
     check_unlock,
 )
+from scx_kernels.sealing import Sealing, check_cache, patterns, seal, unseal
 
 __all__ = [
     "accumulation_dtype",
@@ -281,6 +282,7 @@ def qkv_decode_encode(
     values: Tensor | None = None,
     offset: int = 0,
     offsets: Tensor | None = None,
+    sealing: Sealing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From projected encoded rows to encoded Q, K, V: strip, un-permute, cancel noise, (norm,) rotate, permute features
     and, where a cache is given, write into it.
@@ -297,6 +299,8 @@ def qkv_decode_encode(
         keys, values: (B, G, capacity, d) caches to write k and v into; both or neither.
         offset: slot of the first token. offsets: (B,) int64, a slot for each sequence instead, read on the device;
             range not checked.
+        sealing: seals what is stored of k and v; writes (B, capacity) numbers the cache's slots, (B, S) without one.
+            None stores them permuted only.
 
     Returns: q (B, H, S, d), k and v (B, G, S, d); with a cache, the caches instead of k and v.
     Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
@@ -318,20 +322,47 @@ def qkv_decode_encode(
     q = rotary_permute(q.transpose(1, 2), cos, sin, query)
     k = rotary_permute(k.transpose(1, 2), cos, sin, key)
     v = permute_features(v.transpose(1, 2), value)
+    check_cache(k if keys is None else keys, v if values is None else values, sealing)
+    slots = None
+    if offsets is not None:
+        slots = offsets[:, None] + torch.arange(k.shape[2], device=k.device)
+    if sealing is not None:
+        writes = sealing.writes[:, offset : offset + k.shape[2]] if slots is None else sealing.writes.gather(1, slots)
+        own = sealing._replace(writes=writes)
+        k, v = seal(k, own, is_value=False), seal(v, own, is_value=True)
     if keys is None or values is None:
         return q, k, v
     for cache, new in ((keys, k), (values, v)):
-        _write_slots(cache, new, offset, offsets)
+        if sealing is None:
+            _write_slots(cache, new, offset, slots)
+        else:
+            _write_slots(patterns(cache), patterns(new), offset, slots)
     return q, keys, values
 
 
-def _write_slots(cache: Tensor, new: Tensor, offset: int, offsets: Tensor | None) -> None:
-    tokens = new.shape[2]
-    if offsets is None:
-        cache[:, :, offset : offset + tokens] = new
-        return
-    slots = offsets[:, None] + torch.arange(tokens, device=new.device)
-    cache.scatter_(2, slots[:, None, :, None].expand(new.shape), new)
+def _write_slots(cache: Tensor, new: Tensor, offset: int, slots: Tensor | None) -> None:
+    if slots is None:
+        cache[:, :, offset : offset + new.shape[2]] = new
+    else:
+        cache.scatter_(2, slots[:, None, :, None].expand(new.shape), new)
+
+
+def _unsealed(k: Tensor, v: Tensor, sealing: Sealing | None) -> tuple[Tensor, Tensor]:
+    check_cache(k, v, sealing)
+    if sealing is None:
+        return k, v
+    return unseal(k, sealing, is_value=False), unseal(v, sealing, is_value=True)
+
+
+def _without_absent(k: Tensor, v: Tensor, kv_start: Tensor | None, kv_length: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Copies of k and v (B, G, N, d) that are zero where rows take no part: unsealed, what was never written is noise
+    that may hold NaN."""
+    if kv_start is None and kv_length is None:
+        return k, v
+    first = torch.zeros(k.shape[0], 1, dtype=torch.int64, device=k.device)
+    seen = _seen_keys(first, k.shape[2], False, None, kv_start, _end_of_keys(kv_start, kv_length, k.shape[2]))
+    absent = ~seen.transpose(2, 3)
+    return k.masked_fill(absent, 0), v.masked_fill(absent, 0)
 
 
 def _seen_keys(
@@ -381,6 +412,7 @@ def attention(
     output_index: Tensor | None = None,
     row_index: Tensor | None = None,
     redundant: Tensor | None = None,
+    sealing: Sealing | None = None,
 ) -> Tensor:
     """Attention on feature-permuted Q, K, V. QKᵀ sums over features, so their common order does not matter.
 
@@ -396,6 +428,7 @@ def attention(
         output_index: (B, H, d), the inverse of V's permutation, repeated over each group; undone on the output.
         row_index: (B, T) int64 in 0..S+R-1: merge the heads and enter the next encoding, as `inject_permute` does.
         redundant: (B, R, H*d) of q's dtype, with row_index; R = 0 if absent.
+        sealing: how k and v are sealed beside their permutations, with the write numbers of their N rows; None if not.
 
     Returns: (B, H, S, d), or with row_index the encoded (B, T, H*d). Plain features if output_index is given, else in
     V's order. A query that sees no key gives zeros.
@@ -405,6 +438,9 @@ def attention(
     check_attention(
         q, k, v, softmax_scale, mask, is_causal, window, kv_start, kv_length, output_index, row_index, redundant
     )
+    k, v = _unsealed(k, v, sealing)
+    if sealing is not None:
+        k, v = _without_absent(k, v, kv_start, kv_length)
     tokens, keys = q.shape[2], k.shape[2]
     limited = window is not None or kv_start is not None or kv_length is not None
     if limited or (is_causal and tokens != keys):
@@ -428,6 +464,7 @@ def attention_step(
     kv_length: Tensor | None = None,
     position: Tensor | None = None,
     output_index: Tensor | None = None,
+    sealing: Sealing | None = None,
 ) -> Tensor:
     """Attention of a sequence's last few queries on its encoded cache (generation).
 
@@ -444,6 +481,8 @@ def attention_step(
         position: (B, N) int64 in 0..capacity-1, the cache row of each key, in token order: for a cache that is
             token-permuted and has redundant rows among the others. kv_start, kv_length and window count in N.
         output_index: (B, H, d), the inverse of V's permutation, repeated over each group; undone on the output.
+        sealing: how k and v are sealed beside their permutations, with the write numbers of their rows (B, capacity);
+            None if not.
 
     Returns: (B, H, S, d); plain features if output_index is given, else in V's order. A query that sees no key gives
     zeros.
@@ -451,8 +490,11 @@ def attention_step(
     Source: SCX, generation.
     """
     check_attention_step(q, k, v, softmax_scale, window, kv_start, kv_length, position, output_index)
+    k, v = _unsealed(k, v, sealing)
     if position is not None:
         k, v = unlock(k, position), unlock(v, position)
+    if sealing is not None:
+        k, v = _without_absent(k, v, kv_start, kv_length)
     tokens, keys = q.shape[2], k.shape[2]
     mask = None
     if tokens > 1 or window is not None or kv_start is not None or kv_length is not None:
@@ -478,7 +520,10 @@ def unlock(cache: Tensor, position: Tensor, *, in_place: bool = False) -> Tensor
     """
     check_unlock(cache, position)
     index = position[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
-    taken = cache.gather(2, index)
+    if cache.dtype in (torch.float16, torch.bfloat16) and not cache.requires_grad:
+        taken = patterns(cache).gather(2, index).view(cache.dtype)  # a gather of floats changes sealed patterns
+    else:
+        taken = cache.gather(2, index)
     if not in_place:
         return taken
     return cache[:, :, : position.shape[1]].copy_(taken)

@@ -1,23 +1,37 @@
 """The benchmarks' case lists, and what they count: bytes, operations, memory, transfers."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import scx_kernels
-from bench import operation_cases, operations
+from bench import operations
+from bench.attention_cases import DECOYS, exact_attention
+from bench.contest import BOUND, RIVAL, SCX, TRITON, Case, Contestant, Inputs, copied, wide
 from bench.model_cases import compiled_cases, model_cases
-from bench.operation_cases import BOUND, OPERATIONS, RIVAL, SCX, TRITON, Case, cases, wide
+from bench.operation_cases import OPERATIONS, WITHOUT_REDUNDANT, cases
 from bench.provenance import machine_name, warnings_of
 from bench.shapes import SHAPES, Shape
 from bench.timing import TransferCounter, peak_memory, rotating, spread, spread_twice
 
 CPU = torch.device("cpu")
-NOT_MEASURED = {"accumulation_dtype", "backend", "check_permutation"}  # they compute nothing
-ROWS_READ = {"strip_restore": "z", "qkv_decode_encode": "z_q z_k z_v"}
+NOT_MEASURED = {"Sealing", "WriteCounter", "accumulation_dtype", "backend", "check_permutation", "key_words"}
+"""They compute nothing on tensors of a model's size."""
+NOT_ON_META = ("sdpa", "the cipher")  # no backend is available; ten seconds, and the same shapes as on a CPU
+ROWS_READ = {
+    "strip_restore": "z",
+    "qkv_decode_encode": "z_q z_k z_v",
+    "qkv_decode_encode+cache": "z_q z_k z_v",
+    "unlock": "cache",
+    "unlock+in place": "cache",
+}
+OF_RIVALS = ("encoded", "together")  # the same numbers as rivals hold them
 
 
 @pytest.fixture
@@ -28,10 +42,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 
 def case_of(tiny: Case, operation: str) -> Case:
-    if operation.startswith("attention"):
-        step = {"tokens": 1, "cached": 19, "batch": 3}
-        return dataclasses.replace(tiny, operation=operation, redundant=0, **(step if "step" in operation else {}))
-    return dataclasses.replace(tiny, operation=operation)
+    if operation.startswith("attention_step"):
+        return dataclasses.replace(tiny, operation=operation, redundant=0, tokens=1, cached=19, batch=3)
+    without = operation in WITHOUT_REDUNDANT or operation == "attention"
+    return dataclasses.replace(tiny, operation=operation, redundant=0 if without else tiny.redundant)
 
 
 def nbytes(*values: object) -> int:
@@ -88,7 +102,7 @@ def test_cases_on_cuda_fit_together(name: str) -> None:
         inputs = operation.make(case, torch.device("meta"))
         found = {}
         for contestant in operation.contestants(case):
-            if contestant.kind in (SCX, TRITON, RIVAL) and "sdpa" not in contestant.name:
+            if contestant.kind in (SCX, TRITON, RIVAL) and not contestant.name.startswith(NOT_ON_META):
                 with scx_kernels.backend("triton"):
                     result = contestant.call(inputs)
                 found[contestant.name] = [(x.shape, x.dtype) for x in operations.tensors_of(result)]
@@ -103,26 +117,40 @@ def test_counted_bytes(tiny: Case, name: str) -> None:
     case = case_of(tiny, name)
     inputs = OPERATIONS[name].make(case, CPU)
     result = OPERATIONS[name].plain(inputs)
-    used = dict(vars(inputs))
-    used.pop("encoded", None)  # what a rival is given
-    if name == "noise_image":
-        used = {key: used[key] for key in ("noise", "weight")}
+    used = {key: x for key, x in vars(inputs).items() if key not in OF_RIVALS}
     if name == "permute_features":
         used = {key: used[key] for key in ("x", "feature_index")}
+    if name == "qkv_decode_encode+cache":
+        del used["keys"], used["values"]  # of the caches only the new tokens' slots are touched
+        result = (result[0], *(cache[:, :, : case.tokens] for cache in result[1:]))
+    read = nbytes(*tree_leaves(used))
     stripped = sum(used[key].nbytes for key in ROWS_READ.get(name, "").split()) * case.redundant // case.rows
-    expected = nbytes(*used.values()) - stripped + nbytes(*operations.tensors_of(result))
-    assert OPERATIONS[name].bytes(case) == expected
+    decoys = 0
+    if name == "attention_step+position":
+        decoys = sum(used[key].nbytes for key in "kv") * DECOYS // (case.cached + DECOYS)
+    assert OPERATIONS[name].bytes(case) == read - stripped - decoys + nbytes(*operations.tensors_of(result))
 
 
-@pytest.mark.parametrize("name", ["permuted_linear", "permuted_linear+noise", "linear+noise", "attention_step"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "permuted_linear",
+        "permuted_linears",
+        "permuted_linear+noise",
+        "permuted_linear+noisy rows",
+        "noise_image",
+        "attention_step",
+        "attention_step+position",
+    ],
+)
 def test_counted_operations(tiny: Case, name: str) -> None:
     """Products are counted as PyTorch's own counter does."""
     case = case_of(tiny, name)
     operation = OPERATIONS[name]
     inputs = operation.make(case, CPU)
     with FlopCounterMode(display=False) as counter:
-        (operation_cases.exact_attention if name == "attention_step" else operation.plain)(inputs)
-    sampled = 2 / case.batch if name == "attention_step" else 1  # the first and last of three sequences
+        (operation.plain if name.startswith(("permuted", "noise")) else exact_attention)(inputs)
+    sampled = 2 / case.batch if name.startswith("attention") else 1  # the first and last of three sequences
     assert counter.get_total_flops() == operation.flops(case) * sampled
 
 
@@ -134,11 +162,30 @@ def test_causal_attention_counts_pairs_that_see_each_other(tiny: Case) -> None:
 
 def test_exact_attention_is_the_reference(tiny: Case) -> None:
     """Sampled queries by the formula against the whole of PyTorch's."""
-    for name in ("attention", "attention_step"):
+    for name, batch in (("attention", 3), ("attention+encoding", 1), ("attention_step", 3)):
         operation = OPERATIONS[name]
-        inputs = operation.make(dataclasses.replace(case_of(tiny, name), batch=3), CPU)
+        inputs = operation.make(dataclasses.replace(case_of(tiny, name), batch=batch), CPU)
         whole = operation.plain(wide(inputs))
-        torch.testing.assert_close(operation.exact(inputs), operation.select(whole))
+        torch.testing.assert_close(operation.exact(inputs), operation.select(inputs, whole))
+
+
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.writes])
+def test_what_is_written_is_checked(tiny: Case, name: str) -> None:
+    """A contestant that writes nothing does not pass on what another one wrote into the same cache."""
+    case = case_of(tiny, name)
+    operation = OPERATIONS[name]
+    scx, *_ = operation.contestants(case)
+    reads = Contestant("reads only", RIVAL, lambda i: None, finish=unwritten(name))
+    problems = operations.check(operation, (scx, reads), operation.make(case, CPU))
+    assert problems[scx.name] is None
+    assert problems[reads.name].startswith("failed: error")
+
+
+def unwritten(name: str) -> Callable[[Inputs, Any], Any]:
+    """The result's caches as the inputs hold them."""
+    if name.startswith("unlock"):
+        return lambda i, _: i.cache[:, :, : i.position.shape[1]]
+    return lambda i, _: (OPERATIONS[name].plain(copied(i))[0], i.keys, i.values)
 
 
 @pytest.mark.parametrize("wrong", ["one element off", "an element unwritten", "another shape"])

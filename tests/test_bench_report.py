@@ -1,6 +1,7 @@
 """Result files: the figures that follow from them, tables, pictures, and what became slower between two of them."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from bench.compare import compare
+from bench.marks import MARKS, reached
+from bench.operation_cases import cases
 from bench.provenance import write_json
 from bench.report import markdown, tables, write_report
 from bench.results import best_rival, load_results, rate, ratio
@@ -59,6 +62,43 @@ def content() -> dict[str, Any]:
         "left_out": ["no CUDA: much"],
         "cases": [operation, model_entry(8, 1.5), model_entry(512, 1.2)],
     }
+
+
+def marked(operation: str, content: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The fixture's operation as another one at Llama-3-8B's sizes."""
+    return {**content["cases"][0], "operation": operation, "model": "Llama-3-8B", "copied_bytes": 10**9, **more}
+
+
+def test_marks(content: dict[str, Any]) -> None:
+    """A product of 4 ms beside one of 5 ms alone has 1.25 of its speed. One of few rows, held against a weight of 1 GB
+    that a copy would move in 1 ms, has 0.25, and misses; other sizes, other models and rivals of other marks do not
+    count."""
+    assert not list(reached(content))
+    content["cases"] = [
+        marked("permuted_linear", content, redundant=128),
+        marked("permuted_linear", content, tokens=16, redundant=0),
+        marked("permuted_linear", content, redundant=100),
+        marked("attention", content),
+    ]
+    product, few = reached(content)
+    assert (product.fraction, product.of_copy, product.is_enough) == (1.25, 0.25, True)
+    assert (few.fraction, few.is_enough) == (0.25, False)
+    assert "| 0.85 of copy bandwidth on the weight | 0.25 | 0.25 | no |" in markdown(content)
+
+
+def test_marks_are_measured_on_cuda() -> None:
+    """Every mark has its sizes among a GPU's cases; those of the longest ranges reach both ends."""
+    sizes = [
+        (mark.name, case.tokens + case.redundant, case.cached)
+        for mark in MARKS
+        for case in cases(on_cuda=True)
+        if mark.is_for(dataclasses.asdict(case))
+    ]
+    assert {name for name, _, _ in sizes} == {mark.name for mark in MARKS}
+    few, prefill, step = (MARKS[index].name for index in (1, 3, 4))
+    assert {rows for name, rows, _ in sizes if name == few} == {1, 4, 16, 64}
+    assert {rows for name, rows, _ in sizes if name == prefill} == {2048, 4096, 8192, 16384}
+    assert {cached for name, _, cached in sizes if name == step} == {8192, 16384, 32768, 65536}
 
 
 def test_rate_and_ratio(content: dict[str, Any]) -> None:

@@ -11,10 +11,11 @@ import torch
 from tiny import tiny_model
 
 from bench import __main__ as command
-from bench import model, operations
+from bench import first_call, model, operations, probe
+from bench.contest import Case
 from bench.model import Field, Workload, measure
 from bench.model_cases import COMPILED, EAGER, NOISE, OF_PREFILL, OF_TOKEN, PLAIN, REDUNDANT, SCX, ModelCase
-from bench.operation_cases import OPERATIONS, Case
+from bench.operation_cases import OPERATIONS
 from bench.results import failures, load_results
 from bench.run import OUT_OF_MEMORY, Run, attempt
 from bench.shapes import SHAPES, Shape
@@ -185,6 +186,17 @@ def test_lengthened_caches_hold_the_context(field: Field) -> None:
 
 
 @torch.no_grad()
+def test_lengthened_caches_have_room(field: Field) -> None:
+    """No timed step grows an encoded cache: in a conversation one in many does, and its copy is not a token's cost."""
+    workload = Workload(field, ModelCase("tiny", "token", 100, 2, "float32"), SCX)
+    cache = workload.prepare()
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    workload.run(cache)
+    assert cache.get_seq_length() == 100 + model.STEPS
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+
+
+@torch.no_grad()
 def test_a_static_cache_is_lengthened(field: Field) -> None:
     """The compiled contestant's workload, without compiling it: a static cache gives the plain model's logits."""
     case = ModelCase("tiny", "token", 21, 1, "float32")
@@ -247,6 +259,39 @@ def test_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     run = Run(tmp_path / "run.json", {}, ["context=8/"])
     model.run_models(run, CPU)
     assert {e["status"] for e in run.content["cases"]} == {OUT_OF_MEMORY}
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_first_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_cuda: bool) -> None:
+    """Processes that are to compile anew never find a cache that another one of SCX left; a warm-up's time is told."""
+    seen: dict[Path, list[str]] = {}
+
+    def probe(who: str, cache: Path) -> dict[str, float]:
+        seen.setdefault(cache, []).append(who)
+        figures = {"libraries": 4.0, "package": 1.0, "first": 10.0 * len(seen[cache]), "second": 3.0}
+        return {**figures, "warm-up": 50.0} if who == "warmed" else figures
+
+    monkeypatch.setattr(first_call, "_probe", probe)
+    run = Run(tmp_path / "run.json", {})
+    first_call.run_first_call(run, on_cuda)
+    kept = ["scx"] if on_cuda else []
+    assert list(seen.values()) == [["plain", "scx", *kept], ["plain", "scx", *kept], ["warmed"]]
+    found = {
+        entry["id"].removeprefix("first call/"): {c["name"]: c["ms"]["median"] for c in entry["contestants"]}
+        for entry in run.content["cases"]
+    }
+    assert found["warm-up"] == {"SCX, warmed up": 50.0}
+    cold = {"SCX, cold": 20.0, "SCX, Triton's cache kept": 30.0} if on_cuda else {"SCX": 20.0}
+    assert found["first request"] == {"plain": 10.0, **cold, "SCX, warmed up": 10.0}
+
+
+@pytest.mark.parametrize("who", ["plain", "scx", "warmed"])
+def test_a_process_tells_its_first_calls(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    monkeypatch.setattr(probe, "_small_model", lambda model_class: tiny_model())
+    found = probe.probe(who)
+    warm_up = {"warm-up"} if who == "warmed" else set()
+    assert found.keys() == {"libraries", "package", "first", "second"} | warm_up
+    assert all(milliseconds > 0 for milliseconds in (found["first"], found["second"], *map(found.get, warm_up)))
 
 
 @pytest.fixture

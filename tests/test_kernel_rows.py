@@ -32,7 +32,7 @@ def test_inject(dtype, layout, shape, norm, noisy):
     assert got is out
     exact = plain(*parity.wide(x, redundant, weight, noise))
     assert_close(got, plain(x, redundant, weight, noise), exact, dtype)
-    narrow = {"BLOCK_D": 32, "ONE_TILE": features <= 32, "BLOCK_M": 2}
+    narrow = {"BLOCK_D": 32, "BLOCK_M": 2}
     again = rows.inject_permute(
         x, row_index, redundant, norm_weight=weight, eps=1e-5, noise=noise, tile=narrow, force_int64=True
     )

@@ -62,7 +62,7 @@ def test_session_keys_are_hkdf_of_the_session_secret() -> None:
     expected = KeyStream(Secret(secret)).permutations(permutations, [(0, 0, 0)], 16, 4)
     assert torch.equal(one.feature_key(0, CPU).key[0], expected[0, :2])
     expected = KeyStream(Secret(branch)).permutations("token permutations", [(0, 0, 0)], 7, 3)
-    assert torch.equal(one.draw_token_keys(7, 1, None, torch.float32).entry[0, 0, 0], expected[0, 0])
+    assert torch.equal(one.draw_token_keys(7, 1, None, torch.float32).entry[1, 0, 0], expected[0, 1])
     assert one.derive_key("some use").reveal() == hkdf(secret, "scx session key v1, session\0some use")
     named = one.derive_key("some use", branch="07" * 16)
     assert named.reveal() == hkdf(secret, "scx session key v1, branch\0some use", b"\7" * 16)
@@ -363,3 +363,19 @@ def test_token_keys_without_redundant_rows() -> None:
     assert isinstance(keys, TokenKeys)
     assert keys.redundant == (None, None, None)
     check_permutation(keys.entry[0])
+
+
+def test_an_accelerator_draws_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits drawn by the device are the library's, so that keys do not depend on where they are drawn."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stream, streams = session()._branch.stream, [(0, 1, 2), (3, 0, 2**32 - 1)]
+
+    class Accelerator:
+        type = "cuda"
+
+    monkeypatch.setattr("scx.keystream.upload", lambda x, _: x.to(device))
+    for dtype in (torch.int32, torch.int64):
+        expected = stream.bits("any", streams, 41, dtype)
+        assert torch.equal(stream.bits("any", streams, 41, dtype, Accelerator()).cpu(), expected)
+    order = stream.permutations("orders", streams, 33, 3)
+    assert torch.equal(stream.permutations("orders", streams, 33, 3, Accelerator()).cpu(), order)

@@ -154,6 +154,23 @@ def test_nothing_is_written_over(encoded, prompt, kind: str) -> None:
     torch.testing.assert_close(encoded(other, **given).logits, alone, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_pass_that_breaks_off_changes_nothing(encoded, cache, prompt) -> None:
+    """Whatever stops a pass half-way, the conversation goes on from the last token that was finished."""
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    expected = encoded(prompt(2, 2, seed=6), past_key_values=copy.deepcopy(cache)).logits
+    handle = encoded.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(prompt(5, 2), past_key_values=cache)
+    handle.remove()
+    assert [layer.get_seq_length() for layer in cache.layers] == [9, 9, 9]
+    logits = encoded(prompt(2, 2, seed=6), past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_pickled_cache_holds_its_tokens_alone(cache) -> None:
     """What lies behind the tokens in a layer's buffers does not leave the process."""
     loaded = pickle.loads(pickle.dumps(cache))

@@ -4,6 +4,9 @@ import os
 import subprocess
 import sys
 
+from bench.offline import digest
+from bench.provenance import RESULTS
+
 
 def test_representative_kernels_compile_for_every_target() -> None:
     """A representative set; `make offline` compiles all. Its own process: this one may run Triton's interpreter."""
@@ -12,3 +15,10 @@ def test_representative_kernels_compile_for_every_target() -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " 0 failures" in run.stdout
+
+
+def test_table_in_the_repository_is_of_these_kernels() -> None:
+    """Whoever changes a kernel runs `make offline` and reads what became of registers and instructions."""
+    *_, summary = (RESULTS / "offline.txt").read_text().splitlines()
+    assert f"kernels {digest()}" in summary, "make offline writes it anew"
+    assert summary.endswith(", 0 failures")

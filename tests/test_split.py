@@ -655,6 +655,8 @@ def test_refusals(llama, prompt) -> None:
             encode_llama(llama, keys_for(llama), "cpu", **options)
     with pytest.raises(ValueError, match="alp=True needs the first layer"):
         encode_llama(llama, keys_for(llama, protected_layers=0), "cpu")
+    with pytest.raises(ValueError, match="cache_encoding: 'sealed' belongs to the fused placement"):
+        encode_llama(llama, keys_for(llama, cache_encoding="sealed"), "cpu")
     assert type(llama(prompt(3)).past_key_values) is DynamicCache
     encode_llama(llama, keys_for(llama), "cpu")
     ids = prompt(6, 2)

@@ -11,14 +11,14 @@ between q, k, v and the output projection, where features are permuted instead.
 import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -91,7 +91,8 @@ class EncodedAttention(nn.Module):
         cos, sin = position_embeddings
         slots = None
         if past_key_values is not None:
-            slots = past_key_values.room(self.layer_idx, cos.shape[1], feature_key.key.shape, self.q_proj.weight)
+            like, shape = self.q_proj.weight, feature_key.key.shape
+            slots = past_key_values.room(self.layer_idx, cos.shape[1], shape, like, scx_step.writes)
 
         z_q, z_k, z_v = self._project(hidden_states, scx_noise)
         q, k, v = ops.qkv_decode_encode(
@@ -110,11 +111,12 @@ class EncodedAttention(nn.Module):
         if past_key_values is not None and slots is not None:
             k, v = past_key_values.take_in(self.layer_idx, slots)
         elif past_key_values is not None:
-            q, k, v, attention_mask = _meet_cache(past_key_values, self.layer_idx, q, k, v, attention_mask)
+            q, k, v, attention_mask = _meet_cache(past_key_values, self.layer_idx, q, k, v, attention_mask, scx_step)
 
         output_index = scx_step.feature_key(self.layer_idx, q.device).output
         output_key = scx_step.layer_keys(self.layer_idx, q.device).output
-        rows, weights = self._attend(q, k, v, attention_mask, output_index, output_key, **kwargs)
+        sealing = None if past_key_values is None else past_key_values.sealing(self.layer_idx, q.device)
+        rows, weights = self._attend(q, k, v, attention_mask, output_index, output_key, sealing, **kwargs)
         return self.o_proj(rows.to(device)), weights
 
     def _head_norms(self) -> dict[str, Any]:
@@ -141,20 +143,22 @@ class EncodedAttention(nn.Module):
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, output_index: Tensor, output_key: TokenKey,
-        **kwargs: Any,
+        sealing: ops.Sealing | None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Attention with the backend that the model is set to; (B, T, H*d) rows in the output encoding."""
         entry, redundant, scale = output_key.entry, output_key.redundant, self.scaling
         backend = self.config._attn_implementation
         if backend == "sdpa" and not self.training and kwargs.get("is_causal") is None:
             if q.shape[2] == 1 and mask is None and entry is None:
-                out = ops.attention_step(q, k, v, softmax_scale=scale, output_index=output_index)
+                out = ops.attention_step(q, k, v, softmax_scale=scale, output_index=output_index, sealing=sealing)
                 return out.transpose(1, 2).flatten(2), None
             rows = ops.attention(
                 q, k, v, softmax_scale=scale, mask=mask, is_causal=mask is None and q.shape[2] > 1,
-                output_index=output_index, row_index=entry, redundant=redundant,
+                output_index=output_index, row_index=entry, redundant=redundant, sealing=sealing,
             )  # fmt: skip
             return rows if entry is not None else rows.transpose(1, 2).flatten(2), None
+        if sealing is not None:
+            k, v = ops.unseal(k, sealing, is_value=False), ops.unseal(v, sealing, is_value=True)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         out, weights = attend(
             self,
@@ -171,7 +175,7 @@ class EncodedAttention(nn.Module):
 
 
 def _meet_cache(
-    cache: EncodedCache, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    cache: EncodedCache, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, step: Step
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Append k and v where the layer's cache lies, and bring the queries there: a row moves, the cache does not."""
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
@@ -180,7 +184,7 @@ def _meet_cache(
         if device != q.device:
             q, k, v = q.to(device), k.to(device), v.to(device)
             mask = None if mask is None else mask.to(device)
-    k, v = cache.append(k, v, layer_idx)
+    k, v = cache.append(k, v, layer_idx, step.writes)
     return q, k, v, mask
 
 
@@ -214,7 +218,7 @@ class EncodedModel(nn.Module):
     """The decoder stack: admits a request, opens or continues its session, and runs the blocks with its keys."""
 
     config: Any
-    embed_tokens: nn.Module
+    embed_tokens: nn.Embedding
     layers: Any
     gradient_checkpointing: bool
     _scx: "ModelEncoding"
@@ -253,11 +257,13 @@ class EncodedModel(nn.Module):
         else:
             session = encoding.check_cache(cache, batch)
 
-        step = encoding.open_step(session, cache, tokens, batch, permute_tokens=opens or tokens > 1)
+        device = self.embed_tokens.weight.device
+        step = encoding.open_step(session, cache, tokens, batch, device, permute_tokens=opens or tokens > 1)
         attention = self.layers[0].self_attn
         step.prepare(batch, tokens, [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         # Who names a stage serves a model: the kernels, which have no backward, are not to be kept out by its weights.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and mode is None):
+        restored = nullcontext() if cache is None else cache.restored_on_failure()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode is None), restored:
             outputs = super().forward(
                 inputs_embeds=step.embed(self.embed_tokens, input_ids, inputs_embeds),
                 attention_mask=attention_mask,
@@ -362,9 +368,19 @@ class ModelEncoding:
         return session
 
     def open_step(
-        self, session: Session, cache: EncodedCache | None, tokens: int, batch: int, *, permute_tokens: bool
+        self,
+        session: Session,
+        cache: EncodedCache | None,
+        tokens: int,
+        batch: int,
+        device: torch.device,
+        *,
+        permute_tokens: bool,
     ) -> Step:
-        token_keys = session.draw_token_keys(tokens, batch, self.scale, self.dtype) if permute_tokens else None
+        token_keys = None
+        if permute_tokens:
+            scale = None if self.scale is None else self.scale.to(device)
+            token_keys = session.draw_token_keys(tokens, batch, scale, self.dtype, device)
         return Step(session, session if cache is None else cache, token_keys)
 
     def check_adoptable(self, cache: Cache | None) -> None:
@@ -459,6 +475,11 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     )
 
 
+def _slides(decoder: Decoder, layer: int) -> bool:
+    """Whether the cache of this layer forgets tokens behind a window."""
+    return type(DynamicCache(config=decoder.config).layers[layer]) is not DynamicLayer
+
+
 def _check_forwards(decoder: Decoder) -> None:
     """A forward that somebody put into a module would hide the class that is swapped in."""
     for module in (decoder, *decoder.layers, *(layer.self_attn for layer in decoder.layers)):
@@ -475,7 +496,7 @@ def _check_generator(generator: SCXKeyGenerator, shape: ModelShape) -> None:
         raise ValueError(f"hidden_dim: the model's is {shape.hidden_size}, the key generator's {generator.hidden_dim}")
     if generator.qk_hidden_dim != shape.head_dim:
         raise ValueError(f"qk_hidden_dim: the model's is {shape.head_dim}, the generator's {generator.qk_hidden_dim}")
-    generator.protected(shape)
+    generator.settings(shape)
 
 
 @torch.no_grad()
@@ -486,12 +507,13 @@ def _calibrate(decoder: Decoder, generator: SCXKeyGenerator, shape: ModelShape) 
     is the median magnitude over tokens, as that of a normal distribution: one token with huge values, as attention
     sinks have, does not move it.
     """
+    device = decoder.embed_tokens.weight.device
     recorded: dict[str, list[Tensor]] = {"attention": [], "output": [], "feed_forward": []}
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             magnitude = args[0][0].float().abs()
-            recorded[name].append(magnitude.median(dim=0).values.cpu() / 0.6745)
+            recorded[name].append(magnitude.median(dim=0).values.to(device) / 0.6745)
 
         return hook
 
@@ -587,6 +609,9 @@ def encode_llama(
     if secure is not None:
         plan = split.split_plan(key_generator, shape, crossings, reuse_feature_keys)
     _check_forwards(decoder)
+    sliding = [i for i in key_generator.sealed(shape) if _slides(decoder, i)]
+    if sliding:
+        raise ValueError(f"cache_encoding: layers {sliding} slide a window; sealed are layers that keep every token")
     if key_generator.alp:
         for name in _QKV_PROJECTIONS:
             _check_plain_linear(decoder.layers[0].get_submodule(name), f"model: layers.0.{name}")

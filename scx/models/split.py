@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from scx.encoding import RedundantScale, upload
+from scx.devices import upload
+from scx.encoding import RedundantScale
 from scx.keys import ModelShape, SCXKeyGenerator
 from scx.models.llama import (
     Decoder,
@@ -264,6 +265,8 @@ def split_plan(generator: SCXKeyGenerator, shape: ModelShape, crossings: str, re
             "decode_start_layers: in the split placement alp=True needs the first layer among them; noise on a block "
             "whose keys are shared would stay in its cache"
         )
+    if generator.sealed(shape):
+        raise ValueError("cache_encoding: 'sealed' belongs to the fused placement; expected 'permuted'")
     return Plan(shape.num_layers, len(start), len(end), crossings, reuse_feature_keys, generator.alp)
 
 

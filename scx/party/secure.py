@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scx.encoding import FeatureKey, Noise, RedundantScale, upload
+from scx.devices import upload
+from scx.encoding import FeatureKey, Noise, RedundantScale
 from scx.keys import ModelShape, Session
 from scx.party.boundary import Boundary
 from scx.party.cache import SplitCache

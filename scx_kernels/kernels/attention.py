@@ -21,7 +21,20 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.checks import check_attention, check_attention_step
-from scx_kernels.kernels.launch import Target, check_dtype, dot, exceeds_int32, launch, narrow, strides, target_of
+from scx_kernels.kernels.chacha import EMPTY, head_word, load_key, load_unsealed
+from scx_kernels.kernels.launch import (
+    Target,
+    check_dtype,
+    choose_tile,
+    dot,
+    exceeds_int32,
+    launch,
+    narrow,
+    strides,
+    target_of,
+)
+from scx_kernels.kernels.sealing import encoding_of, key_and_writes, layer_and_head
+from scx_kernels.sealing import Sealing, check_cache
 
 __all__ = ["attention", "attention_step", "attention_tile", "step_tile"]
 
@@ -44,6 +57,23 @@ def _load_tile(pointers, mask, limit: tl.constexpr, IS_FULL: tl.constexpr, BLOCK
 @triton.jit
 def _load_rows(rows, columns, stride, mask, limit: tl.constexpr, BLOCK: tl.constexpr):
     return _load_tile(rows[:, None] + columns[None, :] * stride, mask, limit, False, BLOCK)
+
+
+@triton.jit
+def _load_stored(
+    pointers, rows, stride_d, mask, key, writes, word14, IS_VALUE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    START: tl.constexpr, BLOCK: tl.constexpr, IS_FULL: tl.constexpr, INT64: tl.constexpr, ENCODING: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """(rows, BLOCK) of K or V: features START.. of a head, zero where `_load_tile` has zero. What is permuted is loaded
+    by the tile's pointers, what is sealed by those of its rows; the others are dropped by the compiler."""
+    if ENCODING == "sealed":
+        x = load_unsealed(
+            rows, stride_d, mask, key, writes, word14, IS_VALUE, HEAD_DIM, START, BLOCK, IS_FULL, INT64, ROUNDS
+        )
+    else:
+        x = _load_tile(pointers, mask, HEAD_DIM - START, IS_FULL, BLOCK)
+    return x
 
 
 @triton.jit
@@ -73,6 +103,10 @@ def _attend(
     k_ptr,
     v_ptr,
     mask_rows,
+    writes_ptr,
+    # Of sealed K and V
+    key,
+    word14,
     # The keys lo..hi-1, and which of them a query sees
     lo,
     hi,
@@ -86,10 +120,13 @@ def _attend(
     stride_vn,
     stride_vd,
     stride_mn,
+    stride_wn,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     IS_MASKED: tl.constexpr,  # some of these keys are hidden from some of the queries
     MASK: tl.constexpr,
+    ENCODING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -115,10 +152,20 @@ def _attend(
     for start in range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         in_keys = keys < key_end
-        k = _load_tile(k_tile + k_offsets, in_keys, HEAD_DIM, not IS_MASKED, BLOCK_D)
+        writes = None
+        if ENCODING == "sealed":
+            number = writes_ptr + keys.to(tl.int64) * stride_wn
+            writes = tl.load(number, mask=in_keys, other=EMPTY) if IS_MASKED else tl.load(number)
+        k = _load_stored(
+            k_tile + k_offsets, k_tile + offsets * stride_kn, stride_kd, in_keys, key, writes, word14, False,
+            HEAD_DIM, 0, BLOCK_D, not IS_MASKED, INT64, ENCODING, ROUNDS,
+        )  # fmt: skip
         scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
         if BLOCK_TAIL:
-            k = _load_tile(k_tile + k_tail, in_keys, HEAD_DIM - BLOCK_D, not IS_MASKED, BLOCK_TAIL)
+            k = _load_stored(
+                k_tile + k_tail, k_tile + offsets * stride_kn, stride_kd, in_keys, key, writes, word14, False,
+                HEAD_DIM, BLOCK_D, BLOCK_TAIL, not IS_MASKED, INT64, ENCODING, ROUNDS,
+            )  # fmt: skip
             scores = dot(q_tail, tl.trans(k), scores)
         scores *= scale
         if IS_MASKED:
@@ -133,11 +180,17 @@ def _attend(
         weights, row_max, row_sum, acc, tail = _softmax_step(
             scores, row_max, row_sum, acc, tail, BLOCK_TAIL > 0, IS_MASKED
         )
-        v = _load_tile(v_tile + v_offsets, in_keys, HEAD_DIM, not IS_MASKED, BLOCK_D)
+        v = _load_stored(
+            v_tile + v_offsets, v_tile + offsets * stride_vn, stride_vd, in_keys, key, writes, word14, True,
+            HEAD_DIM, 0, BLOCK_D, not IS_MASKED, INT64, ENCODING, ROUNDS,
+        )  # fmt: skip
         weights = narrow(weights, v.dtype)
         acc = dot(weights, v, acc)
         if BLOCK_TAIL:
-            v = _load_tile(v_tile + v_tail, in_keys, HEAD_DIM - BLOCK_D, not IS_MASKED, BLOCK_TAIL)
+            v = _load_stored(
+                v_tile + v_tail, v_tile + offsets * stride_vn, stride_vd, in_keys, key, writes, word14, True,
+                HEAD_DIM, BLOCK_D, BLOCK_TAIL, not IS_MASKED, INT64, ENCODING, ROUNDS,
+            )  # fmt: skip
             tail = dot(weights, v, tail)
         k_tile += step_k
         v_tile += step_v
@@ -182,7 +235,8 @@ def _store_heads(
         tl.store(out_rows[:, None] + tail_columns[None, :].to(tl.int64) * stride_od, tail, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+# What changes from request to request is not specialised: one compiled kernel serves every length.
+@triton.jit(do_not_specialize=["S", "N", "R", "stride_pb", "stride_wb", "layer", "first_head"])
 def _attention_kernel(
     # Pointers
     q_ptr,
@@ -194,6 +248,8 @@ def _attention_kernel(
     output_index_ptr,
     position_ptr,
     redundant_ptr,
+    key_ptr,
+    writes_ptr,
     out_ptr,
     # Sizes
     S,
@@ -203,6 +259,8 @@ def _attention_kernel(
     heads_per_group,
     window,
     scale,
+    layer,
+    first_head,
     # Strides
     stride_qb,
     stride_qh,
@@ -232,6 +290,8 @@ def _attention_kernel(
     stride_oh,
     stride_os,
     stride_od,
+    stride_wb,
+    stride_wn,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -241,6 +301,8 @@ def _attention_kernel(
     HAS_LENGTH: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_POSITION: tl.constexpr,
+    ENCODING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -311,26 +373,35 @@ def _attention_kernel(
 
     k_ptr += b * stride_kb + head // heads_per_group * stride_kh
     v_ptr += b * stride_vb + head // heads_per_group * stride_vh
+    key = None
+    word14 = None
+    if ENCODING == "sealed":
+        key = load_key(key_ptr)
+        word14 = head_word(layer, first_head + head // heads_per_group)
+        writes_ptr += b * stride_wb
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tail = tl.zeros((BLOCK_M, BLOCK_TAIL if BLOCK_TAIL else 1), tl.float32)
     if HAS_WINDOW and MASK == "none":
         acc, tail, row_max, row_sum = _attend(
-            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, lo, tl.minimum(full_lo, hi), key_end,
-            last_key, window, scale, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn,
-            HEAD_DIM, True, MASK, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
+            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, key, word14,
+            lo, tl.minimum(full_lo, hi), key_end, last_key, window, scale,
+            stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, stride_wn,
+            HEAD_DIM, True, MASK, ENCODING, ROUNDS, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
         )  # fmt: skip
     if MASK == "none":
         acc, tail, row_max, row_sum = _attend(
-            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, full_lo, full_hi, key_end,
-            last_key, window, scale, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn,
-            HEAD_DIM, False, MASK, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
+            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, key, word14,
+            full_lo, full_hi, key_end, last_key, window, scale,
+            stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, stride_wn,
+            HEAD_DIM, False, MASK, ENCODING, ROUNDS, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
         )  # fmt: skip
     acc, tail, row_max, row_sum = _attend(
-        acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, full_hi, hi, key_end,
-        last_key, window, scale, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn,
-        HEAD_DIM, True, MASK, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
+        acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, key, word14,
+        full_hi, hi, key_end, last_key, window, scale,
+        stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, stride_wn,
+        HEAD_DIM, True, MASK, ENCODING, ROUNDS, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
     )  # fmt: skip
 
     # A query that sees no key (padding) gives zeros.
@@ -347,7 +418,7 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["S", "N", "splits", "stride_pb", "stride_wb", "layer", "first_head"])
 def _step_kernel(
     # Pointers
     q_ptr,
@@ -356,6 +427,8 @@ def _step_kernel(
     kv_start_ptr,
     kv_length_ptr,
     position_ptr,
+    key_ptr,
+    writes_ptr,
     partial_ptr,
     max_ptr,
     sum_ptr,
@@ -367,6 +440,8 @@ def _step_kernel(
     splits,
     window,
     scale,
+    layer,
+    first_head,
     # Strides
     stride_qb,
     stride_qh,
@@ -382,11 +457,15 @@ def _step_kernel(
     stride_vd,
     stride_pb,
     stride_pn,
+    stride_wb,
+    stride_wn,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
     HAS_POSITION: tl.constexpr,
+    ENCODING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -428,6 +507,12 @@ def _step_kernel(
 
     k_ptr += b * stride_kb + group * stride_kh
     v_ptr += b * stride_vb + group * stride_vh
+    key = None
+    word14 = None
+    if ENCODING == "sealed":
+        key = load_key(key_ptr)
+        word14 = head_word(layer, first_head + group)
+        writes_ptr += b * stride_wb
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -438,22 +523,37 @@ def _step_kernel(
         cache_row = keys.to(tl.int64)
         if HAS_POSITION:
             cache_row = tl.load(position_ptr + b * stride_pb + cache_row * stride_pn, mask=in_keys, other=0)
+        writes = None
+        if ENCODING == "sealed":
+            writes = tl.load(writes_ptr + cache_row * stride_wn, mask=in_keys, other=EMPTY)
         k_rows = k_ptr + cache_row * stride_kn
         v_rows = v_ptr + cache_row * stride_vn
-        k = _load_rows(k_rows, columns, stride_kd, in_keys, HEAD_DIM, BLOCK_D)
+        k = _load_stored(
+            k_rows[:, None] + columns[None, :] * stride_kd, k_rows, stride_kd, in_keys, key, writes, word14, False,
+            HEAD_DIM, 0, BLOCK_D, False, INT64, ENCODING, ROUNDS,
+        )  # fmt: skip
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if BLOCK_TAIL:
-            k = _load_rows(k_rows, tail_columns, stride_kd, in_keys, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+            k = _load_stored(
+                k_rows[:, None] + tail_columns[None, :] * stride_kd, k_rows, stride_kd, in_keys, key, writes, word14,
+                False, HEAD_DIM, BLOCK_D, BLOCK_TAIL, False, INT64, ENCODING, ROUNDS,
+            )  # fmt: skip
             scores = dot(q_tail, tl.trans(k), scores)
         seen = in_keys[None, :] & (keys[None, :] <= last_key[:, None])
         seen &= keys[None, :] > last_key[:, None] - window
         scores = tl.where(seen, scores * scale, float("-inf"))
         weights, row_max, row_sum, acc, tail = _softmax_step(scores, row_max, row_sum, acc, tail, BLOCK_TAIL > 0, True)
-        v = _load_rows(v_rows, columns, stride_vd, in_keys, HEAD_DIM, BLOCK_D)
+        v = _load_stored(
+            v_rows[:, None] + columns[None, :] * stride_vd, v_rows, stride_vd, in_keys, key, writes, word14, True,
+            HEAD_DIM, 0, BLOCK_D, False, INT64, ENCODING, ROUNDS,
+        )  # fmt: skip
         weights = narrow(weights, v.dtype)
         acc = dot(weights, v, acc)
         if BLOCK_TAIL:
-            v = _load_rows(v_rows, tail_columns, stride_vd, in_keys, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+            v = _load_stored(
+                v_rows[:, None] + tail_columns[None, :] * stride_vd, v_rows, stride_vd, in_keys, key, writes, word14,
+                True, HEAD_DIM, BLOCK_D, BLOCK_TAIL, False, INT64, ENCODING, ROUNDS,
+            )  # fmt: skip
             tail = dot(weights, v, tail)
 
     # Workspaces are (B, H, S, splits(, d)), contiguous.
@@ -464,7 +564,7 @@ def _step_kernel(
     _store_heads(partial_rows, acc, tail, None, in_rows, 0, 1, HEAD_DIM, False, BLOCK_D, BLOCK_TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "splits"])
 def _combine_kernel(
     # Pointers
     partial_ptr,
@@ -526,7 +626,9 @@ def _head_blocks(size: int) -> dict[str, int]:
     return {"BLOCK_D": half, "BLOCK_TAIL": tail}
 
 
-def attention_tile(tokens: int, size: int, dtype: torch.dtype, hidden: bool, target: Target) -> dict[str, Any]:
+def attention_tile(
+    tokens: int, size: int, dtype: torch.dtype, hidden: bool, sealed: bool, target: Target
+) -> dict[str, Any]:
     """Meta-parameters of `attention`: the widest tile whose accumulators stay in registers (read from the compiled
     code, not timed). `hidden`: a window or a mask hides keys inside the sequence, which costs registers."""
     blocks = _head_blocks(size)
@@ -552,19 +654,25 @@ def attention_tile(tokens: int, size: int, dtype: torch.dtype, hidden: bool, tar
         rows, keys, warps, stages = (128, 64, 8, 2) if target.arch == 90 and not hidden else (128, 32, 8, 2)
     else:
         rows, keys, warps, stages = (128, 32, 8, 2) if target.arch == 90 else (64, 64, 8, 2)
+    if sealed:
+        # A keystream is computed while its load is under way: no need to load ahead, and its state needs registers.
+        keys, stages = min(keys, 64), 1
     return blocks | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 def step_tile(
-    batch: int, groups: int, rows: int, keys: int, size: int, dtype: torch.dtype, permuted: bool, target: Target
-) -> dict[str, Any]:
+    batch: int, groups: int, rows: int, keys: int, size: int, dtype: torch.dtype, permuted: bool, sealed: bool,
+    target: Target,
+) -> dict[str, Any]:  # fmt: skip
     """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread: two
     programs a multiprocessor, and no fewer than 256 keys a program."""
     blocks = _head_blocks(size)
     width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
     block_m = max(16, triton.next_power_of_2(rows))
     if dtype == torch.float32:
-        block_m, block_n, warps, stages = min(32, block_m), 32 if width <= 128 else 16, 8, 1
+        block_m, block_n, warps, stages = min(32, block_m), 32, 8, 1
+        if width > 128:
+            block_m, block_n, warps = 16, 16, 16 if target.backend == "cuda" else 8
     elif target.backend == "hip":
         block_m, block_n, warps, stages = min(64, block_m), 32, 4, 2
     elif width > 128:
@@ -575,6 +683,10 @@ def step_tile(
         # The position is a load ahead of the loads of K and V: two stages more keep as much of those in flight.
         if permuted and (target.arch >= 90 or not blocks["BLOCK_TAIL"]):
             stages += 2
+    if sealed:
+        # As in `attention_tile`. The rest stays: sums in the same order give the same bits as without a seal.
+        stages = 2 if blocks["BLOCK_TAIL"] and dtype != torch.float32 else 1
+        block_m = 16 if blocks["BLOCK_TAIL"] and dtype == torch.float32 else block_m
     splits = min(triton.cdiv(keys, 256), max(1, 2 * target.multiprocessors // max(1, batch * groups)))
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     return blocks | tile | {"splits": max(1, splits)}
@@ -606,6 +718,7 @@ def attention(
     output_index: Tensor | None = None,
     row_index: Tensor | None = None,
     redundant: Tensor | None = None,
+    sealing: Sealing | None = None,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
@@ -614,6 +727,7 @@ def attention(
 
     Args:
         mask: slow: every tile is masked.
+        sealing: every program takes the keystream off the keys it sees, in registers, once for each block of queries.
         out: (B, H, S, d), or (B, T, H*d) with row_index, any strides; by default in memory by tokens.
         tile: overrides of `attention_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
 
@@ -623,6 +737,7 @@ def attention(
         q, k, v, softmax_scale, mask, is_causal, window, kv_start, kv_length, output_index, row_index, redundant
     )
     _check_head(q, v)
+    check_cache(k, v, sealing)
     (batch, heads, tokens, size), keys = q.shape, k.shape[2]
     decoys = 0 if redundant is None else redundant.shape[1]
     position = None if row_index is None else _inverse(row_index)
@@ -638,15 +753,19 @@ def attention(
     if position is not None:
         out_strides = (out.stride(0), size * out.stride(2), out.stride(1), out.stride(2))
     hidden = mask is not None or window is not None
-    meta = attention_tile(tokens, size, q.dtype, hidden, target_of(q.device)) | (tile or {})
+    target = target_of(q.device)
+    heuristic = attention_tile(tokens, size, q.dtype, hidden, sealing is not None, target)
+    variant = " ".join(name for name, has in (("hidden", hidden), ("sealed", sealing is not None)) if has)
+    meta = choose_tile("attention", heuristic, tile, target, q.dtype, variant, tokens=tokens, keys=keys, head_dim=size)
     blocks = triton.cdiv(tokens, meta["BLOCK_M"]) + triton.cdiv(decoys, meta["BLOCK_M"])
     launch(
         _attention_kernel,
         (batch * heads * blocks,),
-        *(q, k, v, mask, kv_start, kv_length, output_index, position, redundant, out),
+        *(q, k, v, mask, kv_start, kv_length, output_index, position, redundant, *key_and_writes(sealing), out),
         *(tokens, keys, decoys, heads, heads // k.shape[1], window or NO_WINDOW, softmax_scale * LOG2E),
+        *layer_and_head(sealing),
         *(*q.stride(), *k.stride(), *v.stride(), *strides(mask, 4), *strides(output_index, 3)),
-        *(*strides(position, 2), *strides(redundant, 3), *out_strides),
+        *(*strides(position, 2), *strides(redundant, 3), *out_strides, *strides(key_and_writes(sealing)[1], 2)),
         HEAD_DIM=size,
         IS_CAUSAL=is_causal,
         HAS_WINDOW=window is not None,
@@ -655,6 +774,7 @@ def attention(
         HAS_LENGTH=kv_length is not None,
         HAS_INDEX=output_index is not None,
         HAS_POSITION=position is not None,
+        **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(q, k, v, redundant),
         device=q.device,
         **meta,
@@ -673,6 +793,7 @@ def attention_step(
     kv_length: Tensor | None = None,
     position: Tensor | None = None,
     output_index: Tensor | None = None,
+    sealing: Sealing | None = None,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
@@ -682,6 +803,7 @@ def attention_step(
 
     Args:
         kv_length: read on the device only, so that a captured graph can move on.
+        sealing: the keystream is taken off in registers, once for all query heads of a group.
         out: (B, H, S, d), any strides; by default in memory by tokens.
         tile: overrides of `step_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
 
@@ -689,26 +811,33 @@ def attention_step(
     """
     check_attention_step(q, k, v, softmax_scale, window, kv_start, kv_length, position, output_index)
     _check_head(q, v)
+    check_cache(k, v, sealing)
     (batch, heads, tokens, size), groups = q.shape, k.shape[1]
     keys = k.shape[2] if position is None else position.shape[1]
     if out is None:
         out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)
     rows = heads // groups * tokens
-    meta = step_tile(batch, groups, rows, keys, size, q.dtype, position is not None, target_of(q.device))
-    meta |= tile or {}
+    target = target_of(q.device)
+    permuted, sealed = position is not None, sealing is not None
+    heuristic = step_tile(batch, groups, rows, keys, size, q.dtype, permuted, sealed, target)
+    variant = " ".join(name for name, has in (("permuted", permuted), ("sealed", sealed)) if has)
+    sizes = {"sequences": batch * groups, "rows": rows, "keys": keys, "head_dim": size}
+    meta = choose_tile("attention_step", heuristic, tile, target, q.dtype, variant, **sizes)
     splits = meta.pop("splits")
     partial = q.new_empty(batch, heads, tokens, splits, size, dtype=torch.float32)
     row_max, row_sum = q.new_empty(2, batch, heads, tokens, splits, dtype=torch.float32)
     launch(
         _step_kernel,
         (batch * groups * splits, triton.cdiv(rows, meta["BLOCK_M"])),
-        *(q, k, v, kv_start, kv_length, position, partial, row_max, row_sum),
+        *(q, k, v, kv_start, kv_length, position, *key_and_writes(sealing), partial, row_max, row_sum),
         *(tokens, keys, heads, heads // groups, splits, window or NO_WINDOW, softmax_scale * LOG2E),
-        *(*q.stride(), *k.stride(), *v.stride(), *strides(position, 2)),
+        *layer_and_head(sealing),
+        *(*q.stride(), *k.stride(), *v.stride(), *strides(position, 2), *strides(key_and_writes(sealing)[1], 2)),
         HEAD_DIM=size,
         HAS_START=kv_start is not None,
         HAS_LENGTH=kv_length is not None,
         HAS_POSITION=position is not None,
+        **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(q, k, v),
         device=q.device,
         **meta,

@@ -11,10 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scx_kernels import tiles
+
 __all__ = [
     "INTERPRET",
     "Target",
     "check_dtype",
+    "choose_tile",
     "dot",
     "exceeds_int32",
     "launch",
@@ -38,6 +41,7 @@ class Target:
     arch: int
     multiprocessors: int
     shared_memory: int
+    name: str = ""
 
     @property
     def warp_size(self) -> int:
@@ -59,9 +63,10 @@ def _device_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = int(properties.gcnArchName.split(":")[0].removeprefix("gfx"), 16)
-        return Target("hip", int(f"{arch:x}"), properties.multi_processor_count, 65_536)
+        return Target("hip", int(f"{arch:x}"), properties.multi_processor_count, 65_536, properties.name)
     arch = 10 * properties.major + properties.minor
-    return Target("cuda", arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared = properties.shared_memory_per_block_optin
+    return Target("cuda", arch, properties.multi_processor_count, shared, properties.name)
 
 
 def target_of(device: torch.device) -> Target:
@@ -71,6 +76,19 @@ def target_of(device: torch.device) -> Target:
     if device.type != "cuda":
         return TARGETS["cuda", 90]
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def choose_tile(
+    operation: str,
+    heuristic: dict[str, Any],
+    override: dict[str, Any] | None,
+    target: Target,
+    dtype: torch.dtype,
+    variant: str = "",
+    **sizes: int,
+) -> dict[str, Any]:
+    """Meta-parameters of a launch: the heuristic's, then those measured for a near shape, then the caller's."""
+    return heuristic | dict(tiles.nearest(target.name, operation, dtype, variant, sizes)) | (override or {})
 
 
 @contextlib.contextmanager

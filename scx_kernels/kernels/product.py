@@ -21,7 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.checks import check_linear, check_linears
-from scx_kernels.kernels.launch import Target, check_dtype, dot, exceeds_int32, launch, narrow, strides, target_of
+from scx_kernels.kernels.launch import (
+    Target,
+    check_dtype,
+    choose_tile,
+    dot,
+    exceeds_int32,
+    launch,
+    narrow,
+    strides,
+    target_of,
+)
 
 __all__ = ["matmul_tile", "permuted_linear", "permuted_linears"]
 
@@ -80,7 +90,8 @@ def _finish_tile(
     tl.store(out[:, None] + column[None, :] * stride_on, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# What changes from request to request is not specialised: one compiled kernel serves every length.
+@triton.jit(do_not_specialize=["M", "T", "tokens", "out_rows", "stride_jb", "stride_sb"])
 def _matmul_kernel(
     # Pointers
     x_ptr,
@@ -247,7 +258,7 @@ def _matmul_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T", "out_rows", "stride_sb"])
 def _sum_splits_kernel(
     # Pointers
     partial_ptr,
@@ -444,7 +455,11 @@ def _multiply(
     image = None if image is None else image.expand(batch, encoded, columns)
     noisy = noise is not None or x.dtype != weight.dtype
     aligned = all(_rows_are_aligned(operand) for operand in (x, *weights, redundant) if operand is not None)
-    meta = matmul_tile(rows, columns, inner, weight.dtype, noisy, aligned, target_of(x.device)) | (tile or {})
+    target = target_of(x.device)
+    heuristic = matmul_tile(rows, columns, inner, weight.dtype, noisy, aligned, target)
+    variant = "noisy" if noisy else "" if aligned else "unaligned"
+    sizes = {"rows": rows, "columns": columns, "inner": inner}
+    meta = choose_tile("permuted_linear", heuristic, tile, target, weight.dtype, variant, **sizes)
     split = meta["SPLIT_K"] > 1
     partial = x.new_empty(meta["SPLIT_K"], rows, columns, dtype=torch.float32) if split else None
     finish_strides = (*strides(bias, 1), *strides(image, 3), *strides(scatter_index, 2), *out.stride())

@@ -19,7 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.checks import check_qkv
-from scx_kernels.kernels.launch import Target, check_dtype, exceeds_int32, launch, narrow, strides, target_of
+from scx_kernels.kernels.chacha import head_word, load_key, seal
+from scx_kernels.kernels.launch import (
+    Target,
+    check_dtype,
+    choose_tile,
+    exceeds_int32,
+    launch,
+    narrow,
+    strides,
+    target_of,
+)
+from scx_kernels.kernels.sealing import encoding_of, key_and_writes, layer_and_head
+from scx_kernels.sealing import Sealing, check_cache
 
 __all__ = ["qkv_decode_encode", "qkv_into_cache", "qkv_tile"]
 
@@ -62,6 +74,11 @@ def _encode_heads(
     first_head,
     heads,
     eps,
+    # What seals it
+    key_ptr,
+    writes,
+    layer,
+    sealed_head,
     # Strides
     stride_zt,
     stride_zf,
@@ -83,6 +100,8 @@ def _encode_heads(
     IS_ROTARY: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
+    ENCODING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -123,11 +142,15 @@ def _encode_heads(
                 y = _scale_by_norm(y, norm_weight_ptr, partner, in_head, scale, stride_w, DTYPE)
             x = x * cos + y * sin
         encoded = tl.gather(narrow(x, DTYPE), tl.broadcast_to(index[None, :], (BLOCK_S, BLOCK_D)), axis=1)
+        if ENCODING == "sealed":
+            word14 = head_word(layer, sealed_head + head)
+            encoded = seal(encoded, load_key(key_ptr), writes, word14, not IS_ROTARY, HEAD_DIM, 0, ROUNDS)
         tl.store(out_rows[:, None] + columns[None, :] * stride_od, encoded, mask=mask)
         out_rows += stride_oh
 
 
-@triton.jit(do_not_specialize=["offset"])
+# What changes from request to request is not specialised: one compiled kernel serves every length.
+@triton.jit(do_not_specialize=["S", "offset", "stride_pb", "stride_wb", "layer", "first_head"])
 def _qkv_kernel(
     # Pointers
     z_q_ptr,
@@ -145,6 +168,8 @@ def _qkv_kernel(
     q_norm_ptr,
     k_norm_ptr,
     offset_ptr,
+    seal_key_ptr,
+    writes_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -154,6 +179,8 @@ def _qkv_kernel(
     G,
     offset,
     eps,
+    layer,
+    first_head,
     # Strides
     stride_zqb,
     stride_zqt,
@@ -205,12 +232,16 @@ def _qkv_kernel(
     stride_vh,
     stride_vn,
     stride_vd,
+    stride_wb,
+    stride_wn,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
     HAS_POSITION: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,  # one offset a sequence, read from memory, so that a captured graph can move on
+    ENCODING: tl.constexpr,  # of K and V
+    ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -227,6 +258,9 @@ def _qkv_kernel(
     slot = token + offset
     if HAS_OFFSETS:
         slot = token + tl.load(offset_ptr + b * stride_ob)
+    writes = None
+    if ENCODING == "sealed":
+        writes = tl.load(writes_ptr + b * stride_wb + slot * stride_wn, mask=in_tokens, other=0)
     cos_ptr += b * stride_cb
     sin_ptr += b * stride_sb
 
@@ -236,28 +270,30 @@ def _qkv_kernel(
     if chunk < q_chunks:
         _encode_heads(
             z_q_ptr + b * stride_zqb, image_q_ptr, q_norm_ptr, cos_ptr, sin_ptr, query_ptr + b * stride_xqb,
-            q_ptr + b * stride_qb, b, place, token, token, in_tokens, chunk * HEADS, H, eps,
+            q_ptr + b * stride_qb, b, place, token, token, in_tokens, chunk * HEADS, H, eps, None, None, 0, 0,
             stride_zqt, stride_zqf, stride_iqb, stride_iqt, stride_iqf, stride_wq,
             stride_cs, stride_cd, stride_ss, stride_sd,
             stride_xqh, stride_xqd, stride_qh, stride_qs, stride_qd,
-            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, INT64, HEADS, BLOCK_S, BLOCK_D,
+            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, "permuted", 0, INT64, HEADS, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     elif chunk < q_chunks + k_chunks:
         _encode_heads(
             z_k_ptr + b * stride_zkb, image_k_ptr, k_norm_ptr, cos_ptr, sin_ptr, key_ptr + b * stride_xkb,
             k_ptr + b * stride_kb, b, place, token, slot, in_tokens, (chunk - q_chunks) * HEADS, G, eps,
+            seal_key_ptr, writes, layer, first_head,
             stride_zkt, stride_zkf, stride_ikb, stride_ikt, stride_ikf, stride_wk,
             stride_cs, stride_cd, stride_ss, stride_sd,
             stride_xkh, stride_xkd, stride_kh, stride_kn, stride_kd,
-            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, INT64, HEADS, BLOCK_S, BLOCK_D,
+            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, ENCODING, ROUNDS, INT64, HEADS, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     else:
         _encode_heads(
             z_v_ptr + b * stride_zvb, image_v_ptr, None, None, None, value_ptr + b * stride_xvb,
             v_ptr + b * stride_vb, b, place, token, slot, in_tokens, (chunk - q_chunks - k_chunks) * HEADS, G, eps,
+            seal_key_ptr, writes, layer, first_head,
             stride_zvt, stride_zvf, stride_ivb, stride_ivt, stride_ivf, 0, 0, 0, 0, 0,
             stride_xvh, stride_xvd, stride_vh, stride_vn, stride_vd,
-            HEAD_DIM, False, False, HAS_IMAGE, INT64, HEADS, BLOCK_S, BLOCK_D,
+            HEAD_DIM, False, False, HAS_IMAGE, ENCODING, ROUNDS, INT64, HEADS, BLOCK_S, BLOCK_D,
         )  # fmt: skip
 
 
@@ -297,6 +333,7 @@ def qkv_decode_encode(
     values: Tensor | None = None,
     offset: int = 0,
     offsets: Tensor | None = None,
+    sealing: Sealing | None = None,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
@@ -323,13 +360,17 @@ def qkv_decode_encode(
         out = z_q.new_empty(batch, tokens, heads, size, dtype=dtype).transpose(1, 2)
     keys = z_q.new_empty(batch, groups, tokens, size, dtype=dtype) if keys is None else keys
     values = torch.empty_like(keys) if values is None else values
-    meta = qkv_tile(batch * tokens, heads + 2 * groups, size, dtype, target_of(z_q.device)) | (tile or {})
+    check_cache(keys, values, sealing)
+    target, all_heads = target_of(z_q.device), heads + 2 * groups
+    heuristic = qkv_tile(batch * tokens, all_heads, size, dtype, target)
+    sizes = {"tokens": batch * tokens, "heads": all_heads, "head_dim": size}
+    meta = choose_tile("qkv_decode_encode", heuristic, tile, target, dtype, **sizes)
     chunks = triton.cdiv(heads, meta["HEADS"]) + 2 * triton.cdiv(groups, meta["HEADS"])
     launch(
         _qkv_kernel,
         (batch * triton.cdiv(tokens, meta["BLOCK_S"]), chunks),
         *(z_q, z_k, z_v, *wide_images, position, cos, sin, query, key, value, q_norm, k_norm, offsets),
-        *(out, keys, values, tokens, heads, groups, offset, eps),
+        *(*key_and_writes(sealing), out, keys, values, tokens, heads, groups, offset, eps, *layer_and_head(sealing)),
         *(*z_q.stride(), *z_k.stride(), *z_v.stride()),
         *(stride for image in wide_images for stride in strides(image, 3)),
         *strides(position, 2),
@@ -337,12 +378,13 @@ def qkv_decode_encode(
         *(0 if sin.shape[0] == 1 else sin.stride(0), *sin.stride()[1:]),
         *(*query.stride(), *key.stride(), *value.stride()),
         *(*strides(q_norm, 1), *strides(k_norm, 1), *strides(offsets, 1)),
-        *(*out.stride(), *keys.stride(), *values.stride()),
+        *(*out.stride(), *keys.stride(), *values.stride(), *strides(key_and_writes(sealing)[1], 2)),
         HEAD_DIM=size,
         HAS_NORM=q_norm is not None,
         HAS_IMAGE=images is not None,
         HAS_POSITION=position is not None,
         HAS_OFFSETS=offsets is not None,
+        **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(z_q, z_k, z_v, *wide_images, cos, sin, out, keys, values),
         device=z_q.device,
         **meta,

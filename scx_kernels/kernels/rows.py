@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.checks import check_inject, check_rows, check_strip
-from scx_kernels.kernels.launch import Target, check_dtype, exceeds_int32, launch, narrow, strides, target_of
+from scx_kernels.kernels.launch import (
+    Target,
+    check_dtype,
+    choose_tile,
+    exceeds_int32,
+    launch,
+    narrow,
+    strides,
+    target_of,
+)
 
 __all__ = ["inject_permute", "inject_tile", "strip_restore", "strip_tile"]
 
@@ -26,7 +35,8 @@ def _load_rows(pointers, offsets, stride, mask):
     return tl.load(pointers[:, None] + offsets[None, :] * stride, mask=mask, other=0)
 
 
-@triton.jit
+# What changes from request to request is not specialised: one compiled kernel serves every length.
+@triton.jit(do_not_specialize=["T", "N", "stride_ib"])
 def _inject_kernel(
     # Pointers
     x_ptr,
@@ -141,7 +151,7 @@ def _inject_kernel(
         tl.store(out_rows[:, None] + part[None, :] * stride_od, narrow(x, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "S", "stride_pb"])
 def _strip_kernel(
     # Pointers
     z_ptr,
@@ -212,9 +222,8 @@ def inject_tile(features: int, dtype: torch.dtype, norm: bool, noise: bool, targ
     """
     element_bytes = 4 if noise else dtype.itemsize
     if not norm:
-        return _row_tile(features, element_bytes, 64, 4096, target) | {"ONE_TILE": True}
-    tile = _row_tile(features, element_bytes, 32, 16_384 if features <= 16_384 else 8192, target)
-    return tile | {"ONE_TILE": tile["BLOCK_D"] >= features}
+        return _row_tile(features, element_bytes, 64, 4096, target)
+    return _row_tile(features, element_bytes, 32, 16_384 if features <= 16_384 else 8192, target)
 
 
 def strip_tile(features: int, dtype: torch.dtype, image: bool, target: Target) -> dict[str, Any]:
@@ -251,8 +260,11 @@ def inject_permute(
     if out is None:
         out = x.new_empty(batch, encoded, features, dtype=x.dtype if noise is None else torch.float32)
     head_dim = 0 if feature_index is None else feature_index.shape[2]
-    meta = inject_tile(head_dim or features, x.dtype, norm_weight is not None, noise is not None, target_of(x.device))
-    meta |= tile or {}
+    target, width = target_of(x.device), head_dim or features
+    heuristic = inject_tile(width, x.dtype, norm_weight is not None, noise is not None, target)
+    variant = "norm" if norm_weight is not None else "heads" if head_dim else ""
+    sizes = {"rows": batch * encoded, "features": width}
+    meta = choose_tile("inject_permute", heuristic, tile, target, x.dtype, variant, **sizes)
     columns = 1 if norm_weight is not None else triton.cdiv(features, head_dim or meta["BLOCK_D"])
     launch(
         _inject_kernel,
@@ -266,6 +278,7 @@ def inject_permute(
         HEAD_DIM=head_dim,
         HAS_NORM=norm_weight is not None,
         HAS_NOISE=noise is not None,
+        ONE_TILE=meta["BLOCK_D"] >= features,
         INT64=force_int64 or exceeds_int32(x, redundant, noise, out),
         device=x.device,
         **meta,
@@ -299,7 +312,9 @@ def strip_restore(
         image = image.expand(batch, encoded, features)
     if out is None:
         out = z.new_empty(batch, tokens, features, dtype=dtype or z.dtype)
-    meta = strip_tile(features, z.dtype, image is not None, target_of(z.device)) | (tile or {})
+    target, sizes = target_of(z.device), {"rows": batch * tokens, "features": features}
+    heuristic = strip_tile(features, z.dtype, image is not None, target)
+    meta = choose_tile("strip_restore", heuristic, tile, target, z.dtype, **sizes)
     launch(
         _strip_kernel,
         (triton.cdiv(batch * tokens, meta["BLOCK_M"]), triton.cdiv(features, meta["BLOCK_D"])),

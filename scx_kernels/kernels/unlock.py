@@ -16,14 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.checks import check_unlock
-from scx_kernels.kernels.launch import Target, check_dtype, exceeds_int32, launch, strides, target_of
+from scx_kernels.kernels.launch import Target, check_dtype, choose_tile, exceeds_int32, launch, strides, target_of
 
 __all__ = ["unlock", "unlock_in_place", "unlock_tile"]
 
 SCRATCH_BYTES = 64 * 2**20
 
 
-@triton.jit
+# Lengths change from request to request: one compiled kernel serves them all.
+@triton.jit(do_not_specialize=["S", "stride_pb"])
 def _take_rows_kernel(
     # Pointers
     cache_ptr,
@@ -110,7 +111,8 @@ def unlock(
     check_unlock(cache, position)
     check_dtype("cache", cache)
     (batch, groups, _, size), tokens = cache.shape, position.shape[1]
-    meta = unlock_tile(size, cache.dtype, target_of(cache.device)) | (tile or {})
+    target, sizes = target_of(cache.device), {"rows": batch * groups * tokens, "head_dim": size}
+    meta = choose_tile("unlock", unlock_tile(size, cache.dtype, target), tile, target, cache.dtype, **sizes)
     if not in_place:
         out = cache.new_empty(batch, groups, tokens, size) if out is None else out
         _take_rows(cache, position, out, meta, force_int64)

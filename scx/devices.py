@@ -1,0 +1,15 @@
+"""Where tensors lie, and how they get there without anybody waiting."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["CPU", "upload"]
+
+CPU = torch.device("cpu")
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`. From the host to a GPU it goes out of pinned memory, so that neither side waits for the other."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=device.type == "cuda")

@@ -1,0 +1,200 @@
+"""Operations on a sealed cache: what they give is, bit by bit, what they give on the cache unsealed."""
+
+import parity
+import pytest
+import torch
+from parity import by_dtype, nans, permutations, randn
+from torch import Tensor
+
+import scx_kernels
+from scx_kernels import Sealing, WriteCounter, backend, key_words, reference, sealing
+from scx_kernels.kernels import attention, launch, qkv, unlock
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4}
+
+
+def sealed_by(batch: int, rows: int, rounds: int = 8) -> Sealing:
+    """Numbers of a cache that was cropped and reordered: in no order."""
+    numbers = WriteCounter(3).take(batch, 3 * rows)
+    place = torch.rand(batch, 3 * rows).argsort(1)[:, :rows]
+    writes = numbers.gather(1, place).to(parity.DEVICE)
+    return Sealing(key_words(bytes(range(32)), parity.DEVICE), writes, 5, rounds, first_head=2)
+
+
+def sealed(k: Tensor, v: Tensor, own: Sealing) -> tuple[Tensor, Tensor]:
+    return sealing.seal(k, own, is_value=False), sealing.seal(v, own, is_value=True)
+
+
+def assert_same_bits(got: Tensor, expected: Tensor) -> None:
+    integer = torch.int32 if got.element_size() == 4 else torch.int16
+    assert got.dtype == expected.dtype
+    assert torch.equal(got.contiguous().view(integer), expected.contiguous().view(integer))
+
+
+CASES = [  # batch, query heads, key/value heads, queries, keys, head size, options of `attention`
+    (1, 2, 1, 18, 18, 64, {"is_causal": True}),
+    (2, 2, 2, 5, 21, 80, {"is_causal": True, "window": 9}),
+    (1, 2, 1, 4, 20, 96, {"kv_start": [3], "kv_length": [14]}),
+    (1, 1, 1, 3, 17, 40, {"mask": True}),
+    (1, 1, 1, 3, 17, 160, {}),
+]
+
+
+def tensors(options: dict, batch: int, tokens: int, keys: int) -> dict:
+    """The options with their lists as tensors, and True as a mask."""
+    given = {name: torch.tensor(v, device=parity.DEVICE) if isinstance(v, list) else v for name, v in options.items()}
+    if "mask" in given:
+        given["mask"] = torch.rand(batch, 1, tokens, keys, device=parity.DEVICE) > 0.3
+    return given
+
+
+@by_dtype
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(dtype, case):
+    batch, heads, groups, tokens, keys, size, options = case
+    q, k, v = (randn(batch, n, m, size, dtype=dtype) for n, m in ((heads, tokens), (groups, keys), (groups, keys)))
+    options = {"softmax_scale": 0.3, **tensors(options, batch, tokens, keys)}
+    own = sealed_by(batch, keys)
+    stored = sealed(k, v, own)
+    expected = attention.attention(q, k, v, **options, tile=SMALL)
+    assert_same_bits(attention.attention(q, *stored, **options, sealing=own, tile=SMALL), expected)
+    plain = reference.attention(q, k, v, **options)
+    assert_same_bits(reference.attention(q, *stored, **options, sealing=own), plain)
+
+
+STEPS = [  # batch, query heads, key/value heads, queries, capacity, head size, length, permuted, splits
+    (2, 4, 2, 1, 40, 64, True, False, 2),
+    (1, 2, 1, 3, 37, 80, False, False, 1),
+    (2, 2, 1, 1, 33, 96, True, True, 2),
+    (1, 2, 2, 2, 20, 24, False, True, 1),
+]
+
+
+@by_dtype
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_attention_step(dtype, case):
+    """Rows that were never written hold anything, NaN here, under any number."""
+    batch, heads, groups, tokens, capacity, size, lengths, permuted, splits = case
+    q = randn(batch, heads, tokens, size, dtype=dtype)
+    k, v = (randn(batch, groups, capacity, size, dtype=dtype, layout="transposed") for _ in range(2))
+    own = sealed_by(batch, capacity)
+    stored = sealed(k, v, own)
+    options = {"softmax_scale": 0.3, "output_index": permutations(batch, heads, size)}
+    if permuted:
+        options["position"] = permutations(batch, capacity)[:, : capacity - 4]
+    if lengths:
+        options["kv_length"] = torch.tensor([capacity - 9, 6][:batch], device=parity.DEVICE)
+        options["kv_start"] = torch.tensor([2, 1][:batch], device=parity.DEVICE)
+    if lengths and not permuted:
+        for stored_rows in stored:
+            stored_rows[:, :, capacity - 4 :] = float("nan")
+    tile = SMALL | {"splits": splits}
+    expected = attention.attention_step(q, k, v, **options, tile=tile)
+    got = attention.attention_step(q, *stored, **options, sealing=own, tile=tile, force_int64=splits == 1)
+    assert not got.isnan().any()
+    assert_same_bits(got, expected)
+    plain = reference.attention_step(q, k, v, **options)
+    assert_same_bits(reference.attention_step(q, *stored, **options, sealing=own), plain)
+
+
+@pytest.mark.parametrize("target", launch.TARGETS.values(), ids=lambda t: f"{t.backend}{t.arch}")
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+def test_a_step_sums_in_the_same_order_with_a_seal(target, size):
+    """Tiles chosen by themselves differ in nothing that rounding sees, so the bits above are also those of a model."""
+    for batch, rows, keys in ((1, 4, 300), (8, 4, 65_536), (2, 64, 4096)):
+        plain, sealed = (
+            attention.step_tile(batch, 8, rows, keys, size, torch.bfloat16, False, seal, target)
+            for seal in (False, True)
+        )
+        assert plain | {"num_stages": 0} == sealed | {"num_stages": 0}
+
+
+def qkv_arguments(batch: int, tokens: int, heads: int, groups: int, size: int, dtype: torch.dtype) -> list:
+    z = [randn(batch, tokens + 2, n * size, dtype=dtype) for n in (heads, groups, groups)]
+    angle = torch.randn(1, tokens, size // 2).repeat(1, 1, 2).to(parity.DEVICE)
+    position = permutations(batch, tokens + 2)[:, :tokens]
+    index = [permutations(batch, n, size) for n in (heads, groups, groups)]
+    return [*z, position, angle.cos().to(dtype), angle.sin().to(dtype), *index]
+
+
+@by_dtype
+@pytest.mark.parametrize("slots", ["fresh", "offset", "offsets"])
+@pytest.mark.parametrize(("groups", "size"), [(2, 64), (1, 80), (2, 10)])
+def test_qkv_seals_what_it_stores(dtype, slots, groups, size):
+    """K and V come back by `unseal`; q, and every slot that was not written, are as without a seal."""
+    args = qkv_arguments(2, 3, 2, groups, size, dtype)
+    capacity = 3 if slots == "fresh" else 7
+    own = sealed_by(2, capacity)
+    start = [0, 0] if slots == "fresh" else [2, 2] if slots == "offset" else [1, 4]
+    options = {} if slots == "fresh" else {"offset": 2} if slots == "offset" else {"offsets": torch.tensor(start)}
+    if slots == "offsets":
+        options["offsets"] = options["offsets"].to(parity.DEVICE)
+    for function in (qkv.qkv_decode_encode, reference.qkv_decode_encode):
+        given = [dict(options), dict(options)]
+        if slots != "fresh":
+            for one in given:
+                one["keys"], one["values"] = (nans(2, groups, capacity, size, dtype=dtype) for _ in range(2))
+        q, *plain = function(*args, **given[0])
+        got_q, *stored = function(*args, **given[1], sealing=own)
+        assert_same_bits(got_q, q)
+        for is_value, (got, expected) in enumerate(zip(stored, plain, strict=True)):
+            opened = sealing.unseal(got, own, is_value=bool(is_value))
+            for sequence, first in enumerate(start):
+                rows = slice(first, first + 3)
+                assert_same_bits(opened[sequence, :, rows], expected[sequence, :, rows])
+                assert (got[sequence, :, rows] != expected[sequence, :, rows]).any()
+            written = (
+                expected.isnan().logical_not() if slots != "fresh" else torch.ones_like(expected, dtype=torch.bool)
+            )
+            assert got[~written].isnan().all(), "wrote outside the slots"
+
+
+@by_dtype
+def test_a_sealed_cache_is_unlocked_as_patterns(dtype):
+    """Rows move with their numbers, whatever their bits look like as floats."""
+    k, v = (randn(2, 2, 30, 64, dtype=dtype) for _ in range(2))
+    own, position = sealed_by(2, 30), permutations(2, 30)[:, :20]
+    stored, _ = sealed(k, v, own)
+    moved = own._replace(writes=own.writes.gather(1, position))
+    for function in (reference.unlock, unlock.unlock):
+        got = function(stored, position)
+        assert_same_bits(sealing.unseal(got, moved, is_value=False), function(k, position))
+
+
+def test_public_names_take_a_sealed_cache():
+    """Through the registered operators and their shape rules: write, then attend, then one step."""
+    own = sealed_by(1, 4)
+    args = qkv_arguments(1, 4, 2, 1, 32, torch.float16)
+    with backend("triton"):
+        q, k, v = scx_kernels.qkv_decode_encode(*args)
+        same_q, *stored = scx_kernels.qkv_decode_encode(*args, sealing=own)
+        assert_same_bits(same_q, q)
+        plain = scx_kernels.attention(q, k, v, softmax_scale=0.2, is_causal=True)
+        assert_same_bits(scx_kernels.attention(q, *stored, softmax_scale=0.2, is_causal=True, sealing=own), plain)
+        last = q[:, :, 3:]
+        plain = scx_kernels.attention_step(last, k, v, softmax_scale=0.2)
+        assert_same_bits(scx_kernels.attention_step(last, *stored, softmax_scale=0.2, sealing=own), plain)
+        keys, values = (torch.zeros(1, 1, 4, 32, dtype=torch.float16, device=parity.DEVICE) for _ in range(2))
+        scx_kernels.qkv_decode_encode(*args, keys=keys, values=values, sealing=own)
+        assert_same_bits(keys, stored[0])
+        assert_same_bits(values, stored[1])
+
+
+def test_operators_with_a_seal_are_registered_soundly():
+    own = sealed_by(1, 4)
+    q, k, v = (randn(1, 1, n, 16) for n in (1, 4, 4))
+    spelled = {"seal_key": own.key, "seal_writes": own.writes, "seal_numbers": [own.layer, own.rounds, own.first_head]}
+    torch.library.opcheck(
+        torch.ops.scx_kernels.attention_step, (q, k, v, 0.2), spelled, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("module", [reference, attention], ids=["reference", "kernel"])
+def test_a_seal_that_does_not_fit_is_named(module):
+    q, k, v = (randn(1, 1, n, 16) for n in (1, 4, 4))
+    own = sealed_by(1, 4)
+    for name, bad in (("writes", own._replace(writes=own.writes[:, :3])), ("rounds", own._replace(rounds=9))):
+        with pytest.raises(ValueError, match=f"sealing.{name}"):
+            module.attention_step(q, k, v, softmax_scale=0.2, sealing=bad)
+        with pytest.raises(ValueError, match=f"sealing.{name}"):
+            module.attention(q, k, v, softmax_scale=0.2, sealing=bad)

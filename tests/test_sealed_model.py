@@ -1,0 +1,305 @@
+"""A model whose cache is sealed: the same output bit by bit, and noise to whoever reads the cache without the key."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor
+from transformers import set_seed
+
+import scx_kernels as ops
+from scx import (
+    EncodedCache,
+    SCXKeyGenerator,
+    decode_kvcache,
+    encoded_llama,
+    load_keys,
+    load_kvcache,
+    merge_kvcache_dynamic,
+    save_keys,
+    save_kvcache,
+    split_kvcache_dynamic,
+)
+from scx.audit import read_first_block
+from scx.kvcache import SealedLayer
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+KEY = b"\x11" * 32
+
+
+def keys_for(model, **options) -> SCXKeyGenerator:
+    return SCXKeyGenerator.for_model(model, **{"cache_encoding": "sealed", "redundant_num": 3, "alp": True, **options})
+
+
+def stored(cache: EncodedCache) -> list[Tensor]:
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
+def patterns(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+@torch.no_grad()
+def run(model, ids: Tensor, steps: int, mask: Tensor | None = None, **options):
+    """Logits of a prefill and of steps after it, under the same session keys every time, and the cache."""
+    with encoded_llama(model, keys_for(model, master_key=KEY, **options)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scx.keys.secrets.token_bytes", lambda size: b"\x22" * size)
+        out = model(ids, attention_mask=mask)
+        logits = [out.logits]
+        for number in range(steps):
+            mask = None if mask is None else torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+            token = ids[:, number : number + 1]
+            out = model(token, attention_mask=mask, past_key_values=out.past_key_values)
+            logits.append(out.logits)
+    return logits, out.past_key_values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rounds", [8, 12, 20])
+def test_logits_are_bitwise_those_of_the_unsealed_cache(prompt, dtype, rounds) -> None:
+    model, ids = tiny_model(dtype=dtype), prompt(9, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    for given in (None, mask):
+        permuted, plain_cache = run(model, ids, 4, given, cache_encoding="permuted")
+        sealed, cache = run(model, ids, 4, given, cipher_rounds=rounds)
+        assert all(torch.equal(a, b) for a, b in zip(sealed, permuted, strict=True))
+        assert all(isinstance(layer, SealedLayer) for layer in cache.layers)
+        for a, b in zip(stored(cache), stored(plain_cache), strict=True):
+            assert (patterns(a) == patterns(b)).float().mean() < 0.01, "nothing is stored as it was"
+        decoded = [decode_kvcache(x, x.session) for x in (cache, plain_cache)]
+        assert all(torch.equal(a, b) for a, b in zip(*map(stored, decoded), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
+    """With every operation computed by its kernel, sealed and unsealed, prefill and steps."""
+    model, ids = tiny_model(dtype=dtype, layers=2), prompt(7)
+    with ops.backend("triton"):
+        permuted, _ = run(model, ids, 2, cache_encoding="permuted")
+        sealed, cache = run(model, ids, 2)
+    assert all(torch.equal(a, b) for a, b in zip(sealed, permuted, strict=True))
+    by_reference, same = run(model, ids, 2)
+    for a, b in zip(stored(cache), stored(same), strict=True):
+        assert a.shape == b.shape
+    for a, b in zip(sealed, by_reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=64 * torch.finfo(dtype).eps * b.abs().max().item())
+
+
+GENERATIONS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 4},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_generate_gives_the_plain_models_tokens(prompt, kind: str) -> None:
+    model, batch = tiny_model(), 1 if kind == "prompt lookup" else 2
+    ids = prompt(10, batch)
+    mask = torch.ones_like(ids)
+    mask[-1, : 4 * (batch - 1)] = 0
+    settings = {"max_new_tokens": 10, "attention_mask": mask, **GENERATIONS[kind]}
+
+    def generate() -> Tensor:
+        set_seed(1)
+        return model.generate(ids.masked_fill(mask == 0, 0), **settings)
+
+    plain = generate()
+    with encoded_llama(model, keys_for(model)):
+        assert torch.equal(generate(), plain)
+
+
+class Witness:
+    """Reads memory, and knows what it holds: no keystream may ever serve two values."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple, bytes] = {}
+
+    def look(self, cache: EncodedCache) -> int:
+        """Enter all that is stored. Returns how many rows were new."""
+        before = len(self.known)
+        for index, layer in enumerate(cache.layers):
+            sealing = cache.sealing(index, layer.keys.device)
+            assert sealing is not None
+            for kind, states in enumerate((layer.keys, layer.values)):
+                plain = patterns(ops.unseal(states, sealing, is_value=kind == 1))
+                for b in range(states.shape[0]):
+                    for n, number in enumerate(layer.writes[b].tolist()):
+                        for head in range(states.shape[1]):
+                            name = (layer.branch, index, kind, head, number)
+                            row = plain[b, head, n].numpy(force=True).tobytes()
+                            assert self.known.setdefault(name, row) == row, f"{name} sealed two values"
+        return len(self.known) - before
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def test_keystream_is_never_used_twice(prompt) -> None:
+    """Whatever transformers does to a cache, two snapshots of memory never differ under the same keystream."""
+    model, witness = tiny_model(layers=2), Witness()
+    with encoded_llama(model, keys_for(model)):
+        cache = model(prompt(9, 2)).past_key_values
+
+        def step(given: EncodedCache, seed: int, count: int = 1) -> None:
+            model(prompt(count, given.rows, seed), past_key_values=given)
+            assert witness.look(given) > 0, "what is written is new to the witness"
+
+        witness.look(cache)
+        step(cache, 1)
+        cache.crop(-3)
+        step(cache, 2)
+        fork = copy.deepcopy(cache)
+        step(cache, 3)
+        step(fork, 4, count=3)
+        cache.reorder_cache(torch.tensor([1, 1]))
+        witness.look(cache)
+        step(cache, 5)
+        cache.batch_repeat_interleave(2)
+        step(cache, 6)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        step(cache, 7)
+        gpu, cpu = split_kvcache_dynamic(cache, gpu_layers=[], cpu_device=cache.layers[0].keys.device)
+        model(prompt(1, 2, 8), gpu_kvcache=gpu, cpu_kvcache=cpu)
+        witness.look(merge_kvcache_dynamic(gpu, cpu))
+        step(cache, 9)
+        cache.crop(-2)
+        step(cache, 10)
+        cache.reset()
+        # A pass that breaks off half-way has written rows that the next one writes again.
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(4, 2), past_key_values=fork)
+        handle.remove()
+        step(fork, 11, count=4)
+
+
+@torch.no_grad()
+def test_every_bit_looks_random(prompt) -> None:
+    """Bytes of a sealed cache are uniform, whatever it holds; those of a permuted one are far from it."""
+    model, ids = tiny_model(dtype=torch.bfloat16, heads=4, kv_heads=4, head_dim=64), prompt(200)
+
+    def chi_square(encoding: str) -> float:
+        with encoded_llama(model, keys_for(model, cache_encoding=encoding)):
+            cache = model(ids).past_key_values
+        counts = torch.stack(stored(cache)).contiguous().view(torch.uint8).flatten().long().bincount(minlength=256)
+        expected = counts.sum() / 256
+        return float(((counts - expected) ** 2 / expected).sum())
+
+    assert 150 < chi_square("sealed") < 380  # 255 degrees of freedom: mean 255, deviation 22.6
+    assert chi_square("permuted") > 10_000
+
+
+@torch.no_grad()
+def test_first_block_attack(prompt) -> None:
+    """Sorting V's features reads every token out of a permuted cache, and none beyond chance out of a sealed one."""
+    model, ids = tiny_model(heads=4, kv_heads=4, head_dim=32), prompt(64, seed=4)
+
+    def read(encoding: str) -> int:
+        with encoded_llama(model, keys_for(model, cache_encoding=encoding)):
+            cache = model(ids).past_key_values
+            return int((read_first_block(model, cache.layers[0].values) == ids).sum())
+
+    assert read("permuted") == 64
+    assert read("sealed") <= 5  # chance is 64 / 211
+
+
+@torch.no_grad()
+def test_an_encoding_for_each_layer(prompt) -> None:
+    model, ids = tiny_model(), prompt(8)
+    expected, _ = run(model, ids, 2, cache_encoding="permuted")
+    logits, cache = run(model, ids, 2, cache_encoding=["sealed", "permuted", "sealed"])
+    assert [isinstance(layer, SealedLayer) for layer in cache.layers] == [True, False, True]
+    assert all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True))
+
+
+@torch.no_grad()
+def test_files_and_another_holder(prompt, tmp_path) -> None:
+    """A saved cache holds what memory held; who loads it goes on under a key of their own."""
+    model, ids, witness = tiny_model(), prompt(9), Witness()
+    with encoded_llama(model, keys_for(model)):
+        cache = model(ids).past_key_values
+        witness.look(cache)
+        plain = [x.clone() for x in stored(decode_kvcache(cache, cache.session))]
+        save_kvcache(tmp_path / "cache", cache, cache.session)
+        save_keys(tmp_path / "keys", cache.session, passphrase="a passphrase")
+        file = (tmp_path / "cache").read_bytes()
+        assert cache.layers[0].keys.cpu().contiguous().view(torch.uint8).numpy().tobytes() in file
+        expected = model(prompt(1, seed=2), past_key_values=copy.deepcopy(cache)).logits
+
+        branches = {cache.session.branch}
+        for _ in range(2):
+            session = load_keys(tmp_path / "keys", passphrase="a passphrase", model=model)
+            loaded = load_kvcache(tmp_path / "cache", session, device=ids.device, at_least=0)
+            assert all(torch.equal(a, b) for a, b in zip(stored(decode_kvcache(loaded, session)), plain, strict=True))
+            logits = model(prompt(1, seed=2), past_key_values=loaded).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # under one-time noise of its own
+            assert {layer.branch for layer in loaded.layers} == {session.branch}
+            branches.add(session.branch)
+            witness.look(loaded)
+        assert len(branches) == 3
+
+
+class TestRefused:
+    def test_settings(self, llama) -> None:
+        with pytest.raises(ValueError, match="cache_encoding: expected"):
+            keys_for(llama, cache_encoding="encrypted")
+        with pytest.raises(ValueError, match="cipher_rounds: expected one of"):
+            keys_for(llama, cipher_rounds=10)
+        with (
+            pytest.raises(ValueError, match="the model has 3 layers, got 2"),
+            encoded_llama(llama, keys_for(llama, cache_encoding=["sealed", "permuted"])),
+        ):
+            pass
+
+    def test_sliding_windows(self) -> None:
+        model = tiny_model("mistral", sliding_window=5)
+        with (
+            pytest.raises(ValueError, match=r"layers \[0, 1, 2\] slide a window"),
+            encoded_llama(model, keys_for(model)),
+        ):
+            pass
+
+    def test_gradients(self, llama, prompt) -> None:
+        with encoded_llama(llama, keys_for(llama)):
+            with pytest.raises(ValueError, match="gradients do not flow through a sealed cache"):
+                llama(prompt(4))
+            assert llama(prompt(4), use_cache=False).logits.requires_grad
+            assert llama(prompt(4), mode="prefill").past_key_values.get_seq_length() == 4
+
+    @torch.no_grad()
+    def test_caches_of_other_settings(self, llama, prompt) -> None:
+        for mine, theirs in (({}, {"cache_encoding": "permuted"}), ({}, {"cipher_rounds": 8})):
+            with encoded_llama(llama, keys_for(llama, **theirs)):
+                cache = llama(prompt(4)).past_key_values
+            with (
+                encoded_llama(llama, keys_for(llama, **mine)),
+                pytest.raises(ValueError, match="sealed_layers|cipher_rounds"),
+            ):
+                llama(prompt(1), past_key_values=cache)
+
+    @torch.no_grad()
+    def test_running_out_of_write_numbers(self, llama, prompt) -> None:
+        with encoded_llama(llama, keys_for(llama)):
+            cache = llama(prompt(4)).past_key_values
+            before = [x.clone() for x in stored(cache)]
+            cache.session._branch.writes = ops.WriteCounter(count=2**31)
+            with pytest.raises(OverflowError, match="write numbers"):
+                llama(prompt(1), past_key_values=cache)
+            assert cache.get_seq_length() == 4
+            assert all(torch.equal(patterns(a), patterns(b)) for a, b in zip(stored(cache), before, strict=True))
+
+    @torch.no_grad()
+    def test_rows_without_numbers(self, llama, prompt) -> None:
+        with encoded_llama(llama, keys_for(llama)):
+            cache = llama(prompt(4)).past_key_values
+        states = torch.zeros(1, 2, 1, 16, device=cache.layers[0].keys.device)
+        with pytest.raises(ValueError, match="writes: layer 0 is sealed"):
+            cache.append(states, states, 0)

@@ -1,0 +1,145 @@
+"""Tiles: measured ones are taken where they fit, and the tuning command keeps only what is right and faster."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from parity import permutations, randn
+
+from scx_kernels import tiles
+from scx_kernels.kernels import launch, rows
+from scx_kernels.kernels.launch import TARGETS, Target
+from scx_kernels.tune import SUBJECTS, Subject, candidates, main, tune
+
+TILE = {"BLOCK_M": 2, "BLOCK_D": 64, "num_warps": 1}
+ENTRY = {
+    "operation": "inject_permute",
+    "dtype": "float32",
+    "variant": "",
+    "sizes": {"rows": 16, "features": 64},
+    "tile": TILE,
+}
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("SCX_TILES", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def measured(directory) -> str:
+    tiles.TileFile("A Device 9", {"date": "today"}, (ENTRY,)).write(directory)
+    return "A Device 9"
+
+
+def found(device: str, dtype=torch.float32, variant: str = "", **sizes: int):
+    return tiles.nearest(device, "inject_permute", dtype, variant, sizes)
+
+
+def test_the_nearest_shape_gives_its_tile(measured) -> None:
+    assert found(measured, rows=16, features=64) == TILE
+    assert found(measured, rows=30, features=64) == TILE
+    assert found(measured, rows=40, features=64) == {}, "more than twice as many rows"
+    assert found(measured, rows=16, features=96) == {}, "a row wider than the tile"
+    assert found(measured, torch.float16, rows=16, features=64) == {}
+    assert found(measured, variant="norm", rows=16, features=64) == {}
+    assert found("Another", rows=16, features=64) == {}
+    assert found("", rows=16, features=64) == {}
+
+
+def test_a_launcher_takes_it(measured, monkeypatch) -> None:
+    """The kernel runs with the measured tile, and an override of the caller's stands above it."""
+    used = []
+    monkeypatch.setattr(launch, "TARGETS", {("cuda", 90): Target("cuda", 90, 132, 232_448, measured)})
+    monkeypatch.setattr(launch, "_device_target", lambda index: launch.TARGETS["cuda", 90])
+    monkeypatch.setattr(rows, "launch", lambda kernel, grid, *args, device, **meta: used.append(meta))
+    x, index = randn(1, 16, 64), permutations(1, 16)
+    rows.inject_permute(x, index)
+    rows.inject_permute(x, index, tile={"BLOCK_M": 4})
+    rows.inject_permute(randn(1, 160, 64), permutations(1, 160))
+    assert used[0].items() >= TILE.items()
+    assert used[1]["BLOCK_M"] == 4
+    assert used[2]["BLOCK_M"] != 2
+
+
+@pytest.mark.parametrize("content", ["{", '{"device": "A Device 9"}'])
+def test_a_broken_file_is_said(directory, content: str) -> None:
+    (directory / "a-device-9.json").write_text(content)
+    tiles.load.cache_clear()
+    tiles._nearest.cache_clear()
+    with pytest.raises((ValueError, KeyError)):
+        found("A Device 9", rows=16, features=64)
+
+
+def test_shipped_files_are_readable() -> None:
+    for path in tiles.SHIPPED.glob("*.json"):
+        assert tiles.load(json.loads(path.read_text())["device"], (tiles.SHIPPED,)) is not None
+
+
+def subject(wrong: dict | None = None) -> Subject:
+    """A product of two sizes of tile; `wrong` is one that gives a wrong result."""
+
+    def run(arguments, tile):
+        return arguments["x"] + (1 if tile == wrong else 0)
+
+    return Subject(
+        "permuted_linear", {"rows": 4}, lambda device: {"x": torch.ones(4)}, run, lambda arguments: arguments["x"],
+        lambda target: {"BLOCK_N": 32, "num_warps": 4}, {"BLOCK_N": (32, 64), "num_warps": (4, 8)},
+    )  # fmt: skip
+
+
+def clock(*milliseconds: float):
+    left = iter(milliseconds)
+    return lambda call: next(left)
+
+
+def test_tuning_keeps_the_fastest_right_tile() -> None:
+    tile = TARGETS["cuda", 90]
+    tried = candidates(subject(), tile)
+    assert len(tried) == 4
+    assert tried[0] == {"BLOCK_N": 32, "num_warps": 4}
+    entry = tune(subject(), torch.device("cpu"), tile, clock(1.0, 0.9, 0.5, 0.8))
+    assert entry is not None
+    assert entry["tile"] == tried[2]
+    assert entry["milliseconds"] == 0.5
+    assert tune(subject(), torch.device("cpu"), tile, clock(1.0, 0.99, 0.98, 1.2)) is None, "within the noise"
+    entry = tune(subject(wrong=tried[2]), torch.device("cpu"), tile, clock(1.0, 0.9, 0.8))
+    assert entry is not None
+    assert entry["tile"] == tried[3], "a wrong tile is not timed"
+    with pytest.raises(RuntimeError, match="the heuristic's tile"):
+        tune(subject(wrong=tried[0]), torch.device("cpu"), tile, clock())
+
+
+@pytest.mark.parametrize("operation", ["permuted_linear", "inject_permute", "qkv_decode_encode", "attention"])
+def test_every_kind_of_subject_runs(operation: str) -> None:
+    """Its smallest shape gives the reference's result with the heuristic's tile, and its sizes are the launcher's."""
+    smallest = min(
+        (s for s in SUBJECTS if s.operation == operation and s.sizes.get("inner", 576) == 576
+         and s.sizes.get("features", 576) == 576 and s.sizes.get("head_dim", 64) == 64),
+        key=lambda s: s.sizes.get("rows", s.sizes.get("tokens", 0)),
+    )  # fmt: skip
+    asked = []
+
+    def nearest(device, name, dtype, variant, sizes):
+        asked.append((name, variant, dict(sizes)))
+        return {}
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments = smallest.make(device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "nearest", nearest)
+        got = smallest.run(arguments, None)
+    assert asked == [(operation, smallest.variant, smallest.sizes)]
+    expected = smallest.expected(arguments).float()
+    assert (got.float() - expected).abs().max() <= 2.0**-6 * expected.abs().max()
+
+
+def test_command_without_a_gpu(capsys) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("says what it says where there is no GPU")
+    assert main([]) == 1
+    assert "No GPU here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--only", "nothing of the kind"])
