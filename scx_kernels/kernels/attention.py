@@ -672,7 +672,7 @@ def step_tile(
     if dtype == torch.float32:
         block_m, block_n, warps, stages = min(32, block_m), 32, 8, 1
         if width > 128:
-            block_m, block_n, warps = 16, 16, 16 if target.backend == "cuda" else 8
+            block_m, block_n, stages = 16, 16, 2 if target.backend == "cuda" else 1
     elif target.backend == "hip":
         block_m, block_n, warps, stages = min(64, block_m), 32, 4, 2
     elif width > 128:
@@ -686,6 +686,8 @@ def step_tile(
     if sealed:
         # As in `attention_tile`. The rest stays: sums in the same order give the same bits as without a seal.
         stages = 2 if blocks["BLOCK_TAIL"] and dtype != torch.float32 else 1
+        if target.arch == 100 and width <= 64 and dtype != torch.float32:
+            stages = 3
         block_m = 16 if blocks["BLOCK_TAIL"] and dtype == torch.float32 else block_m
     splits = min(triton.cdiv(keys, 256), max(1, 2 * target.multiprocessors // max(1, batch * groups)))
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}

@@ -298,10 +298,10 @@ def _qkv_kernel(
 
 
 def qkv_tile(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, target: Target) -> dict[str, Any]:
-    """Meta-parameters of `qkv_decode_encode`: a tile of about 2,048 elements, several heads to share cos and sin where
+    """Meta-parameters of `qkv_decode_encode`: a tile of about 4 KB, several heads to share cos and sin where
     tokens alone fill the machine, one head a program where they do not."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_s = max(1, min(triton.next_power_of_2(max(1, tokens)), 2048 // block_d))
+    block_s = max(1, min(triton.next_power_of_2(max(1, tokens)), 4096 // dtype.itemsize // block_d))
     programs = triton.cdiv(tokens, block_s)
     per_program = max(1, min(8, heads, programs * heads // (8 * target.multiprocessors)))
     warps = block_s * block_d // (8 * target.warp_size)
