@@ -137,12 +137,18 @@ def _append_encoded(cache: EncodedCache, layer: int, k: Tensor, v: Tensor) -> No
     batch, heads, tokens, size = k.shape
     key = cache.feature_key(layer, k.device)
     k, v = ops.permute_features(k, key.key), ops.permute_features(v, key.value)
-    slots = cache.room(layer, tokens + STEPS, (batch, heads, size), k)
+    writes = None
+    if layer in cache.session.settings.sealed_layers:
+        writes = cache.session.take_writes(batch, tokens + STEPS, k.device)
+    slots = cache.room(layer, tokens + STEPS, (batch, heads, size), k, writes)
     if slots is None:
         cache.append(k, v, layer)
         return
     slots = dataclasses.replace(slots, tokens=tokens)
     written = slice(slots.offset, slots.offset + tokens)
+    if slots.sealing is not None:
+        own = slots.sealing._replace(writes=slots.sealing.writes[:, written])
+        k, v = ops.seal(k, own, is_value=False), ops.seal(v, own, is_value=True)
     slots.keys[:, :, written], slots.values[:, :, written] = k, v
     cache.take_in(layer, slots)
 

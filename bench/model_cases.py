@@ -28,10 +28,15 @@ COMPILED = Contestant("plain, compiled", compiled=True)
 SCX = Contestant("SCX", keys={})
 REDUNDANT = Contestant("SCX, 100 redundant rows", keys={"redundant_num": 100})
 NOISE = Contestant("SCX, 100 redundant rows, noise", keys={"redundant_num": 100, "alp": True})
+SEALED = Contestant("SCX, sealed", keys={"cache_encoding": "sealed"})
+SEALED_12, SEALED_8 = (
+    Contestant(f"SCX, sealed by {rounds} rounds", keys={"cache_encoding": "sealed", "cipher_rounds": rounds})
+    for rounds in (12, 8)
+)
 REFERENCE = Contestant("SCX, reference operations", keys={}, backend="reference")
 
-OF_PREFILL = (PLAIN, EAGER, SCX, REDUNDANT, NOISE, REFERENCE)
-OF_TOKEN = (PLAIN, EAGER, SCX, NOISE, REFERENCE)  # redundant rows are in a prefill only
+OF_PREFILL = (PLAIN, EAGER, SCX, REDUNDANT, NOISE, SEALED, REFERENCE)
+OF_TOKEN = (PLAIN, EAGER, SCX, NOISE, SEALED, SEALED_12, SEALED_8, REFERENCE)  # redundant rows are in a prefill only
 
 DTYPES = {"Llama-3-8B": "bfloat16", "Llama-2-7B": "float16", "SmolLM2": "bfloat16"}
 CONTEXTS = (8, 128, 512, 1024, 4096, 10240)
@@ -77,8 +82,9 @@ def _cases_of(model: str, dtype: str, on_cuda: bool, sizes: Any = None) -> Itera
     sizes = sizes or {"prefill": [(1, context) for context in CONTEXTS], "token": SIZES_OF_TOKEN}
     cases = []
     for kind, contestants in (("prefill", OF_PREFILL), ("token", OF_TOKEN)):
-        # On a CPU the reference operations are the ones that SCX takes anyway.
-        taken = tuple(c for c in contestants if on_cuda or c.backend == "auto")
+        # On a CPU the reference operations are the ones that SCX takes anyway, and fewer rounds than the library's 20
+        # are plain PyTorch, to check kernels by.
+        taken = tuple(c for c in contestants if on_cuda or c not in (REFERENCE, SEALED_12, SEALED_8))
         cases += [ModelCase(model, kind, context, batch, dtype, taken) for batch, context in sizes[kind]]
     # The dearest last: where time runs out, it costs the fewest cases.
     yield from sorted(cases, key=lambda case: case.batch * case.context)

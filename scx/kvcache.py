@@ -273,7 +273,7 @@ class EncodedCache(DynamicCache):
         return key
 
     def room(
-        self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor, writes: Tensor | None
+        self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor, writes: Tensor | None = None
     ) -> Slots | None:
         """Slots in a layer's own buffers for `tokens` more tokens of (B, G, d) states in like's dtype.
 
