@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# torch exports ProcessGroupGloo only where gloo was built, which its stubs do not say.
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
 
 from scx.party.boundary import PartyLostError, Request
