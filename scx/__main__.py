@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     crossed.add_argument("--noise", type=float, default=5.0, help="noise scale; 0: none (default: %(default)s)")
     crossed.add_argument("--crossings", choices=CROSSINGS, default="few", help="default: %(default)s")
     crossed.add_argument("--reuse-feature-keys", action="store_true", help="one feature key over a generation")
+    crossed.add_argument(
+        "--prefill-top-k", type=int, metavar="K", help="the untrusted side returns each row's K largest logits"
+    )
 
     divided = commands.add_parser("demo-split", help="answer a prompt with two processes, and show what crossed")
     divided.add_argument("--model", help="directory or hub id (default: SmolLM2-135M-Instruct)")

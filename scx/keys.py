@@ -590,21 +590,21 @@ class PassKeys:
         index = self._stream.permutations(f"row permutation, {purpose}", self._streams(layer), total)[:, 0]
         return upload(index.contiguous(), self._device), upload(inverse(index), self._device)
 
-    def draw(self, layer: int, encoding: str) -> RowKey:
-        """The key of one of ENCODINGS in a layer."""
+    def draw(self, layer: int, encoding: str, like: str | None = None) -> RowKey:
+        """The key of one of ENCODINGS in a layer, or of another name with redundant rows to the scale of `like`."""
         row_index, place = self.permutation(layer, encoding)
-        return RowKey(row_index, place[:, : self._tokens].contiguous(), self._redundant(layer, encoding))
+        return RowKey(row_index, place[:, : self._tokens].contiguous(), self._redundant(layer, encoding, like))
 
     def renew(self, key: RowKey, layer: int, encoding: str) -> RowKey:
         """The permutation of `key` with fresh redundant rows."""
         return RowKey(key.row_index, key.position, self._redundant(layer, encoding))
 
-    def _redundant(self, layer: int, encoding: str) -> Tensor | None:
+    def _redundant(self, layer: int, encoding: str, like: str | None = None) -> Tensor | None:
         if not self._redundant_num:
             return None
         if self._scale is None:
             raise ValueError("scale: redundant rows need the scale of real rows")
-        per_feature: Tensor = getattr(self._scale, encoding)[layer]
+        per_feature: Tensor = getattr(self._scale, like or encoding)[layer]
         count = self._redundant_num * len(per_feature)
         normal = self._stream.normal(f"redundant rows, {encoding}", self._streams(layer), count)
         rows = normal.view(self._batch, self._redundant_num, -1).mul_(per_feature)

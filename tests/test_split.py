@@ -34,8 +34,10 @@ from scx.keys import PassKeys, Step
 from scx.keystream import KeyStream, Secret
 from scx.models.llama import model_shape
 from scx.models.split import split_plan
-from scx.party import MESSAGES, Plan, SecureParty, SplitCache, UntrustedParty
+from scx.party import MESSAGES, PartyLostError, Plan, SecureParty, SplitCache, UntrustedParty
+from scx.party.boundary import Request
 from scx.party.prefill import Prefill
+from scx.party.replies import ReplyRule
 from scx.party.transcript import expected_bytes, format_table
 
 KEYS = (
@@ -105,6 +107,45 @@ def test_half_precision(prompt, crossings: str, dtype: torch.dtype) -> None:
     model = tiny_model(dtype=dtype, layers=4)
     largest = model(prompt(9, 2)).logits.abs().max().item()
     check_logits(model, {"input_ids": prompt(9, 2)}, crossings, 24 * torch.finfo(dtype).eps * largest)
+
+
+@torch.no_grad()
+@by_crossings
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_on_the_untrusted_side(prompt, family: str, crossings: str) -> None:
+    """With `prefill_top_k` the k largest logits of every token are the plain model's, all others are -inf, hidden
+    states do not come back from a prefill, and generation goes on as ever."""
+    model, inputs = tiny_model(family, layers=4), padded(prompt, 2, 9)
+    plain = model(**inputs).logits
+    values, tokens = plain.topk(6)
+    ways: list[dict] = [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 6},
+        {"do_sample": False, "prefill_chunk_size": 4},
+    ]
+
+    def generate(way: dict) -> Tensor:
+        set_seed(3)
+        return model.generate(**inputs, max_new_tokens=6, **way)
+
+    made = [generate(way) for way in ways]
+    generator = keys_for(model)
+    with encoded_llama(model, generator, "cpu", crossings=crossings, prefill_top_k=6):
+        with record_transcript(model) as seen:
+            out = model(**inputs)
+        own = inputs["attention_mask"].bool()
+        torch.testing.assert_close(out.logits.gather(2, tokens)[own], values[own], rtol=1e-4, atol=1e-4)
+        assert (out.logits.isneginf().sum(dim=2) == VOCABULARY - 6).all()
+        assert torch.equal(model(**inputs, logits_to_keep=1).logits.argmax(-1), plain[:, -1:].argmax(-1))
+        assert model(**inputs, return_dict=False)[0].shape == plain.shape
+        assert all(torch.equal(generate(way), once) for way, once in zip(ways, made, strict=True))
+        with pytest.raises(ValueError, match="labels: a loss needs all logits"):
+            model(**inputs, labels=inputs["input_ids"])
+    returned = seen.select(direction="to secure")
+    (top,) = [x for x in returned if x.name == "top_logits"]
+    assert top.shape == (2, 9 + generator.redundant_num, 6), "those of every encoded row"
+    assert "hidden" not in {x.name for x in returned}
+    assert torch.equal(model(**inputs).logits, plain), "decode_llama gives the model its own head back"
 
 
 PROTECTED: list[dict] = [
@@ -504,15 +545,19 @@ def test_rows_of_neighbouring_blocks_are_linked_in_the_papers_scheme(prompt) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("options", [ALL, {"alp": False, "protected_layers": 0}, {**ALL, "protected_layers": 2}])
+@pytest.mark.parametrize("top_k", [None, 3])
 @by_crossings
-def test_bytes_follow_the_formula(prompt, crossings: str, options: dict, reuse: bool, dtype: torch.dtype) -> None:
+def test_bytes_follow_the_formula(
+    prompt, crossings: str, top_k: int | None, options: dict, reuse: bool, dtype: torch.dtype
+) -> None:
     model = tiny_model(layers=5, dtype=dtype)
     inputs = padded(prompt, 2, 11)
     generator = SCXKeyGenerator.for_model(model, **{"redundant_num": 3, **options})
-    plan, shape = split_plan(generator, model_shape(model), crossings, reuse), model_shape(model)
+    choices: dict = {"crossings": crossings, "reuse_feature_keys": reuse, "prefill_top_k": top_k}
+    plan, shape = split_plan(generator, model_shape(model), **choices), model_shape(model)
     known = {"batch": 2, "redundant": generator.redundant_num, "itemsize": dtype.itemsize}
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
-    with encoded_llama(model, generator, "cpu", crossings=crossings, reuse_feature_keys=reuse):
+    with encoded_llama(model, generator, "cpu", **choices):
         with record_transcript(model) as first:
             out = model(**inputs)
             model(prompt(1, 2), attention_mask=mask[:, :12], past_key_values=out.past_key_values)
@@ -559,6 +604,64 @@ def test_boundary_refuses_what_is_not_a_message(llama, prompt) -> None:
     boundary = llama.model._scx.party.boundary
     with pytest.raises(ValueError, match=r"attend: tensors \['hidden'\] do not cross"):
         boundary.ask("attend", conversation="", stage="prefill", tensors={"hidden": torch.zeros(1)})
+
+
+@torch.no_grad()
+def test_the_secure_side_works_while_the_other_does(prompt, monkeypatch) -> None:
+    """In a prefill, what a block's cache needs and the keys of its later rows are made between handing its attention
+    over and waiting for it."""
+    model, events = tiny_model(layers=4), []
+    encode_llama(model, keys_for(model), "cpu")
+
+    def noted(kind: type, name: str) -> None:
+        original = getattr(kind, name)
+
+        def method(self, *args, **kwargs):
+            events.append((name, args[1] if name == "renew" else args[0]))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, name, method)
+
+    class Slow:
+        """An untrusted party whose replies are waited for."""
+
+        def __init__(self, party: UntrustedParty) -> None:
+            self.party = party
+
+        def begin(self, request: Request):
+            events.append((f"begin {request.operation}", request.block))
+
+            def wait():
+                events.append((f"wait {request.operation}", request.block))
+                return self.party.receive(request)
+
+            return wait
+
+    for kind, name in ((Prefill, "_keep"), (PassKeys, "draw"), (PassKeys, "renew")):
+        noted(kind, name)
+    monkeypatch.setattr(model.model._scx.party.boundary, "_receiver", Slow(untrusted_party(model)))
+    model(prompt(9))
+    for block, later in enumerate((["draw", "draw"], ["renew"], ["draw", "renew"], ["renew"])):
+        at = events.index(("begin attend", block))
+        assert [name for name, _ in events[at + 1 : events.index(("wait attend", block))]] == ["_keep", *later]
+
+
+@pytest.mark.parametrize("tokens", [torch.tensor([[[0, 211]]]), torch.tensor([[[-1, 0]]]), torch.zeros(1, 1, 2)])
+def test_tokens_from_the_untrusted_side_are_checked(llama, tokens: Tensor) -> None:
+    """A token outside the vocabulary, or one that is no number of a token, is refused before it is used."""
+    plan = Plan(3, 1, 1, prefill_top_k=2)
+    rule, request = ReplyRule(plan, model_shape(llama)), Request("head", "", "prefill", 2, 0, 0, 0, {
+        "head_input": torch.zeros(1, 1, 96)})  # fmt: skip
+    reply = {"top_logits": torch.zeros(1, 1, 2), "top_tokens": torch.tensor([[[0, 210]]])}
+
+    def check() -> None:
+        rule.check(request, reply)
+        rule.check_values(request, reply)
+
+    check()
+    reply["top_tokens"] = tokens
+    with pytest.raises(PartyLostError, match=r"head, block 2: expected (tokens 0\.\.210|int64 top_tokens)"):
+        check()
 
 
 def test_table(conversation) -> None:
@@ -650,9 +753,20 @@ def test_fused_sessions_have_nothing_to_share(llama, prompt) -> None:
 def test_refusals(llama, prompt) -> None:
     """What the split placement cannot do is refused by name, and nothing is changed."""
     plain = llama(prompt(4)).past_key_values
-    for message, options in (("crossings: expected one of", {"crossings": "none"}),):
+    for message, options in (
+        ("crossings: expected one of", {"crossings": "none"}),
+        ("prefill_top_k: expected a number of logits from 1, or None, got 0", {"prefill_top_k": 0}),
+        ("prefill_top_k: expected a number of logits from 1, or None, got True", {"prefill_top_k": True}),
+        ("prefill_top_k: expected at most 211, the vocabulary, got 212", {"prefill_top_k": 212}),
+    ):
         with pytest.raises(ValueError, match=message):
             encode_llama(llama, keys_for(llama), "cpu", **options)
+    with pytest.raises(
+        ValueError, match="prefill_top_k: expected a model with a language-modelling head, got LlamaMod"
+    ):
+        encode_llama(llama.model, keys_for(llama), "cpu", prefill_top_k=3)
+    with pytest.raises(ValueError, match="head: the plan has a prefill's logits come from here"):
+        UntrustedParty(llama.model.layers, llama.model.rotary_emb, Plan(3, 1, 1, prefill_top_k=1))
     with pytest.raises(ValueError, match="alp=True needs the first layer"):
         encode_llama(llama, keys_for(llama, protected_layers=0), "cpu")
     with pytest.raises(ValueError, match="cache_encoding: 'sealed' belongs to the fused placement"):

@@ -47,22 +47,23 @@ def start(saved) -> Iterator[Callable[..., subprocess.Popen]]:
         process.wait()
 
 
-def split_over_processes(timeout: float = 120.0) -> tuple:
+def split_over_processes(timeout: float = 120.0, prefill_top_k: int | None = None) -> tuple:
     model = tiny_model(layers=4).cpu()
     generator = SCXKeyGenerator.for_model(model, redundant_num=3, alp=True)
     shape = model_shape(model)
-    remote = RemoteParty(split_plan(generator, shape, "few", False), shape.fingerprint, timeout=timeout)
-    encode_llama(model, generator, "cpu", untrusted=remote)
+    plan = split_plan(generator, shape, "few", False, prefill_top_k)
+    remote = RemoteParty(plan, shape.fingerprint, timeout=timeout)
+    encode_llama(model, generator, "cpu", untrusted=remote, prefill_top_k=prefill_top_k)
     return model, remote
 
 
 @torch.no_grad()
 def test_killed_worker_costs_no_token(start, prompt) -> None:
     """A worker is killed in the middle of a generation; the next one takes the conversation up from the last completed
-    token, and the tokens are the plain model's."""
+    token, and the tokens are the plain model's. The worker has the head of prefills as well."""
     ids = prompt(PROMPT).cpu()
     plain = tiny_model(layers=4).cpu().generate(ids, max_new_tokens=NEW, do_sample=False)[0, PROMPT:].tolist()
-    model, remote = split_over_processes()
+    model, remote = split_over_processes(prefill_top_k=4)
     first = start(remote.address)
     remote.connect()
     start(remote.address, "-m", "torch.distributed.run", "--nproc-per-node", "1")
@@ -90,6 +91,15 @@ def test_killed_worker_costs_no_token(start, prompt) -> None:
     assert session_id is not None
     assert session_id != cache.session_id, "a conversation taken up again has a session of its own"
     assert cache.get_seq_length() == PROMPT + NEW
+
+
+def test_both_sides_have_one_plan() -> None:
+    """Workers that are told another plan than the model is encoded with are refused before anything crosses."""
+    model = tiny_model(layers=4).cpu()
+    generator = SCXKeyGenerator.for_model(model)
+    remote = RemoteParty(split_plan(generator, model_shape(model), "paper", False), model_shape(model).fingerprint)
+    with pytest.raises(ValueError, match=r"untrusted: its workers are told Plan\(.*'paper'.*with Plan\(.*'few'"):
+        encode_llama(model, generator, "cpu", untrusted=remote)
 
 
 def test_nobody_joins() -> None:

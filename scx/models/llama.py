@@ -573,6 +573,7 @@ def encode_llama(
     *,
     crossings: str = "few",
     reuse_feature_keys: bool = False,
+    prefill_top_k: int | None = None,
     untrusted: "RemoteParty | None" = None,
 ) -> PreTrainedModel:
     """Change a Llama-like model in place so that it runs under SCX with the keys of `key_generator`.
@@ -593,6 +594,10 @@ def encode_llama(
         reuse_feature_keys: in the split placement, keep one feature permutation per start block over a generation, so
             that only new keys and values cross, not the whole encoded cache of these blocks in every step. It costs
             secrecy: with every step the same order is seen on more rows.
+        prefill_top_k: in the split placement, have the untrusted side compute a prefill's logits, on encoded rows, and
+            return the k largest of each row; only the secure side knows which rows are tokens. The others are -inf:
+            greedy generation, and sampling with a `top_k` of at most k, are the plain model's; beams' scores are not.
+            None: the head is on the secure side, as it always is for generated tokens.
         untrusted: in the split placement, an untrusted party in another process; this one's blocks are not used then.
 
     Returns: `model`.
@@ -605,9 +610,10 @@ def encode_llama(
     decoder = _find_decoder(model)
     shape = model_shape(model)
     _check_generator(key_generator, shape)
-    plan, secure = None, split.secure_device(secure_device)
+    plan, outer, secure = None, None, split.secure_device(secure_device)
     if secure is not None:
-        plan = split.split_plan(key_generator, shape, crossings, reuse_feature_keys)
+        plan = split.split_plan(key_generator, shape, crossings, reuse_feature_keys, prefill_top_k)
+        outer = None if prefill_top_k is None else split.causal_lm(model, decoder)
     _check_forwards(decoder)
     sliding = [i for i in key_generator.sealed(shape) if _slides(decoder, i)]
     if sliding:
@@ -619,6 +625,8 @@ def encode_llama(
     if plan is not None and secure is not None:
         decoder._scx = split.make_parties(model, decoder, plan, key_generator, shape, scale, secure, untrusted)
         _swap(decoder, _encoded_class(type(decoder), split.SplitModel))
+        if outer is not None:
+            _swap(outer, _encoded_class(type(outer), split.SplitCausalLM))
         return model
     layer_class, attention_class = SUPPORTED[type(decoder)]
 
@@ -640,6 +648,8 @@ def decode_llama(model: PreTrainedModel) -> PreTrainedModel:
     decoders: list[Decoder] = [module for module in model.modules() if isinstance(module, EncodedModel)]
     if not decoders:
         raise ValueError("model: it is not encoded")
+    for outer in [module for module in model.modules() if isinstance(module, split.SplitCausalLM)]:
+        _swap(outer, type(outer).__bases__[1])
     for decoder in decoders:
         if isinstance(decoder, split.SplitModel):
             decoder._scx.restore_devices()

@@ -8,13 +8,14 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from scx.devices import upload
 from scx.encoding import RedundantScale
@@ -32,7 +33,7 @@ from scx.party.boundary import Boundary, Receiver, Transcript
 from scx.party.cache import CachePart, SplitCache
 from scx.party.generation import Generation
 from scx.party.plan import Plan
-from scx.party.prefill import Prefill
+from scx.party.prefill import Prefill, TopLogits
 from scx.party.replies import ReplyRule
 from scx.party.secure import Rope, SecureParty
 from scx.party.untrusted import UntrustedParty
@@ -82,6 +83,14 @@ class SplitEncoding(ModelEncoding):
         return cache
 
 
+@dataclass
+class SplitOutput(BaseModelOutputWithPast):
+    """Of the decoder stack. `top_logits` stand in for the hidden states of a prefill whose head is the untrusted
+    side's."""
+
+    top_logits: TopLogits | None = None
+
+
 class SplitModel(EncodedModel):
     """The decoder stack as the secure side: admits a request and leads its stage."""
 
@@ -123,21 +132,24 @@ class SplitModel(EncodedModel):
             _check_padding(first_key, conversation.first_key)
         hidden = self._embed(input_ids, inputs_embeds)
         rope = self._rope(hidden, position_ids, past)
+        result: Tensor | TopLogits
         if opens:
-            hidden, kept = self._prefill(hidden, rope, first_key, cache, use_cache)
+            result, kept = self._prefill(hidden, rope, first_key, cache, use_cache)
         else:
-            hidden, kept = Generation(encoding.party, conversation, rope).run(hidden), conversation
+            result, kept = Generation(encoding.party, conversation, rope).run(hidden), conversation
         if kept is not None:
             kept.remember(input_ids, rope.positions)
-        hidden = self.norm(hidden)
-        outputs = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
+        if isinstance(result, TopLogits):
+            outputs = SplitOutput(past_key_values=kept, top_logits=result)
+        else:
+            outputs = SplitOutput(last_hidden_state=self.norm(result), past_key_values=kept)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         return outputs if return_dict else outputs.to_tuple()
 
     def _prefill(
         self, hidden: Tensor, rope: Rope, first_key: Tensor | None, cache: Cache | None, use_cache: bool
-    ) -> tuple[Tensor, SplitCache | None]:
+    ) -> tuple[Tensor | TopLogits, SplitCache | None]:
         encoding = self._scx
         session = encoding.open_session(len(hidden))
         kept = None
@@ -180,6 +192,58 @@ class SplitModel(EncodedModel):
             raise ValueError(f"position_ids: expected ({rows[1]} or 1, {tokens}), got {tuple(position_ids.shape)}")
         cos, sin = self.rotary_emb(hidden, position_ids=position_ids)
         return Rope(position_ids, cos, sin)
+
+
+class SplitCausalLM(nn.Module):
+    """A language model whose prefills' logits come from the untrusted side: the k largest of each token, -inf else."""
+
+    model: SplitModel
+    lm_head: nn.Module
+    config: Any
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is not None:
+            raise ValueError("labels: a loss needs all logits; encode the model with prefill_top_k=None")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if outputs.top_logits is None:
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        else:
+            logits = outputs.top_logits.dense(self.config.vocab_size, kept)
+        result = CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return result if return_dict else result.to_tuple()
+
+
+def causal_lm(model: nn.Module, decoder: Decoder) -> Any:
+    """The module with the language-modelling head on a decoder. Raises ValueError if there is none."""
+    for module in model.modules():
+        if getattr(module, "model", None) is decoder and isinstance(getattr(module, "lm_head", None), nn.Module):
+            return module
+    raise ValueError(f"prefill_top_k: expected a model with a language-modelling head, got {type(model).__name__}")
 
 
 def _join_parts(past: Cache | None, gpu_kvcache: Any, cpu_kvcache: Any) -> Cache | None:
@@ -257,7 +321,13 @@ def _outer_modules(model: PreTrainedModel, decoder: Decoder) -> list[nn.Module]:
     return [decoder.embed_tokens, decoder.norm, decoder.rotary_emb, *heads]
 
 
-def split_plan(generator: SCXKeyGenerator, shape: ModelShape, crossings: str, reuse_feature_keys: bool) -> Plan:
+def split_plan(
+    generator: SCXKeyGenerator,
+    shape: ModelShape,
+    crossings: str,
+    reuse_feature_keys: bool,
+    prefill_top_k: int | None = None,
+) -> Plan:
     """The agreement of the parties. Raises ValueError for settings that it cannot keep."""
     start, end = generator.protected(shape)
     if generator.alp and not start:
@@ -267,7 +337,10 @@ def split_plan(generator: SCXKeyGenerator, shape: ModelShape, crossings: str, re
         )
     if generator.sealed(shape):
         raise ValueError("cache_encoding: 'sealed' belongs to the fused placement; expected 'permuted'")
-    return Plan(shape.num_layers, len(start), len(end), crossings, reuse_feature_keys, generator.alp)
+    plan = Plan(shape.num_layers, len(start), len(end), crossings, reuse_feature_keys, generator.alp, prefill_top_k)
+    if prefill_top_k is not None and prefill_top_k > shape.vocab_size:
+        raise ValueError(f"prefill_top_k: expected at most {shape.vocab_size}, the vocabulary, got {prefill_top_k}")
+    return plan
 
 
 def make_parties(
@@ -286,8 +359,11 @@ def make_parties(
     untrusted: Receiver
     if remote is None:
         rotary = copy.deepcopy(decoder.rotary_emb).to(untrusted_device)
-        untrusted = UntrustedParty(decoder.layers, rotary, plan)
+        head = None if plan.prefill_top_k is None else _untrusted_head(model, decoder, untrusted_device, device)
+        untrusted = UntrustedParty(decoder.layers, rotary, plan, head)
     else:
+        if remote.plan != plan:
+            raise ValueError(f"untrusted: its workers are told {remote.plan}, the model is to be encoded with {plan}")
         untrusted, untrusted_device = remote, torch.device("cpu")  # messages leave the process from there
     outer = [(module, _device_of(module, untrusted_device)) for module in _outer_modules(model, decoder)]
     for module, _ in outer:
@@ -295,6 +371,14 @@ def make_parties(
     boundary = Boundary(untrusted, ReplyRule(plan, shape), device, untrusted_device)
     party = SecureParty(decoder.layers, plan, shape, scale, boundary)
     return SplitEncoding(generator, shape, scale, decoder.embed_tokens.weight.dtype, party, outer)
+
+
+def _untrusted_head(
+    model: PreTrainedModel, decoder: Decoder, untrusted_device: torch.device, device: torch.device
+) -> nn.Module:
+    """Final norm and head for the untrusted side, copies unless both sides share a device."""
+    head = nn.Sequential(decoder.norm, causal_lm(model, decoder).lm_head)
+    return head if device == untrusted_device else copy.deepcopy(head).to(untrusted_device)
 
 
 def _device_of(module: nn.Module, default: torch.device) -> torch.device:

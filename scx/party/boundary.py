@@ -6,20 +6,21 @@ generation the number of its `step`, `past` (tokens cached before it) and `key_r
 keys before it).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["MESSAGES", "STAGES", "Boundary", "Crossing", "PartyLostError", "Request", "Transcript"]
+__all__ = ["MESSAGES", "STAGES", "Boundary", "Crossing", "PartyLostError", "Pending", "Request", "Transcript"]
 
 STAGES = ("prefill", "key sharing", "generation")
 
 _PRODUCTS = ("query_product", "key_product", "value_product")
 _SCORES = ("scores", "value")
+_TOP = ("top_logits", "top_tokens")
 
 MESSAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "open": (("first_key",), ()),
@@ -27,8 +28,9 @@ MESSAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attend": (("query", "key", "value"), ("attention",)),
     "project_output": (("attention_rows",), ("output",)),
     "feed_forward": (("feed_forward_input",), ("feed_forward",)),
-    "enter": (("feed_forward_input",), (*_PRODUCTS, "hidden")),
-    "advance": (("attention_rows",), (*_PRODUCTS, "hidden")),
+    "enter": (("feed_forward_input",), (*_PRODUCTS, "hidden", *_TOP)),
+    "advance": (("attention_rows",), (*_PRODUCTS, "hidden", *_TOP)),
+    "head": (("head_input",), _TOP),
     "unlock": (("token_position", "positions"), ()),
     "encoded_keys": (("encoded_keys",), ()),
     "run_middle": (("hidden", "positions"), ("hidden",)),
@@ -60,15 +62,20 @@ class Request:
 
 
 class Receiver(Protocol):
-    """The far end of a boundary: an untrusted party, or what leads to one in another process."""
+    """The far end of a boundary: an untrusted party, or what leads to one in another process.
 
-    def receive(self, request: Request) -> Mapping[str, Tensor]: ...
+    `begin` hands a request over. What it returns waits for the reply and gives it.
+    """
+
+    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]: ...
 
 
 class Rule(Protocol):
-    """Who says what a reply must look like: raises PartyLostError for any other."""
+    """Who says what a reply must look like, before and after it has come: raises PartyLostError for any other."""
 
     def check(self, request: Request, reply: Mapping[str, Tensor]) -> None: ...
+
+    def check_values(self, request: Request, reply: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,20 @@ class Transcript:
         return self.select(stage=stage, direction="to untrusted")
 
 
+class Pending:
+    """A request under way. The secure side does what it has yet to do, while the other side works, before it waits."""
+
+    def __init__(self, finish: Callable[[], dict[str, Tensor]]) -> None:
+        self._finish = finish
+
+    def wait(self) -> dict[str, Tensor]:
+        """The reply's tensors by name, on the secure side's device; called once.
+
+        Raises: PartyLostError without a reply, or with another than was asked for.
+        """
+        return self._finish()
+
+
 class Boundary:
     """Moves named tensors between the secure side's device and the untrusted party, and counts them.
 
@@ -142,7 +163,11 @@ class Boundary:
         finally:
             self._transcripts.remove(transcript)
 
-    def ask(
+    def ask(self, operation: str, **arguments: Any) -> dict[str, Tensor]:
+        """Send a request and wait for the reply: `begin`, with its arguments, and `Pending.wait`."""
+        return self.begin(operation, **arguments).wait()
+
+    def begin(
         self,
         operation: str,
         *,
@@ -153,8 +178,8 @@ class Boundary:
         past: int = 0,
         key_rows: int = 0,
         tensors: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """Send a request and wait for the reply.
+    ) -> Pending:
+        """Send a request. One is under way at a time.
 
         Args:
             operation: one of `MESSAGES`.
@@ -164,23 +189,36 @@ class Boundary:
             step, past, key_rows: lengths as above.
             tensors: by name, on the secure side's device.
 
-        Returns: the reply's tensors by name, on the secure side's device.
-        Raises: ValueError for a tensor that is not in `MESSAGES`; PartyLostError without a reply, or with another than
-            was asked for.
+        Returns: where the reply is waited for.
+        Raises: ValueError for a tensor that is not in `MESSAGES`; PartyLostError if the request cannot be sent.
         """
-        sent, returned = MESSAGES[operation]
+        sent, _ = MESSAGES[operation]
         _check_names(operation, tensors, sent)
-        moved = _move(tensors, self.untrusted_device)
+        moved, _ = _move(tensors, self.untrusted_device)
         self._note("to untrusted", stage, block, operation, moved)
         for transcript in self._transcripts:
             transcript.requests[stage] += bool(moved)
         request = Request(operation, conversation, stage, block, step, past, key_rows, moved)
-        reply = self._receiver.receive(request)
-        _check_names(operation, reply, returned)
+        answer = self._receiver.begin(request)
+        if self.untrusted_device.type != "cuda":
+            return Pending(lambda: self._end(request, self._arrive(request, answer())))
+        # The reply's kernels are queued, not done. So are its copies, behind them: nobody waits for the device yet.
+        arriving = self._arrive(request, answer())
+        return Pending(lambda: self._end(request, arriving))
+
+    def _arrive(self, request: Request, reply: Mapping[str, Tensor]) -> "_Moved":
+        _, returned = MESSAGES[request.operation]
+        _check_names(request.operation, reply, returned)
         self._rule.check(request, reply)
-        back = _move(reply, self.secure_device)
-        self._note("to secure", stage, block, operation, back)
-        return back
+        return _move(reply, self.secure_device)
+
+    def _end(self, request: Request, moved: "_Moved") -> dict[str, Tensor]:
+        tensors, copied = moved
+        if copied is not None:
+            copied.synchronize()
+        self._rule.check_values(request, tensors)
+        self._note("to secure", request.stage, request.block, request.operation, tensors)
+        return tensors
 
     def _note(self, direction: str, stage: str, block: int, operation: str, tensors: Mapping[str, Tensor]) -> None:
         if not self._transcripts:
@@ -200,9 +238,13 @@ def _check_names(operation: str, tensors: Mapping[str, Tensor], allowed: tuple[s
         raise ValueError(f"{operation}: tensors {unknown} do not cross the boundary, expected some of {list(allowed)}")
 
 
-def _move(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors on `device`, each in memory of its own size: a view would take along what lies around it."""
-    moved, waits = {}, None
+_Moved = tuple[dict[str, Tensor], torch.cuda.Event | None]
+
+
+def _move(tensors: Mapping[str, Tensor], device: torch.device) -> _Moved:
+    """The tensors on `device`, each in memory of its own size (a view would take along what lies around it), and what
+    to wait for before the CPU reads them."""
+    moved, source = {}, None
     for name, x in tensors.items():
         x = x.detach().contiguous()
         if x.device == device:
@@ -210,11 +252,8 @@ def _move(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tens
         elif device.type == "cuda" and x.device.type == "cpu":
             moved[name] = x.pin_memory().to(device, non_blocking=True)
         elif device.type == "cpu" and x.device.type == "cuda":
-            # All tensors of a reply are copied at once, into pinned memory, and waited for once.
             moved[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-            waits = x.device
+            source = x.device
         else:
             moved[name] = x.to(device)
-    if waits is not None:
-        torch.cuda.current_stream(waits).synchronize()
-    return moved
+    return moved, None if source is None else torch.cuda.current_stream(source).record_event()

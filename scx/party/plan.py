@@ -14,7 +14,8 @@ class Plan:
 
     `start` and `end` are l_s and l_e, the numbers of first and last blocks whose keys stay on the secure side. With
     `reuse_feature_keys`, start blocks keep one π_r over all steps of a generation. `noisy` says whether noise covers
-    the inputs of the first block and, in generation, of all start blocks.
+    the inputs of the first block and, in generation, of all start blocks. With `prefill_top_k`, norm and head of a
+    prefill are the untrusted side's, which answers the k largest logits of every encoded row.
     """
 
     num_layers: int
@@ -23,10 +24,14 @@ class Plan:
     crossings: str = "few"
     reuse_feature_keys: bool = False
     noisy: bool = False
+    prefill_top_k: int | None = None
 
     def __post_init__(self) -> None:
         if self.crossings not in CROSSINGS:
             raise ValueError(f"crossings: expected one of {CROSSINGS}, got {self.crossings!r}")
+        k = self.prefill_top_k
+        if k is not None and (type(k) is not int or k < 1):
+            raise ValueError(f"prefill_top_k: expected a number of logits from 1, or None, got {k!r}")
 
     @property
     def start_blocks(self) -> range:

@@ -8,12 +8,13 @@ from torch import Tensor
 import scx_kernels as ops
 from scx.encoding import Noise, RowKey, inverse
 from scx.keys import Session
+from scx.party.boundary import Pending
 from scx.party.cache import SplitCache
 from scx.party.secure import Rope, SecureParty
 from scx.party.sharing import SharedKeys
 from scx.party.untrusted import append
 
-__all__ = ["Prefill"]
+__all__ = ["Prefill", "TopLogits"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,26 @@ class Products:
     @classmethod
     def read(cls, reply: dict[str, Tensor], rows: RowKey, noise: Noise | None = None) -> "Products":
         return cls(reply["query_product"], reply["key_product"], reply["value_product"], rows, noise)
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """The k largest logits of every token, (B, S, k), and their tokens, (B, S, k) int64, largest first."""
+
+    logits: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def read(cls, reply: dict[str, Tensor], rows: RowKey) -> "TopLogits":
+        """Of encoded rows: in token order, redundant rows dropped."""
+        places = rows.position[:, :, None].expand(-1, -1, reply["top_logits"].shape[2])
+        return cls(reply["top_logits"].gather(1, places), reply["top_tokens"].gather(1, places))
+
+    def dense(self, vocab_size: int, tokens: slice | Tensor) -> Tensor:
+        """(B, S', vocab_size) logits of the given tokens, -inf where they are not among the largest."""
+        logits, index = self.logits[:, tokens], self.tokens[:, tokens]
+        everything = logits.new_full((*logits.shape[:2], vocab_size), -torch.inf)
+        return everything.scatter(2, index, logits)
 
 
 class Prefill:
@@ -53,8 +74,9 @@ class Prefill:
         self.cache = cache
         self.token_position: list[Tensor] = []  # of the middle blocks, (B, S) each
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """Embeddings (B, S, D) -> hidden states behind the last block, (B, S, D)."""
+    def run(self, hidden: Tensor) -> "Tensor | TopLogits":
+        """Embeddings (B, S, D) -> hidden states behind the last block, (B, S, D), or their largest logits if the plan
+        has these come from the untrusted side."""
         batch, tokens, _ = hidden.shape
         party = self.party
         self.line = party.line(self.session.id, "prefill")
@@ -62,40 +84,50 @@ class Prefill:
         padding = {} if self.first_key is None else {"first_key": self.first_key}
         self.line.ask("open", -1, **padding)
         run = self._run_few if self.plan.few else self._run_paper
-        hidden = run(hidden)
+        result = run(hidden)
         if self.cache is None:
             party.forget(self.session.id)
         else:
             self._finish(self.cache, tokens)
-        return hidden
+        return result
 
-    def _run_paper(self, hidden: Tensor) -> Tensor:
+    def _run_paper(self, hidden: Tensor) -> "Tensor | TopLogits":
         """Four round trips per block: rows come back after every product."""
         for block in range(self.plan.num_layers):
             products = self._project(block, hidden)
-            hidden = hidden + self._project_output(block, self._attend(block, products))
+            attention = self._attend(block, products)
+            hidden = hidden + self._project_output(block, attention, self.keys.draw(block, "output"))
             key = self.keys.draw(block, "feed_forward")
             reply = self.line.ask("feed_forward", block, feed_forward_input=key.encode(hidden))
             hidden = hidden + key.decode(reply["feed_forward"])
-        return hidden
+        if self.plan.prefill_top_k is None:
+            return hidden
+        key = self.keys.draw(block, "head", like="feed_forward")
+        return TopLogits.read(self.line.ask("head", block, head_input=key.encode(hidden)), key)
 
-    def _run_few(self, hidden: Tensor) -> Tensor:
+    def _run_few(self, hidden: Tensor) -> "Tensor | TopLogits":
         """Two round trips per block: between one attention and the next, rows stay where they are."""
         products = self._project(0, hidden)
         for block in range(self.plan.num_layers):
-            attended = self._attend(block, products)
+            attention = self._attend(block, products)
             if self.plan.is_border(block):
-                rows = self._project_output(block, attended, None if block == 0 else products.rows)
+                residual = None if block == 0 else products.rows
                 key = self.keys.draw(block, "feed_forward")
+                rows = self._project_output(block, attention, self._output_key(block, residual))
                 hidden = hidden + rows if block == 0 else rows
                 reply = self.line.ask("enter", block, feed_forward_input=key.encode(hidden))
             else:
                 key = products.rows
-                rows_key = self.keys.renew(key, block, "output")
-                reply = self.line.ask("advance", block, attention_rows=self._encode(block, attended, rows_key))
+                attended = self._encode(block, attention, self._output_key(block, key))
+                reply = self.line.ask("advance", block, attention_rows=attended)
             if block + 1 < self.plan.num_layers:
                 products = Products.read(reply, key)
-        return key.decode(reply["hidden"])
+        return key.decode(reply["hidden"]) if self.plan.prefill_top_k is None else TopLogits.read(reply, key)
+
+    def _output_key(self, block: int, residual: RowKey | None) -> RowKey:
+        """The key of rows that enter the output projection: that of residual rows which lie on the untrusted side, for
+        it to add them, with fresh redundant rows; a fresh one without such."""
+        return self.keys.draw(block, "output") if residual is None else self.keys.renew(residual, block, "output")
 
     def _project(self, block: int, hidden: Tensor) -> Products:
         """Encode a block's attention input, under noise in the first; q, k and v products come back."""
@@ -104,8 +136,8 @@ class Prefill:
         rows = key.encode(hidden, self.party.weights.attention_norm[block], noise)
         return Products.read(self.line.ask("project_qkv", block, attention_input=rows), key, noise)
 
-    def _attend(self, block: int, products: Products) -> Tensor:
-        """Restore, subtract the noise's image, rotate, permute features; attention comes back, (B, H, S, d)."""
+    def _attend(self, block: int, products: Products) -> Pending:
+        """Restore, subtract the noise's image, rotate, permute features; attention is under way, (B, H, S, d)."""
         weights, feature_key = self.party.weights, self.party.feature_key(self.session, block)
         q, k, v = ops.qkv_decode_encode(
             products.query,
@@ -121,20 +153,18 @@ class Prefill:
             dtype=weights.dtype,
             **weights.head_norms[block],
         )
+        attention = self.line.begin("attend", block, query=q, key=k, value=v)
         if self.cache is not None:
             self._keep(block, products, feature_key.decode_cache(k, v) if block in self.plan.protected_blocks else None)
-        return self.line.ask("attend", block, query=q, key=k, value=v)["attention"]
+        return attention
 
-    def _encode(self, block: int, attended: Tensor, key: RowKey) -> Tensor:
-        return key.encode_heads(attended, self.party.feature_key(self.session, block).output)
+    def _encode(self, block: int, attention: Pending, key: RowKey) -> Tensor:
+        feature_key = self.party.feature_key(self.session, block)
+        return key.encode_heads(attention.wait()["attention"], feature_key.output)
 
-    def _project_output(self, block: int, attended: Tensor, same: RowKey | None = None) -> Tensor:
-        """Undo π_r, encode rows; their output projection comes back, in token order: (B, S, D).
-
-        `same` is the key of residual rows that lie on the untrusted side, which adds them.
-        """
-        key = self.keys.draw(block, "output") if same is None else self.keys.renew(same, block, "output")
-        reply = self.line.ask("project_output", block, attention_rows=self._encode(block, attended, key))
+    def _project_output(self, block: int, attention: Pending, key: RowKey) -> Tensor:
+        """Undo π_r, encode rows; their output projection comes back, in token order: (B, S, D)."""
+        reply = self.line.ask("project_output", block, attention_rows=self._encode(block, attention, key))
         return key.decode(reply["output"])
 
     def _keep(self, block: int, products: Products, plain: tuple[Tensor, Tensor] | None) -> None:

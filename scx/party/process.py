@@ -7,7 +7,8 @@ waits for its turn. Each exchange is two messages of three parts: lengths, a hea
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -95,6 +96,7 @@ class RemoteParty:
     def __init__(
         self, plan: Plan, fingerprint: str, *, host: str = "127.0.0.1", port: int = 0, timeout: float = 60.0
     ) -> None:
+        self.plan = plan
         self.timeout = timedelta(seconds=timeout)
         self._store = TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=self.timeout)
         self._store.set("agreement", json.dumps({"plan": asdict(plan), "model": fingerprint}))
@@ -120,30 +122,44 @@ class RemoteParty:
         """End the connection, and with it the worker."""
         self._peer = None
 
-    def receive(self, request: Request) -> Mapping[str, Tensor]:
-        """Send a request and wait for the reply. Raises PartyLostError; `connect` turns to the next worker then."""
-        asked = f"{request.operation}, block {request.block}: worker {self._worker}"
+    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]:
+        """Send a request; what is returned waits for the reply. Both raise PartyLostError; `connect` turns to the next
+        worker then."""
         if self._peer is None:
-            raise PartyLostError(f"{asked} is not connected")
+            raise PartyLostError(f"{self._name(request)} is not connected")
         header = {name: value for name, value in vars(request).items() if name != "tensors"}
-        peer, self._peer = self._peer, None  # an exchange that fails half-way leaves a connection nobody can use
-        try:
+        peer, self._peer = self._peer, None  # an exchange that ends half-way leaves a connection nobody can use
+        with self._as_lost(request):
             peer.send(header, request.tensors, self.timeout)
+        return lambda: self._end(request, peer)
+
+    def _end(self, request: Request, peer: Peer) -> Mapping[str, Tensor]:
+        with self._as_lost(request):
             answer, tensors = peer.receive(self.timeout)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise PartyLostError(f"{asked} died or did not answer within {self.timeout}: {error!s:.200}") from error
         if "error" in answer:
-            raise PartyLostError(f"{asked} failed: {answer['error']!s:.200}")
+            raise PartyLostError(f"{self._name(request)} failed: {answer['error']!s:.200}")
         self._peer = peer
         return tensors
 
+    def _name(self, request: Request) -> str:
+        return f"{request.operation}, block {request.block}: worker {self._worker}"
 
-def serve(address: str, layers: Any, rotary: Any, fingerprint: str, timeout: float = 60.0) -> None:
+    @contextmanager
+    def _as_lost(self, request: Request) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            name = self._name(request)
+            raise PartyLostError(f"{name} died or did not answer within {self.timeout}: {error!s:.200}") from error
+
+
+def serve(address: str, layers: Any, rotary: Any, head: Any, fingerprint: str, timeout: float = 60.0) -> None:
     """Be the untrusted party of a secure process until that ends.
 
     Args:
         address: HOST:PORT where it listens.
-        layers, rotary, fingerprint: the blocks, the rotary embedding, and the fingerprint of the model.
+        layers, rotary, head: the blocks, the rotary embedding, and final norm and head, as `UntrustedParty` takes them.
+        fingerprint: of the model.
         timeout: seconds to find the secure process.
 
     Raises: ValueError if it expects another model; RuntimeError if it is not found.
@@ -154,7 +170,7 @@ def serve(address: str, layers: Any, rotary: Any, fingerprint: str, timeout: flo
     agreement = json.loads(store.get("agreement"))
     if agreement["model"] != fingerprint:
         raise ValueError(f"model: the secure side expects {agreement['model'][:16]}, this is {fingerprint[:16]}")
-    party = UntrustedParty(layers, rotary, Plan(**agreement["plan"]))
+    party = UntrustedParty(layers, rotary, Plan(**agreement["plan"]), head)
     number = store.add("workers", 1)
     store.set(f"joined {number}", "")
     peer = Peer(store, number, _UNTRUSTED, _PATIENCE)

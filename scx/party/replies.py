@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from scx.keys import ModelShape
@@ -32,8 +33,20 @@ class ReplyRule:
             raise PartyLostError(
                 f"{request.operation}, block {request.block}: expected {expected} from the untrusted side, got {got}"
             )
-        if not all(x.is_floating_point() for x in reply.values()):
-            raise PartyLostError(f"{request.operation}, block {request.block}: expected floating-point tensors")
+        for name, x in reply.items():
+            if x.dtype != torch.int64 if name == "top_tokens" else not x.is_floating_point():
+                kind = "int64" if name == "top_tokens" else "floating-point"
+                raise PartyLostError(
+                    f"{request.operation}, block {request.block}: expected {kind} {name}, got {x.dtype}"
+                )
+
+    def check_values(self, request: Request, reply: Mapping[str, Tensor]) -> None:
+        """Raises PartyLostError for tokens that are not in the vocabulary; other numbers are believed."""
+        tokens = reply.get("top_tokens")
+        if tokens is not None and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.shape.vocab_size:
+            raise PartyLostError(
+                f"{request.operation}, block {request.block}: expected tokens 0..{self.shape.vocab_size - 1}"
+            )
 
     def expected(self, request: Request) -> _Shapes:
         """The shapes by name."""
@@ -47,9 +60,12 @@ class ReplyRule:
             return {"output": (*rows, shape.hidden_size)}
         if request.operation == "feed_forward":
             return {"feed_forward": (*rows, shape.hidden_size)}
+        if request.operation in ("enter", "advance") and request.block + 1 < plan.num_layers:
+            return self._products(rows)
+        if request.operation == "head" or (request.operation in ("enter", "advance") and plan.prefill_top_k):
+            return {name: (*rows, plan.prefill_top_k or 0) for name in ("top_logits", "top_tokens")}
         if request.operation in ("enter", "advance"):
-            is_last = request.block + 1 == plan.num_layers
-            return {"hidden": (*rows, shape.hidden_size)} if is_last else self._products(rows)
+            return {"hidden": (*rows, shape.hidden_size)}
         if request.operation in ("run_middle", "score", "pass_on"):
             return self._generated(request, rows)
         return {}

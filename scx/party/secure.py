@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scx.devices import upload
 from scx.encoding import FeatureKey, Noise, RedundantScale
 from scx.keys import ModelShape, Session
-from scx.party.boundary import Boundary
+from scx.party.boundary import Boundary, Pending
 from scx.party.cache import SplitCache
 from scx.party.plan import Plan
 from scx.party.sharing import SharedKeys
@@ -46,7 +46,11 @@ class Line:
 
     def ask(self, operation: str, block: int = -1, **tensors: Tensor) -> dict[str, Tensor]:
         """Send named tensors to the untrusted side; what comes back, by name."""
-        return self.boundary.ask(
+        return self.begin(operation, block, **tensors).wait()
+
+    def begin(self, operation: str, block: int = -1, **tensors: Tensor) -> Pending:
+        """Send named tensors to the untrusted side, and go on while it works."""
+        return self.boundary.begin(
             operation,
             conversation=self.conversation,
             stage=self.stage,

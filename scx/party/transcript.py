@@ -88,6 +88,10 @@ def _prefill_bytes(plan: Plan, shape: ModelShape, tokens: int, redundant: int, i
     sent += borders * rows * hidden * itemsize
     returned = rows * (q + 2 * kv) * (first + (layers - 1) * itemsize) + layers * tokens * q * itemsize
     returned += borders * rows * hidden * itemsize + (1 if plan.few else layers) * rows * hidden * itemsize
+    if plan.prefill_top_k is not None:
+        # Logits instead of the last hidden states, or with the paper's crossings in a round trip of their own.
+        sent += 0 if plan.few else rows * hidden * itemsize
+        returned += rows * plan.prefill_top_k * (itemsize + 8) - (rows * hidden * itemsize if plan.few else 0)
     return Expected(sent, returned)
 
 
@@ -152,6 +156,7 @@ def run(
     noise: float = 5.0,
     crossings: str = "few",
     reuse_feature_keys: bool = False,
+    prefill_top_k: int | None = None,
 ) -> str:
     """Prefill and generate two tokens in the split placement, both sides on the CPU, and tell what crossed.
 
@@ -159,7 +164,7 @@ def run(
         model: a directory or hub id; SmolLM2-135M-Instruct if None.
         tokens: random prompt tokens. redundant: redundant rows R.
         noise: scale of the removable noise in units of the rows' root mean square; 0 for none.
-        crossings, reuse_feature_keys: as in `encode_llama`.
+        crossings, reuse_feature_keys, prefill_top_k: as in `encode_llama`.
 
     Returns: the table, and bytes and round trips per stage beside the formula.
     """
@@ -167,9 +172,11 @@ def run(
     shape = model_shape(llama)
     options: dict[str, Any] = {"noise_scale": noise} if noise else {}
     keys = SCXKeyGenerator.for_model(llama, redundant_num=redundant, alp=noise > 0, **options)
-    plan = split_plan(keys, shape, crossings, reuse_feature_keys)
+    choices: dict[str, Any] = {"crossings": crossings, "reuse_feature_keys": reuse_feature_keys}
+    choices["prefill_top_k"] = prefill_top_k
+    plan = split_plan(keys, shape, **choices)
     prompt = torch.randint(0, shape.vocab_size, (1, tokens))
-    with encoded_llama(llama, keys, "cpu", crossings=crossings, reuse_feature_keys=reuse_feature_keys):
+    with encoded_llama(llama, keys, "cpu", **choices):
         with record_transcript(llama) as transcript:
             out = llama(prompt)
             llama(prompt[:, :1], past_key_values=out.past_key_values)

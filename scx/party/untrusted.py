@@ -18,6 +18,8 @@ from scx.party.plan import Plan
 
 __all__ = ["UntrustedParty"]
 
+_HEAD_ROWS = 256  # of which all logits lie in memory at once
+
 
 class _Held:
     """What the untrusted side holds of one conversation."""
@@ -52,12 +54,20 @@ class UntrustedParty:
         layers: the decoder's blocks, as transformers made them.
         rotary: the decoder's rotary embedding, a copy of its own.
         plan: the agreement with the secure side.
+        head: final norm and head, rows (B, T, D) -> logits; for a plan with `prefill_top_k`.
+
+    Raises: ValueError for such a plan without a head.
     """
 
-    def __init__(self, layers: Sequence[Any], rotary: nn.Module, plan: Plan) -> None:
+    def __init__(
+        self, layers: Sequence[Any], rotary: nn.Module, plan: Plan, head: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        if plan.prefill_top_k is not None and head is None:
+            raise ValueError("head: the plan has a prefill's logits come from here, and there is no head")
         self.layers = layers
         self.rotary = rotary
         self.plan = plan
+        self.head_of_rows = head
         self._held: dict[str, _Held] = {}
 
     def __repr__(self) -> str:
@@ -67,6 +77,11 @@ class UntrustedParty:
     def conversations(self) -> tuple[str, ...]:
         """Public ids of the conversations of which something is held."""
         return tuple(self._held)
+
+    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]:
+        """`receive`, as the boundary calls it: on an accelerator the reply is only queued by then."""
+        reply = self.receive(request)
+        return lambda: reply
 
     @torch.no_grad()
     def receive(self, request: Request) -> Mapping[str, Tensor]:
@@ -117,6 +132,10 @@ class UntrustedParty:
             raise RuntimeError(f"advance: no residual rows are here in block {request.block}")
         return self._go_on(held, request.block, held.residual + projected)
 
+    def head(self, held: _Held, request: Request) -> dict[str, Tensor]:
+        """Rows (B, T, D) behind the last block -> their largest logits."""
+        return self._top_logits(request.tensors["head_input"])
+
     def unlock(self, held: _Held, request: Request) -> dict[str, Tensor]:
         """Strip and order the middle blocks' own products with shared positions (M, B, S), and rotate the keys."""
         for position, block in zip(request.tensors["token_position"], self.plan.middle_blocks, strict=True):
@@ -166,9 +185,20 @@ class UntrustedParty:
         rows = rows + self._feed_forward(block, rows)
         if block + 1 == self.plan.num_layers:
             held.residual = None
-            return {"hidden": rows}
+            return {"hidden": rows} if self.plan.prefill_top_k is None else self._top_logits(rows)
         held.residual = rows
         return self._project(held, block + 1, self.layers[block + 1].input_layernorm(rows))
+
+    def _top_logits(self, rows: Tensor) -> dict[str, Tensor]:
+        """Norm and head: the k largest logits of every row and their tokens, (B, T, k) each, largest first."""
+        k, head = self.plan.prefill_top_k, self.head_of_rows
+        if k is None or head is None:
+            raise RuntimeError("head: the plan keeps it on the secure side")
+        top = [head(part).topk(k, dim=-1) for part in rows.split(_HEAD_ROWS, dim=1)]
+        return {
+            "top_logits": torch.cat([part.values for part in top], dim=1),
+            "top_tokens": torch.cat([part.indices for part in top], dim=1),
+        }
 
     def _feed_forward(self, block: int, rows: Tensor) -> Tensor:
         layer = self.layers[block]
@@ -225,8 +255,8 @@ class UntrustedParty:
 _OPERATIONS: dict[str, Any] = {
     name: getattr(UntrustedParty, name)
     for name in (
-        "project_qkv", "attend", "project_output", "feed_forward", "enter", "advance", "unlock", "encoded_keys",
-        "run_middle", "score", "pass_on", "select",
+        "project_qkv", "attend", "project_output", "feed_forward", "enter", "advance", "head", "unlock",
+        "encoded_keys", "run_middle", "score", "pass_on", "select",
     )
 }  # fmt: skip
 

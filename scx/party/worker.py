@@ -24,8 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("one worker holds all weights: start torchrun with --nproc-per-node 1")
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
     shape = model_shape(model)
-    decoder = model.base_model.to(options.device)
-    serve(options.connect, decoder.layers, decoder.rotary_emb, shape.fingerprint)
+    decoder = model.to(options.device).base_model
+    head = torch.nn.Sequential(decoder.norm, model.get_output_embeddings())
+    serve(options.connect, decoder.layers, decoder.rotary_emb, head, shape.fingerprint)
     return 0
 
 
