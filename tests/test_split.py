@@ -610,7 +610,8 @@ def test_boundary_refuses_what_is_not_a_message(llama, prompt) -> None:
 def test_the_secure_side_works_while_the_other_does(prompt, monkeypatch) -> None:
     """In a prefill, what a block's cache needs and the keys of its later rows are made between handing its attention
     over and waiting for it."""
-    model, events = tiny_model(layers=4), []
+    # Behind a boundary of one process on the CPU: a GPU's replies are queued at once.
+    model, events = tiny_model(layers=4).cpu(), []
     encode_llama(model, keys_for(model), "cpu")
 
     def noted(kind: type, name: str) -> None:
@@ -640,7 +641,7 @@ def test_the_secure_side_works_while_the_other_does(prompt, monkeypatch) -> None
     for kind, name in ((Prefill, "_keep"), (PassKeys, "draw"), (PassKeys, "renew")):
         noted(kind, name)
     monkeypatch.setattr(model.model._scx.party.boundary, "_receiver", Slow(untrusted_party(model)))
-    model(prompt(9))
+    model(prompt(9).cpu())
     for block, later in enumerate((["draw", "draw"], ["renew"], ["draw", "renew"], ["renew"])):
         at = events.index(("begin attend", block))
         assert [name for name, _ in events[at + 1 : events.index(("wait attend", block))]] == ["_keep", *later]
