@@ -9,7 +9,7 @@ import sys
 import torch
 
 from bench.first_call import run_first_call
-from bench.model import run_compiled, run_models
+from bench.model import run_compiled, run_models, run_split
 from bench.model_cases import left_out
 from bench.operations import run_operations
 from bench.provenance import RESULTS, machine_name, provenance
@@ -40,6 +40,7 @@ def measure(run: Run, device: torch.device, everything: bool) -> bool:
         run.leave_out(text)
     try:
         run_models(run, device, everything, SHARE_OF_MODELS)
+        run_split(run, device, SHARE_OF_MODELS)
         run_first_call(run, on_cuda)
         run_operations(run, device)
         run_compiled(run, device, everything)

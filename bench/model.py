@@ -21,14 +21,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 import scx_kernels as ops
-from bench.model_cases import EAGER, PLAIN, Contestant, ModelCase, compiled_cases, model_cases
+from bench.model_cases import EAGER, PLAIN, Contestant, ModelCase, compiled_cases, model_cases, split_cases
 from bench.run import Run, attempt
 from bench.shapes import SHAPES
 from bench.timing import TransferCounter, peak_memory, spread_twice, synchronize
-from scx import EncodedCache, SCXKeyGenerator, encode_llama
+from scx import EncodedCache, SCXKeyGenerator, encode_llama, record_transcript
 from scx.smollm2 import smollm2_path
 
-__all__ = ["Field", "load", "measure", "run_compiled", "run_models"]
+__all__ = ["Field", "load", "measure", "run_compiled", "run_models", "run_split"]
 
 STEPS = 4
 PROMPT = 8
@@ -73,11 +73,15 @@ class Field:
     def model(self, contestant: Contestant) -> PreTrainedModel:
         """The contestant's model, made on first use."""
         if contestant.name not in self._models:
-            shared = {id(x): x for x in chain(self.base.parameters(), self.base.buffers())}
+            # In the split placement what is not the blocks' moves to the secure side, and is a copy.
+            of_all = self.base if contestant.crossings is None else self.base.base_model.layers
+            shared = {id(x): x for x in chain(of_all.parameters(), of_all.buffers())}
             model = copy.deepcopy(self.base, shared)
             model.set_attn_implementation(contestant.attention)
             if contestant.keys is not None:
-                encode_llama(model, SCXKeyGenerator.for_model(model, **contestant.keys))
+                placement = {} if contestant.crossings is None else {"crossings": contestant.crossings}
+                device = None if contestant.crossings is None else "cpu"
+                encode_llama(model, SCXKeyGenerator.for_model(model, **contestant.keys), device, **placement)
             self._models[contestant.name] = model
         return self._models[contestant.name]
 
@@ -88,6 +92,7 @@ class Workload:
     def __init__(self, field: Field, case: ModelCase, contestant: Contestant) -> None:
         self.case = case
         self.contestant = contestant
+        self.device = field.device
         self.model = field.model(contestant)
         self.forward = torch.compile(self.model.forward, dynamic=True) if contestant.compiled else self.model.forward
         generator = torch.Generator().manual_seed(case.context)
@@ -116,7 +121,7 @@ class Workload:
                 out = self.forward(input_ids=ids, past_key_values=cache, logits_to_keep=1)
                 logits.append(out.logits[:, -1:])
                 out.logits[:, -1].argmax(dim=-1).tolist()
-        return torch.cat(logits, dim=1)
+        return torch.cat(logits, dim=1).to(self.device)
 
 
 def lengthen(cache: Cache, tokens: int) -> None:
@@ -170,11 +175,24 @@ def inspect(field: Field, workload: Workload) -> dict[str, Any]:
         with seen:
             workload.run(cache)
 
-    return {
+    found = {
         "logits": logits,
         "memory_bytes": peak_memory(counted, field.device),
         "host_to_device_bytes": seen.host_to_device,
         "device_to_host_bytes": seen.device_to_host,
+    }
+    return found if workload.contestant.crossings is None else found | crossed(workload)
+
+
+def crossed(workload: Workload) -> dict[str, int]:
+    """What passes the boundary of the split placement in a turn: bytes, round trips, and for how many blocks."""
+    with record_transcript(workload.model) as transcript:
+        workload.run(workload.prepare())
+    blocks = len(workload.model.base_model.layers)
+    return {
+        "boundary_bytes": transcript.nbytes(),
+        "round_trips": sum(transcript.requests.values()),
+        "blocks": blocks,
     }
 
 
@@ -284,6 +302,11 @@ def run_models(run: Run, device: torch.device, everything: bool = False, share: 
 def run_compiled(run: Run, device: torch.device, everything: bool = False, share: float = 1.0) -> None:
     """Every wanted case with a compiled plain model."""
     _run(run, device, compiled_cases(device.type == "cuda", everything), share)
+
+
+def run_split(run: Run, device: torch.device, share: float = 1.0) -> None:
+    """A prefill over the boundary of the split placement."""
+    _run(run, device, split_cases(device.type == "cuda"), share)
 
 
 def _run(run: Run, device: torch.device, wanted: Iterable[ModelCase], share: float) -> None:

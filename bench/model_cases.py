@@ -4,15 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["PLAIN", "Contestant", "ModelCase", "compiled_cases", "left_out", "model_cases"]
+__all__ = ["PLAIN", "Contestant", "ModelCase", "compiled_cases", "left_out", "model_cases", "split_cases"]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to run a model: `keys` are the options of its key generator, None for the plain model."""
+    """A way to run a model: `keys` are the options of its key generator, None for the plain model; `crossings` those
+    of the split placement's boundary, its secure side on the CPU, None for the fused placement."""
 
     name: str
     keys: dict[str, Any] | None = None
+    crossings: str | None = None
     attention: str = "sdpa"
     backend: str = "auto"
     compiled: bool = False
@@ -33,9 +35,15 @@ SEALED_12, SEALED_8 = (
     Contestant(f"SCX, sealed by {rounds} rounds", keys={"cache_encoding": "sealed", "cipher_rounds": rounds})
     for rounds in (12, 8)
 )
+FEW = Contestant("SCX, split, few crossings", keys={}, crossings="few")
+PAPERS = Contestant("SCX, split, the paper's crossings", keys={}, crossings="paper")
+FEW_NOISE = Contestant(
+    "SCX, split, few crossings, 100 redundant rows, noise", keys={"redundant_num": 100, "alp": True}, crossings="few"
+)
 REFERENCE = Contestant("SCX, reference operations", keys={}, backend="reference")
 
 OF_PREFILL = (PLAIN, EAGER, SCX, REDUNDANT, NOISE, SEALED, REFERENCE)
+OF_SPLIT = (PLAIN, EAGER, FEW, PAPERS, FEW_NOISE)
 OF_TOKEN = (PLAIN, EAGER, SCX, NOISE, SEALED, SEALED_12, SEALED_8, REFERENCE)  # redundant rows are in a prefill only
 
 DTYPES = {"Llama-3-8B": "bfloat16", "Llama-2-7B": "float16", "SmolLM2": "bfloat16"}
@@ -98,6 +106,13 @@ def compiled_cases(on_cuda: bool, everything: bool = False) -> Iterator[ModelCas
     base = ModelCase(model, "token", 1024, 1, dtype, (PLAIN, COMPILED, SCX), "/compiled")
     yield base
     yield replace(base, kind="prefill")
+
+
+def split_cases(on_cuda: bool) -> Iterator[ModelCase]:
+    """A prefill in the split placement, with both ways to cross the boundary: apart, because a GPU waits for a CPU."""
+    model = "Llama-2-7B" if on_cuda else "SmolLM2"
+    dtype = DTYPES[model] if on_cuda else "float32"
+    yield ModelCase(model, "prefill", 512, 1, dtype, OF_SPLIT, "/split")
 
 
 def left_out(on_cuda: bool, everything: bool) -> Iterator[str]:

@@ -171,6 +171,29 @@ def cost_table(content: Content) -> Table | None:
     return Table("Whole models: memory, transfers, agreement", header, tuple(rows)) if rows else None
 
 
+def boundary_table(content: Content) -> Table | None:
+    """What crosses the boundary of the split placement in a prefill, beside the paper's way with the same rows."""
+    rows = []
+    for entry in of_suite(content, "model"):
+        split = {c["name"]: c for c in measured(entry) if "boundary_bytes" in c}
+        for name, contestant in split.items():
+            paper = split.get(name.replace("few crossings", "the paper's crossings"))
+            blocks, size = contestant["blocks"], contestant["boundary_bytes"]
+            rows.append(
+                (
+                    f"{entry['model']}, {entry['kind']}, {entry['batch']} × {entry['context']:,}",
+                    name,
+                    size_text(size),
+                    size_text(size / blocks),
+                    "–" if paper is None else number(size / paper["boundary_bytes"], 3),
+                    f"{contestant['round_trips']}",
+                    f"{contestant['round_trips'] / blocks:.2f}",
+                )
+            )
+    header = ("case", "who", "bytes", "per block", "of the paper's way", "round trips", "per block")
+    return Table("Over the boundary", header, tuple(rows)) if rows else None
+
+
 def first_call_table(content: Content) -> Table | None:
     rows = [
         (entry["id"].split("/")[1], contestant["name"], time_text(contestant["ms"]["median"]))
@@ -182,7 +205,8 @@ def first_call_table(content: Content) -> Table | None:
 
 def tables(content: Content, everything: bool = False) -> list[Table]:
     """The short tables, or all of them."""
-    found = [headline_table(content), marks_table(content), *model_tables(content), first_call_table(content)]
+    found = [headline_table(content), marks_table(content), *model_tables(content)]
+    found += [boundary_table(content), first_call_table(content)]
     if everything:
         found += [cost_table(content), *operation_tables(content)]
     return [table for table in found if table is not None]

@@ -69,6 +69,19 @@ def marked(operation: str, content: dict[str, Any], **more: Any) -> dict[str, An
     return {**content["cases"][0], "operation": operation, "model": "Llama-3-8B", "copied_bytes": 10**9, **more}
 
 
+def test_boundary(content: dict[str, Any]) -> None:
+    """Bytes and round trips per block, and how much of the paper's way with the same rows they are."""
+    assert "Over the boundary" not in markdown(content)
+    for name, size, trips in (("few crossings", 6 * 1024, 5), ("the paper's crossings", 10 * 1024, 8)):
+        seen = {"boundary_bytes": size, "round_trips": trips, "blocks": 2}
+        content["cases"][1]["contestants"].append(
+            contestant(f"SCX, split, {name}", "scx", 2.0, ratio=spread(1.0), logit_error=0.0, **seen)
+        )
+    text = markdown(content)
+    assert "| SCX, split, few crossings | 6 KiB | 3 KiB | 0.600 | 5 | 2.50 |" in text
+    assert "| SCX, split, the paper's crossings | 10 KiB | 5 KiB | 1.000 | 8 | 4.00 |" in text
+
+
 def test_marks(content: dict[str, Any]) -> None:
     """A product of 4 ms beside one of 5 ms alone has 1.25 of its speed. One of few rows, held against a weight of 1 GB
     that a copy would move in 1 ms, has 0.25, and misses; other sizes, other models and rivals of other marks do not

@@ -14,7 +14,18 @@ from bench import __main__ as command
 from bench import first_call, model, operations, probe
 from bench.contest import Case
 from bench.model import Field, Workload, measure
-from bench.model_cases import COMPILED, EAGER, NOISE, OF_PREFILL, OF_TOKEN, PLAIN, REDUNDANT, SCX, ModelCase
+from bench.model_cases import (
+    COMPILED,
+    EAGER,
+    NOISE,
+    OF_PREFILL,
+    OF_SPLIT,
+    OF_TOKEN,
+    PLAIN,
+    REDUNDANT,
+    SCX,
+    ModelCase,
+)
 from bench.operation_cases import OPERATIONS
 from bench.results import failures, load_results
 from bench.run import OUT_OF_MEMORY, Run, attempt
@@ -178,6 +189,21 @@ def test_a_whole_model(field: Field, kind: str, batch: int) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
+def test_a_split_model(field: Field) -> None:
+    """Both ways to cross agree with the plain model and say what crossed; the secure side's modules are copies, the
+    blocks' weights are not."""
+    found = measure(field, ModelCase("tiny", "prefill", 21, 1, "float32", OF_SPLIT), 0.0)
+    _, _, few, paper, covered = found["contestants"]
+    assert not [c for c in found["contestants"] if "status" in c or "ms" not in c]
+    assert few["boundary_bytes"] < paper["boundary_bytes"] < covered["boundary_bytes"]
+    assert (paper["round_trips"], paper["blocks"]) == (12, 3)
+    assert few["round_trips"] < 12
+    split = field.model(OF_SPLIT[2])
+    assert split.model.embed_tokens.weight is not field.base.model.embed_tokens.weight
+    assert split.model.layers[0].mlp.up_proj.weight is field.base.model.layers[0].mlp.up_proj.weight
+    assert field.base(torch.ones(1, 2, dtype=torch.int64)).logits.isfinite().all()
+
+
 @torch.no_grad()
 def test_lengthened_caches_hold_the_context(field: Field) -> None:
     for contestant in (PLAIN, SCX):
@@ -301,7 +327,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..
     def call(*words: str, **suites: Callable[..., Any]) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["bench", *words])
         monkeypatch.setattr(command, "LATEST", tmp_path)
-        for name in ("run_models", "run_first_call", "run_operations", "run_compiled"):
+        for name in ("run_models", "run_split", "run_first_call", "run_operations", "run_compiled"):
             monkeypatch.setattr(command, name, suites.get(name, lambda *args: None))
         status = command.main()
         (path,) = tmp_path.glob("*.json")
