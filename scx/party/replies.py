@@ -34,11 +34,17 @@ class ReplyRule:
             )
         if not all(x.is_floating_point() for x in reply.values()):
             raise PartyLostError(f"{request.operation}, block {request.block}: expected floating-point tensors")
+        # Zero is a scale: that of a feature which is zero in every row.
+        if request.operation == "calibrate" and not all(bool((x.isfinite() & (x >= 0)).all()) for x in reply.values()):
+            raise PartyLostError("calibrate: expected finite scales from 0, not negative")
 
     def expected(self, request: Request) -> _Shapes:
         """The shapes by name."""
         shape, plan, tensors = self.shape, self.plan, request.tensors
         rows = next((tuple(x.shape[:2]) for name, x in tensors.items() if name != "positions"), ())
+        if request.operation == "calibrate":
+            hidden, heads = (plan.num_layers, shape.hidden_size), (plan.num_layers, shape.num_heads * shape.head_dim)
+            return {"attention_scale": hidden, "output_scale": heads, "feed_forward_scale": hidden}
         if request.operation == "project_qkv":
             return self._products(rows)
         if request.operation == "attend":
