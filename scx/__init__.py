@@ -7,6 +7,7 @@ from scx.keys import SCXKeyGenerator, Session
 from scx.kvcache import EncodedCache, decode_kvcache, merge_kvcache_dynamic, split_kvcache_dynamic
 from scx.models.llama import decode_llama, encode_llama, encoded_llama
 from scx.models.split import record_transcript, restore_conversation
+from scx.party.loading import load_secure_model
 from scx.party.sharing import SharedKeys, load_shared_keys, save_shared_keys
 from scx.warmup import warm_up
 
@@ -22,6 +23,7 @@ __all__ = [
     "encoded_llama",
     "load_keys",
     "load_kvcache",
+    "load_secure_model",
     "load_shared_keys",
     "merge_kvcache_dynamic",
     "record_transcript",

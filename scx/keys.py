@@ -39,7 +39,7 @@ from scx.encoding import (
 from scx.keystream import KeyStream, Secret, StreamId, derive
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from scx.party.sharing import SharedKeys
 
@@ -209,6 +209,13 @@ class SCXKeyGenerator:
         shape = model_shape(model)
         options.setdefault("seq_len", 512)
         return cls(hidden_dim=shape.hidden_size, qk_hidden_dim=shape.head_dim, **options)
+
+    @classmethod
+    def for_config(cls, config: "PreTrainedConfig", **options: Any) -> "SCXKeyGenerator":
+        """A generator with the sizes that a model of this configuration will have; `options` as in `for_model`."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        options.setdefault("seq_len", 512)
+        return cls(hidden_dim=config.hidden_size, qk_hidden_dim=head_dim, **options)
 
     @classmethod
     def for_session(cls, session: "Session", **options: Any) -> "SCXKeyGenerator":

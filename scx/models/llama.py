@@ -10,7 +10,7 @@ between q, k, v and the output projection, where features are permuted instead.
 
 import hashlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 
 import scx_kernels as ops
+from scx.calibration import CALIBRATION_TOKENS, measure_scale
 from scx.encoding import Noise, RedundantScale, TokenKey, is_plain_linear
 from scx.keys import ModelShape, SCXKeyGenerator, Session, Step
 from scx.keystream import KeyStream
@@ -56,7 +57,8 @@ MODES = ("prefill", "decode")
 _DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _QKV_PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _PROJECTIONS = (*_QKV_PROJECTIONS, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_CALIBRATION_TOKENS = 64
+FINGERPRINT_ROWS = 8
+"""Rows of the embedding and of the first block's q_proj that a model's fingerprint covers."""
 
 
 class EncodedAttention(nn.Module):
@@ -438,7 +440,7 @@ def _check_plain_linear(projection: nn.Module, place: str) -> None:
 
 
 def _check_projections(decoder: Decoder) -> None:
-    """Every projection must be a dense floating layer whose weight is here and whole."""
+    """Every projection must be a dense floating layer whose weight is whole."""
     for index, layer in enumerate(decoder.layers):
         for name in _PROJECTIONS:
             projection = layer.get_submodule(name)
@@ -449,20 +451,49 @@ def _check_projections(decoder: Decoder) -> None:
                 raise TypeError(f"{place} has {kind}; quantised projections are not supported")
             if isinstance(weight, DTensor):
                 raise TypeError(f"{place} is split over devices; tensor parallelism is not supported")
-            if weight.is_meta:
-                raise TypeError(f"{place} has no data (it is on the meta device)")
+
+
+def _check_data(decoder: Decoder, names: Iterable[str]) -> None:
+    """The named parameters of the blocks must be here, not on the meta device."""
+    for name in names:
+        if decoder.layers.get_parameter(name).is_meta:
+            raise TypeError(
+                f"model: layers.{name} has no data (it is on the meta device). A model of load_secure_model needs the "
+                "settings that it was loaded for, secure_device, and an untrusted party in another process"
+            )
+
+
+def _fingerprint(decoder: Decoder) -> str:
+    """A public digest of a few weights, which tells models apart."""
+    config, first = decoder.config, decoder.layers[0]
+    covered = {
+        "embed_tokens": decoder.embed_tokens.weight[:FINGERPRINT_ROWS],
+        "norm": decoder.norm.weight,
+        "layers.0.input_layernorm": first.input_layernorm.weight,
+        "layers.0.self_attn.q_proj": first.self_attn.q_proj.weight[:FINGERPRINT_ROWS],
+    }
+    kept = vars(decoder).get("_scx_query_rows")  # where no more of this projection was loaded
+    if kept is not None and covered["layers.0.self_attn.q_proj"].is_meta:
+        covered["layers.0.self_attn.q_proj"] = kept.to(first.self_attn.q_proj.weight.dtype)
+    digest = hashlib.sha256(f"{config.model_type} {config.hidden_size} {len(decoder.layers)}".encode())
+    for name, weight in covered.items():
+        if weight.is_meta:
+            raise TypeError(f"model: {name} has no data (it is on the meta device)")
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
-    """The sizes of a supported model, read from its modules. Raises TypeError, ValueError if it cannot be encoded."""
+    """The sizes of a supported model, read from its modules, of which it needs the weights that the fingerprint covers.
+
+    Raises: TypeError, ValueError if it cannot be encoded.
+    """
     decoder = _find_decoder(model)
     _check_projections(decoder)
     attention = decoder.layers[0].self_attn
     first_norm = decoder.layers[0].input_layernorm.weight
     config = decoder.config
-    digest = hashlib.sha256(f"{config.model_type} {config.hidden_size} {len(decoder.layers)}".encode())
-    for weight in (decoder.embed_tokens.weight[:8], decoder.norm.weight, first_norm, attention.q_proj.weight[:8]):
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    fingerprint = _fingerprint(decoder)
     return ModelShape(
         num_layers=len(decoder.layers),
         hidden_size=config.hidden_size,
@@ -471,7 +502,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         head_dim=attention.head_dim,
         vocab_size=decoder.embed_tokens.weight.shape[0],
         first_norm_rms=float(first_norm.detach().float().square().mean().sqrt()),
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint,
     )
 
 
@@ -489,7 +520,7 @@ def _check_forwards(decoder: Decoder) -> None:
             )
 
 
-def _check_generator(generator: SCXKeyGenerator, shape: ModelShape) -> None:
+def check_generator(generator: SCXKeyGenerator, shape: ModelShape) -> None:
     if not isinstance(generator, SCXKeyGenerator):
         raise TypeError(f"key_generator: expected an SCXKeyGenerator, got {type(generator).__name__}")
     if generator.hidden_dim != shape.hidden_size:
@@ -499,41 +530,28 @@ def _check_generator(generator: SCXKeyGenerator, shape: ModelShape) -> None:
     generator.settings(shape)
 
 
+def calibration_tokens(generator: SCXKeyGenerator, shape: ModelShape) -> Tensor:
+    """Random tokens of nobody's prompt, (1, n) int64 on the CPU, the same for the same master key."""
+    stream = KeyStream(generator._master_key)
+    draws = stream.bits("calibration tokens", [(0, 0, 0)], CALIBRATION_TOKENS, torch.int64)
+    return draws.remainder(shape.vocab_size)
+
+
 @torch.no_grad()
 def _calibrate(decoder: Decoder, generator: SCXKeyGenerator, shape: ModelShape) -> RedundantScale:
     """The scale of real rows per layer and feature, from one plain pass over random tokens.
 
-    Redundant rows made to this scale look like rows of the layer, without depending on anybody's prompt. The scale
-    is the median magnitude over tokens, as that of a normal distribution: one token with huge values, as attention
-    sinks have, does not move it.
+    Redundant rows made to this scale look like rows of the layer, without depending on anybody's prompt.
     """
     device = decoder.embed_tokens.weight.device
-    recorded: dict[str, list[Tensor]] = {"attention": [], "output": [], "feed_forward": []}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            magnitude = args[0][0].float().abs()
-            recorded[name].append(magnitude.median(dim=0).values.to(device) / 0.6745)
-
-        return hook
-
-    handles = []
-    for layer in decoder.layers:
-        handles.append(layer.input_layernorm.register_forward_pre_hook(record("attention")))
-        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(record("output")))
-        handles.append(layer.post_attention_layernorm.register_forward_pre_hook(record("feed_forward")))
-    stream = KeyStream(generator._master_key)
-    draws = stream.bits("calibration tokens", [(0, 0, 0)], _CALIBRATION_TOKENS, torch.int64)
-    tokens = draws.remainder(decoder.config.vocab_size).to(decoder.embed_tokens.weight.device)
+    tokens = calibration_tokens(generator, shape).to(device)
     was_training = decoder.training
     try:
         decoder.eval()
-        decoder(input_ids=tokens, use_cache=False)
+        scales = measure_scale(decoder.layers, lambda: decoder(input_ids=tokens, use_cache=False), device)
     finally:
         decoder.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return RedundantScale(**{name: torch.stack(scales) for name, scales in recorded.items()})
+    return RedundantScale(**scales)
 
 
 _encoded_classes: dict[tuple[type[Any], type[Any]], type[Any]] = {}
@@ -598,22 +616,25 @@ def encode_llama(
             return the k largest of each row; only the secure side knows which rows are tokens. The others are -inf:
             greedy generation, and sampling with a `top_k` of at most k, are the plain model's; beams' scores are not.
             None: the head is on the secure side, as it always is for generated tokens.
-        untrusted: in the split placement, an untrusted party in another process; this one's blocks are not used then.
+        untrusted: in the split placement, an untrusted party in another process; this one's blocks are not used then,
+            and need not be here (`scx.party.loading.load_secure_model`). Where they are not, that party measures the
+            scale of real rows, before the first prefill.
 
     Returns: `model`.
-    Raises: TypeError for a model that is not supported or has quantised or split projections, ValueError for one
-        that is encoded already or does not fit the generator, and for options of the split placement that are not
-        known. The model is unchanged then.
+    Raises: TypeError for a model that is not supported, has quantised or split projections, or lacks weights that
+        are used here, ValueError for one that is encoded already or does not fit the generator, and for options of
+        the split placement that are not known. The model is unchanged then.
     """
     from scx.models import split
 
     decoder = _find_decoder(model)
     shape = model_shape(model)
-    _check_generator(key_generator, shape)
+    check_generator(key_generator, shape)
     plan, outer, secure = None, None, split.secure_device(secure_device)
     if secure is not None:
         plan = split.split_plan(key_generator, shape, crossings, reuse_feature_keys, prefill_top_k)
         outer = None if prefill_top_k is None else split.causal_lm(model, decoder)
+    _check_data(decoder, split.needed_here(decoder, plan, untrusted))
     _check_forwards(decoder)
     sliding = [i for i in key_generator.sealed(shape) if _slides(decoder, i)]
     if sliding:
@@ -621,7 +642,8 @@ def encode_llama(
     if key_generator.alp:
         for name in _QKV_PROJECTIONS:
             _check_plain_linear(decoder.layers[0].get_submodule(name), f"model: layers.0.{name}")
-    scale = _calibrate(decoder, key_generator, shape) if key_generator.redundant_num else None
+    is_whole = not any(parameter.is_meta for parameter in decoder.layers.parameters())
+    scale = _calibrate(decoder, key_generator, shape) if key_generator.redundant_num and is_whole else None
     if plan is not None and secure is not None:
         decoder._scx = split.make_parties(model, decoder, plan, key_generator, shape, scale, secure, untrusted)
         _swap(decoder, _encoded_class(type(decoder), split.SplitModel))

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from scx.devices import upload
+from scx.devices import CPU, upload
 from scx.encoding import RedundantScale
 from scx.keys import ModelShape, SCXKeyGenerator
 from scx.models.llama import (
@@ -25,6 +25,7 @@ from scx.models.llama import (
     EncodedModel,
     ModelEncoding,
     cached_tokens,
+    calibration_tokens,
     check_input,
     check_positions,
     is_prefill,
@@ -35,7 +36,7 @@ from scx.party.generation import Generation
 from scx.party.plan import Plan
 from scx.party.prefill import Prefill, TopLogits
 from scx.party.replies import ReplyRule
-from scx.party.secure import Rope, SecureParty
+from scx.party.secure import Rope, SecureParty, secure_parameters
 from scx.party.untrusted import UntrustedParty
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class SplitModel(EncodedModel):
         self, hidden: Tensor, rope: Rope, first_key: Tensor | None, cache: Cache | None, use_cache: bool
     ) -> tuple[Tensor | TopLogits, SplitCache | None]:
         encoding = self._scx
+        self._calibrate()
         session = encoding.open_session(len(hidden))
         kept = None
         if use_cache or cache is not None:
@@ -159,6 +161,13 @@ class SplitModel(EncodedModel):
         if first_key is not None:
             first_key = upload(first_key, encoding.party.device)
         return Prefill(encoding.party, session, rope, first_key, kept).run(hidden), kept
+
+    def _calibrate(self) -> None:
+        """Have the untrusted side measure the scale of real rows, once, where blocks are not here to do it with."""
+        encoding = self._scx
+        if encoding.generator.redundant_num and encoding.party.scale is None:
+            tokens = calibration_tokens(encoding.generator, encoding.shape)
+            encoding.party.calibrate(self._embed(tokens, None))
 
     @torch.no_grad()
     def restore(self, cache: SplitCache) -> None:
@@ -343,6 +352,14 @@ def split_plan(
     return plan
 
 
+def needed_here(decoder: Decoder, plan: Plan | None, remote: "RemoteParty | None") -> list[str]:
+    """The blocks' parameters that must have data in this process: those of the secure side where the untrusted one is
+    in another, else all."""
+    if plan is not None and remote is not None:
+        return secure_parameters(decoder.layers, plan)
+    return [name for name, _ in decoder.layers.named_parameters()]
+
+
 def make_parties(
     model: PreTrainedModel,
     decoder: Decoder,
@@ -355,9 +372,9 @@ def make_parties(
 ) -> SplitEncoding:
     """Divide a model: blocks to an untrusted party where they lie, or to one in another process, the rest to the secure
     side's device."""
-    untrusted_device = _one_device(decoder.layers)
     untrusted: Receiver
     if remote is None:
+        untrusted_device = _one_device(decoder.layers)
         rotary = copy.deepcopy(decoder.rotary_emb).to(untrusted_device)
         head = None if plan.prefill_top_k is None else _untrusted_head(model, decoder, untrusted_device, device)
         untrusted = UntrustedParty(decoder.layers, rotary, plan, head)
@@ -369,6 +386,7 @@ def make_parties(
     for module, _ in outer:
         module.to(device)
     boundary = Boundary(untrusted, ReplyRule(plan, shape), device, untrusted_device)
+    scale = None if scale is None else scale.to(CPU)  # where redundant rows are drawn
     party = SecureParty(decoder.layers, plan, shape, scale, boundary)
     return SplitEncoding(generator, shape, scale, decoder.embed_tokens.weight.dtype, party, outer)
 

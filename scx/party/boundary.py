@@ -16,13 +16,14 @@ from torch import Tensor
 
 __all__ = ["MESSAGES", "STAGES", "Boundary", "Crossing", "PartyLostError", "Pending", "Request", "Transcript"]
 
-STAGES = ("prefill", "key sharing", "generation")
+STAGES = ("calibration", "prefill", "key sharing", "generation")
 
 _PRODUCTS = ("query_product", "key_product", "value_product")
 _SCORES = ("scores", "value")
 _TOP = ("top_logits", "top_tokens")
 
 MESSAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "calibrate": (("embeddings",), ("attention_scale", "output_scale", "feed_forward_scale")),
     "open": (("first_key",), ()),
     "project_qkv": (("attention_input",), _PRODUCTS),
     "attend": (("query", "key", "value"), ("attention",)),

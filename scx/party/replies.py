@@ -34,24 +34,32 @@ class ReplyRule:
                 f"{request.operation}, block {request.block}: expected {expected} from the untrusted side, got {got}"
             )
         for name, x in reply.items():
-            if x.dtype != torch.int64 if name == "top_tokens" else not x.is_floating_point():
+            is_right = x.dtype == torch.int64 if name == "top_tokens" else x.is_floating_point()
+            if not is_right:
                 kind = "int64" if name == "top_tokens" else "floating-point"
                 raise PartyLostError(
                     f"{request.operation}, block {request.block}: expected {kind} {name}, got {x.dtype}"
                 )
 
     def check_values(self, request: Request, reply: Mapping[str, Tensor]) -> None:
-        """Raises PartyLostError for tokens that are not in the vocabulary; other numbers are believed."""
+        """Raises PartyLostError for tokens outside the vocabulary, and for scales that are none; other numbers are
+        believed."""
         tokens = reply.get("top_tokens")
         if tokens is not None and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.shape.vocab_size:
             raise PartyLostError(
                 f"{request.operation}, block {request.block}: expected tokens 0..{self.shape.vocab_size - 1}"
             )
+        # Zero is a scale: that of a feature which is zero in every row.
+        if request.operation == "calibrate" and not all(bool((x.isfinite() & (x >= 0)).all()) for x in reply.values()):
+            raise PartyLostError("calibrate: expected finite scales from 0, not negative")
 
     def expected(self, request: Request) -> _Shapes:
         """The shapes by name."""
         shape, plan, tensors = self.shape, self.plan, request.tensors
         rows = next((tuple(x.shape[:2]) for name, x in tensors.items() if name != "positions"), ())
+        if request.operation == "calibrate":
+            hidden, heads = (plan.num_layers, shape.hidden_size), (plan.num_layers, shape.num_heads * shape.head_dim)
+            return {"attention_scale": hidden, "output_scale": heads, "feed_forward_scale": hidden}
         if request.operation == "project_qkv":
             return self._products(rows)
         if request.operation == "attend":

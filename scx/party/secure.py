@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scx.devices import upload
-from scx.encoding import FeatureKey, Noise, RedundantScale
+from scx.devices import CPU, upload
+from scx.encoding import ENCODINGS, FeatureKey, Noise, RedundantScale
 from scx.keys import ModelShape, Session
 from scx.party.boundary import Boundary, Pending
 from scx.party.cache import SplitCache
@@ -21,7 +21,7 @@ from scx.party.plan import Plan
 from scx.party.sharing import SharedKeys
 from scx.party.untrusted import sliding_window
 
-__all__ = ["Line", "Rope", "SecureParty"]
+__all__ = ["Line", "Rope", "SecureParty", "secure_parameters"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,20 @@ class Line:
         )
 
 
+def secure_parameters(layers: Any, plan: Plan) -> list[str]:
+    """The names of the blocks' parameters that the secure side uses: what `SecureWeights` reads."""
+    names = []
+    for block, layer in enumerate(layers):
+        modules = ["input_layernorm", *(f"self_attn.{x}" for x in ("q_norm", "k_norm") if hasattr(layer.self_attn, x))]
+        if block in plan.protected_blocks:
+            modules.append("self_attn.o_proj")
+        for module in modules:
+            names += [f"{block}.{module}.{name}" for name, _ in layer.get_submodule(module).named_parameters()]
+        if plan.noisy and block in plan.start_blocks:
+            names += [f"{block}.self_attn.{x}_proj.weight" for x in "qkv"]
+    return names
+
+
 class SecureWeights:
     """The few weights that the secure side multiplies with or needs the images of noise for, on its device."""
 
@@ -99,7 +113,7 @@ class SecureParty:
     Args:
         layers: the decoder's blocks.
         plan: the agreement with the untrusted side.
-        shape, scale: of the model; `scale` of real rows, where there are redundant ones.
+        shape, scale: of the model; `scale` of real rows, on the CPU, where there are redundant ones and it is known.
         boundary: the only way to the untrusted side.
     """
 
@@ -116,6 +130,16 @@ class SecureParty:
 
     def __repr__(self) -> str:
         return f"SecureParty({self.plan!r})"
+
+    def calibrate(self, embeddings: Tensor) -> None:
+        """Let the untrusted side measure the scale of real rows on the embeddings of random tokens, (1, n, D).
+
+        Raises: PartyLostError without an answer, or with one that is no scale.
+        """
+        tensors = {"embeddings": embeddings}
+        reply = self.boundary.ask("calibrate", conversation="", stage="calibration", tensors=tensors)
+        scales = {name: reply[f"{name}_scale"].to(CPU, torch.float32) for name in ENCODINGS}
+        self.scale = RedundantScale(**scales)
 
     def line(self, conversation: str, stage: str, cache: SplitCache | None = None) -> Line:
         """The boundary for one conversation and stage; with its cache, for a new step of its generation."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import scx_kernels as ops
+from scx.calibration import measure_scale
 from scx.kvcache import GrowingLayer
 from scx.party.boundary import Request
 from scx.party.plan import Plan
@@ -92,12 +93,23 @@ class UntrustedParty:
         if request.operation == "close":
             self._held.pop(request.conversation, None)
             return {}
+        if request.operation == "calibrate":
+            return self.calibrate(request.tensors["embeddings"])
         answer: Callable[[_Held, Request], Mapping[str, Tensor]] = _OPERATIONS[request.operation].__get__(self)
         held = self._held[request.conversation]
         if request.step != held.step:
             held.step = request.step
             held.truncate(request.past, request.key_rows)
         return answer(held, request)
+
+    def calibrate(self, rows: Tensor) -> dict[str, Tensor]:
+        """Embeddings (1, n, D) -> the scale of rows where they enter attention, output projection and feed-forward,
+        (L, D), (L, H*d) and (L, D)."""
+        held, blocks = _Held(None), range(len(self.layers))
+        held.unlocked = {block: GrowingLayer() for block in blocks}
+        positions = torch.arange(rows.shape[1], device=rows.device)[None]
+        scales = measure_scale(self.layers, lambda: self._run_blocks(held, blocks, rows, positions), rows.device)
+        return {f"{name}_scale": scale for name, scale in scales.items()}
 
     def project_qkv(self, held: _Held, request: Request) -> dict[str, Tensor]:
         """Rows (B, T, D) that enter q, k and v -> their products."""
@@ -151,7 +163,8 @@ class UntrustedParty:
 
     def run_middle(self, held: _Held, request: Request) -> dict[str, Tensor]:
         """New tokens' hidden states (B, n, D) -> behind the middle blocks."""
-        return {"hidden": self._run_middle(held, request.tensors["hidden"], request.tensors["positions"])}
+        rows, positions = request.tensors["hidden"], request.tensors["positions"]
+        return {"hidden": self._run_blocks(held, self.plan.middle_blocks, rows, positions)}
 
     def score(self, held: _Held, request: Request) -> dict[str, Tensor]:
         """Hidden states (B, n, D) -> an end block's scores (B, H, n, rows) on its Kᶜ, and the new V (B, G, n, d)."""
@@ -164,7 +177,8 @@ class UntrustedParty:
         if block >= 0:
             rows = rows + self._feed_forward(block, rows)
         if block + 1 in self.plan.middle_blocks:
-            rows, block = self._run_middle(held, rows, positions), self.plan.middle_blocks[-1]
+            rows = self._run_blocks(held, self.plan.middle_blocks, rows, positions)
+            block = self.plan.middle_blocks[-1]
         if block + 1 == self.plan.num_layers:
             return {"hidden": rows}
         return {"hidden": rows, **self._score(held, block + 1, rows, positions)}
@@ -205,8 +219,9 @@ class UntrustedParty:
         result: Tensor = layer.mlp(layer.post_attention_layernorm(rows))
         return result
 
-    def _run_middle(self, held: _Held, rows: Tensor, positions: Tensor) -> Tensor:
-        for block in self.plan.middle_blocks:
+    def _run_blocks(self, held: _Held, blocks: Sequence[int], rows: Tensor, positions: Tensor) -> Tensor:
+        """Plain rows (B, n, D) through blocks whose cache is plain."""
+        for block in blocks:
             layer = self.layers[block]
             q, k, v = self._plain_heads(block, layer.input_layernorm(rows), positions)
             k, v = append(held.unlocked[block], k, v)
