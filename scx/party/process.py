@@ -3,6 +3,8 @@
 The secure process listens (`RemoteParty`); workers with the weights join it (`scx.party.worker`) and are numbered as
 they join. The secure side talks to one, and turns to the next when that is lost; a worker that joins early
 waits for its turn. Each exchange is two messages of three parts: lengths, a header in JSON, and the tensors' bytes.
+A worker may be several ranks (`scx.party.ranks`), which the secure side does not notice: rank 0 has the connection
+(`serve`), the others `follow` it.
 """
 
 import json

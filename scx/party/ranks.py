@@ -43,8 +43,10 @@ _PATIENCE = timedelta(days=7)
 _LOADING = timedelta(hours=2)
 
 
-def check_ranks(size: int, num_heads: int, num_kv_heads: int) -> None:
-    """Raises ValueError unless `size` ranks can have equal shares of the query and of the key/value heads."""
+def check_ranks(size: int, config: Any) -> None:
+    """Raises ValueError unless `size` ranks can have equal shares of a model's query and key/value heads."""
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", num_heads)
     if num_heads % size or num_kv_heads % size:
         common = math.gcd(num_heads, num_kv_heads)
         possible = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
@@ -114,7 +116,7 @@ class ParallelRanks(Ranks):
 
     def placement(self, config: Any) -> dict[str, Any]:
         # transformers 5.17 takes a plan that is given for the whole one, and so leaves a head of odd size unsplit.
-        plan = {f"model.{name}": style for name, style in config.base_model_tp_plan.items()}
+        plan = {f"model.{name}": style for name, style in (config.base_model_tp_plan or {}).items()}
         return {"distributed_config": DistributedConfig(tp_size=self._size, tp_plan=plan)}
 
     def agree(self, plan: Plan) -> None:

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     config = AutoConfig.from_pretrained(options.model)
     try:
-        check_ranks(size, config.num_attention_heads, config.num_key_value_heads)
+        check_ranks(size, config)
         device = _own_device(options.device, size)
     except ValueError as error:
         parser.error(str(error))
