@@ -19,7 +19,7 @@ from scx import SCXKeyGenerator, encode_llama, record_transcript, restore_conver
 from scx.models.llama import model_shape
 from scx.models.split import split_plan
 from scx.party import PartyLostError
-from scx.party.boundary import Crossing, Request
+from scx.party.boundary import MESSAGES, Crossing, Request
 from scx.party.plan import CROSSINGS
 from scx.party.process import RemoteParty
 from scx.party.ranks import HEADS, join_heads, share_heads
@@ -224,7 +224,7 @@ def test_every_tensor_with_heads_is_shared(prompt, crossings: str) -> None:
         differs = [dim for dim, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b]
         assert differs == ([HEADS[x.name]] if x.name in HEADS else []), f"{x.operation}: {x.name}"
         assert x.name not in HEADS or y.shape[HEADS[x.name]] == 3 * x.shape[HEADS[x.name]]
-    assert {x.name for x in few} >= HEADS.keys()
+    assert HEADS.keys() <= {name for sent, returned in MESSAGES.values() for name in (*sent, *returned)}
 
 
 def share_model(model: PreTrainedModel, rank: int) -> PreTrainedModel:
