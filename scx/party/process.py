@@ -3,13 +3,15 @@
 The secure process listens (`RemoteParty`); workers with the weights join it (`scx.party.worker`) and are numbered as
 they join. The secure side talks to one, and turns to the next when that is lost; a worker that joins early
 waits for its turn. Each exchange is two messages of three parts: lengths, a header in JSON, and the tensors' bytes.
+A worker may be several ranks (`scx.party.ranks`), which the secure side does not notice: rank 0 has the connection
+(`serve`), the others `follow` it.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,9 +23,10 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # 
 
 from scx.party.boundary import PartyLostError, Request
 from scx.party.plan import Plan
+from scx.party.ranks import ParallelRanks, Ranks
 from scx.party.untrusted import UntrustedParty
 
-__all__ = ["Peer", "RemoteParty", "serve"]
+__all__ = ["Peer", "RemoteParty", "follow", "serve"]
 
 _SECURE, _UNTRUSTED = 0, 1
 _MAX_HEADER_BYTES = 2**16
@@ -153,24 +156,32 @@ class RemoteParty:
             raise PartyLostError(f"{name} died or did not answer within {self.timeout}: {error!s:.200}") from error
 
 
-def serve(address: str, layers: Any, rotary: Any, head: Any, fingerprint: str, timeout: float = 60.0) -> None:
-    """Be the untrusted party of a secure process until that ends.
+def serve(
+    address: str, layers: Any, rotary: Any, head: Any, fingerprint: str, timeout: float = 60.0,
+    ranks: Ranks | None = None,
+) -> None:  # fmt: skip
+    """Be the untrusted party of a secure process until that ends, or until a request fails.
 
     Args:
         address: HOST:PORT where it listens.
         layers, rotary, head: the blocks, the rotary embedding, and final norm and head, as `UntrustedParty` takes them.
         fingerprint: of the model.
         timeout: seconds to find the secure process.
+        ranks: of which this is rank 0; None if there are no others. They `follow`.
 
-    Raises: ValueError if it expects another model; RuntimeError if it is not found.
+    Raises: ValueError if it expects another model; RuntimeError if it is not found; what a request raised, after the
+        secure side was told.
     """
+    ranks = Ranks() if ranks is None else ranks
     host, port = address.rsplit(":", 1)
     limit = timedelta(seconds=timeout)
     store = TCPStore(host, int(port), is_master=False, timeout=limit)
     agreement = json.loads(store.get("agreement"))
     if agreement["model"] != fingerprint:
         raise ValueError(f"model: the secure side expects {agreement['model'][:16]}, this is {fingerprint[:16]}")
-    party = UntrustedParty(layers, rotary, Plan(**agreement["plan"]), head)
+    plan = Plan(**agreement["plan"])
+    ranks.agree(plan)
+    party = UntrustedParty(layers, rotary, plan, head)
     number = store.add("workers", 1)
     store.set(f"joined {number}", "")
     peer = Peer(store, number, _UNTRUSTED, _PATIENCE)
@@ -179,10 +190,31 @@ def serve(address: str, layers: Any, rotary: Any, head: Any, fingerprint: str, t
         try:
             header, tensors = peer.receive(_PATIENCE)
         except RuntimeError:  # the secure process has ended
+            ranks.end()
             return
-        request = Request(**header, tensors={name: x.to(device) for name, x in tensors.items()})
         try:
-            reply, answer = dict(party.receive(request)), {}
+            request = ranks.pass_on(Request(**header, tensors=tensors))
+            reply = ranks.gather(party.receive(_move(request, device)))
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
-            reply, answer = {}, {"error": f"{type(error).__name__}: {error}"}
-        peer.send(answer, reply, limit)
+            peer.send({"error": f"{type(error).__name__}: {error}"}, {}, limit)
+            raise  # it may have failed on one rank alone: nobody knows where the others are
+        peer.send({}, reply, limit)
+
+
+def follow(layers: Any, rotary: Any, head: Any, ranks: ParallelRanks) -> None:
+    """Be one of the ranks behind rank 0 until that ends.
+
+    Args:
+        layers, rotary, head: this rank's share of the blocks, the rotary embedding, and final norm and head.
+        ranks: of which this is one, not rank 0.
+
+    Raises: RuntimeError if rank 0 is lost; what a request raised.
+    """
+    party = UntrustedParty(layers, rotary, ranks.hear(), head)
+    device = next(layers.parameters()).device
+    while (request := ranks.take()) is not None:
+        ranks.gather(party.receive(_move(request, device)))
+
+
+def _move(request: Request, device: torch.device) -> Request:
+    return replace(request, tensors={name: x.to(device) for name, x in request.tensors.items()})

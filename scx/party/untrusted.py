@@ -1,7 +1,8 @@
 """The untrusted party: it holds the blocks' weights and what it received, and answers requests.
 
 Nothing in here knows a key or a module that does. Notation: B sequences, S tokens, T encoded rows, n new tokens,
-N cached tokens, D features, H query heads, G key/value heads, d head size.
+N cached tokens, D features, H query heads, G key/value heads, d head size. On one of several ranks (`scx.party.ranks`)
+H and G count its own heads, and its layers have the weights of these.
 """
 
 from collections.abc import Callable, Mapping, Sequence
