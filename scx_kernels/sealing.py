@@ -35,12 +35,15 @@ they are; `gather` and `scatter` of 16-bit floats on the CPU do not. Where those
 """
 
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scx_kernels.chacha import BLOCK_BYTES, HAS_LIBRARY, ROUNDS, chacha_blocks, cipher_memory, key_bytes, key_words
+
+if TYPE_CHECKING:
+    from scx_kernels.kept import KeptKeystream
 
 __all__ = [
     "COUNT_BITS",
@@ -78,6 +81,8 @@ class Sealing(NamedTuple):
         layer: which layer, below 2^16.
         rounds: of ChaCha: 8, 12 or 20.
         first_head: number of the tensor's first key/value head, where the heads of a layer are spread over devices.
+        kept: on a CPU, where keystream of these rows may lie that was made before; the bits are the same without it.
+            Kernels never see it.
     """
 
     key: Tensor
@@ -85,6 +90,7 @@ class Sealing(NamedTuple):
     layer: int
     rounds: int = 20
     first_head: int = 0
+    kept: "KeptKeystream | None" = None
 
     def __repr__(self) -> str:
         return f"Sealing(layer={self.layer}, rounds={self.rounds}, writes={tuple(self.writes.shape)})"
@@ -147,7 +153,7 @@ def check_sealing(x: Tensor, sealing: Sealing, name: str = "sealing") -> None:
     """
     if x.dim() != 4 or x.dtype not in _DTYPES:
         raise ValueError(f"x: expected (B, G, N, d) float32, float16 or bfloat16, got {tuple(x.shape)} {x.dtype}")
-    (batch, groups, tokens, size), (key, writes, layer, rounds, first_head) = x.shape, sealing
+    (batch, groups, tokens, size), (key, writes, layer, rounds, first_head) = x.shape, sealing[:5]
     if not 0 < blocks_of(size, x.element_size()) <= _MAX_BLOCKS:
         raise ValueError(f"x: expected a head of 4 to 1024 bytes, got {size} features of {x.dtype}")
     check_key(key, x.device, f"{name}.key")
@@ -319,9 +325,13 @@ def seal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = No
     x = x.detach()
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not _cipher_in_place(x, sealing, is_value, out.detach()):
-        bits = keystream(sealing, x.shape[1], x.shape[3], x.dtype, is_value=is_value)
-        torch.bitwise_xor(patterns(x), bits, out=patterns(out))
+    sizes = (x.shape[1], x.shape[3], x.dtype)
+    bits = None if sealing.kept is None else sealing.kept.find(sealing, *sizes, is_value=is_value)
+    if bits is None and _cipher_in_place(x, sealing, is_value, out.detach()):
+        return out
+    if bits is None:
+        bits = keystream(sealing, *sizes, is_value=is_value)
+    torch.bitwise_xor(patterns(x), bits, out=patterns(out))
     return out
 
 

@@ -115,7 +115,7 @@ class EncodedAttention(nn.Module):
 
         output_index = scx_step.feature_key(self.layer_idx, q.device).output
         output_key = scx_step.layer_keys(self.layer_idx, q.device).output
-        sealing = None if past_key_values is None else past_key_values.sealing(self.layer_idx, q.device)
+        sealing = None if past_key_values is None else past_key_values.sealing(self.layer_idx, q.device, k.shape[2])
         rows, weights = self._attend(q, k, v, attention_mask, output_index, output_key, sealing, **kwargs)
         return self.o_proj(rows.to(device)), weights
 
@@ -415,6 +415,7 @@ class ModelEncoding:
             )
         if cache.rows != batch:
             raise ValueError(f"past_key_values: holds {cache.rows} sequences, the input has {batch}")
+        session.keep_keystream = self.generator.keep_keystream
         return session
 
 
