@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -476,11 +476,6 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     )
 
 
-def _slides(decoder: Decoder, layer: int) -> bool:
-    """Whether the cache of this layer forgets tokens behind a window."""
-    return type(DynamicCache(config=decoder.config).layers[layer]) is not DynamicLayer
-
-
 def _check_forwards(decoder: Decoder) -> None:
     """A forward that somebody put into a module would hide the class that is swapped in."""
     for module in (decoder, *decoder.layers, *(layer.self_attn for layer in decoder.layers)):
@@ -610,9 +605,6 @@ def encode_llama(
     if secure is not None:
         plan = split.split_plan(key_generator, shape, crossings, reuse_feature_keys)
     _check_forwards(decoder)
-    sliding = [i for i in key_generator.sealed(shape) if _slides(decoder, i)]
-    if sliding:
-        raise ValueError(f"cache_encoding: layers {sliding} slide a window; sealed are layers that keep every token")
     if key_generator.alp:
         for name in _QKV_PROJECTIONS:
             _check_plain_linear(decoder.layers[0].get_submodule(name), f"model: layers.0.{name}")
