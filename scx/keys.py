@@ -454,7 +454,10 @@ class Session:
         if device.type != "cpu" or not self.keep_keystream:
             self.forget_keystream(owner)
             return None
-        return self._kept.setdefault(owner, ops.KeptKeystream())
+        kept = self._kept.get(owner)
+        if kept is None:
+            kept = self._kept[owner] = ops.KeptKeystream()
+        return kept
 
     def forget_keystream(self, owner: object) -> None:
         """Drop what is kept of the keystream of the rows that `owner` holds."""

@@ -69,6 +69,7 @@ _MAX_BLOCKS = 16
 _DTYPES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 # Shorter runs cost more in calls to the library than a gather of their keystream does.
 _MIN_RUN = 8
+_FEW = 64  # numbers that a list is faster for than a tensor
 
 
 class Sealing(NamedTuple):
@@ -232,12 +233,16 @@ def _words(sealing: Sealing, groups: int, blocks: int, word15: int) -> Tensor:
 
 def _runs(writes: Tensor) -> list[tuple[int, int, int]]:
     """(N,) write numbers -> (first row, rows, first number) of every stretch that one call to the library covers."""
-    if len(writes) < 2:
-        return [(0, 1, int(number)) for number in writes]
-    cut = writes.diff() != 1
-    cut |= writes[1:] & (1 << COUNT_BITS) - 1 == 0
-    edges = [0, *(cut.nonzero().flatten() + 1).tolist(), len(writes)]
-    numbers = [int(writes[0])] if len(edges) == 2 else writes[edges[:-1]].tolist()
+    if len(writes) <= _FEW:
+        given = writes.tolist()
+        cuts = [i for i in range(1, len(given)) if given[i] != given[i - 1] + 1 or not given[i] % (1 << COUNT_BITS)]
+        numbers = [given[i] for i in (0, *cuts)] if given else []
+    else:
+        cut = writes.diff() != 1
+        cut |= writes[1:] & (1 << COUNT_BITS) - 1 == 0
+        cuts = (cut.nonzero().flatten() + 1).tolist()
+        numbers = writes[[0, *cuts]].tolist() if cuts else [int(writes[0])]
+    edges = [0, *cuts, len(writes)]
     return [(edges[i], edges[i + 1] - edges[i], number) for i, number in enumerate(numbers)]
 
 
@@ -320,16 +325,18 @@ def seal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = No
     Source: RFC 8439, section 2.4, on the counter of this module's table.
     """
     check_sealing(x, sealing)
-    _check_values(sealing.writes, WRITE_LIMIT, "sealing.writes")
     check_out(x, out)
+    sizes = (x.shape[1], x.shape[3], x.dtype)
+    bits = None if sealing.kept is None else sealing.kept.find(sealing, *sizes, is_value=is_value)
+    if bits is not None and out is None:
+        return torch.bitwise_xor(patterns(x), bits).view(x.dtype)
     x = x.detach()
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sizes = (x.shape[1], x.shape[3], x.dtype)
-    bits = None if sealing.kept is None else sealing.kept.find(sealing, *sizes, is_value=is_value)
-    if bits is None and _cipher_in_place(x, sealing, is_value, out.detach()):
-        return out
     if bits is None:
+        _check_values(sealing.writes, WRITE_LIMIT, "sealing.writes")
+        if _cipher_in_place(x, sealing, is_value, out.detach()):
+            return out
         bits = keystream(sealing, *sizes, is_value=is_value)
     torch.bitwise_xor(patterns(x), bits, out=patterns(out))
     return out
