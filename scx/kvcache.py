@@ -187,8 +187,8 @@ class SealedSlidingLayer(SealedLayer, DynamicSlidingWindowLayer):
     """A sealed layer that keeps the tokens which the next one's window reaches: the last `sliding_window` - 1, or all
     of them while it records the past, as transformers' own does.
 
-    The window moves along buffers that have room for a quarter more tokens; behind it, rows are overwritten no earlier
-    than with new buffers.
+    The window moves along buffers that have room for a quarter more tokens, or 64; rows that it leaves stay there,
+    sealed, until new buffers take the place of these.
     """
 
     def room(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> Slots:
@@ -242,12 +242,15 @@ def _growing(layer: CacheLayerMixin, is_sealed: bool) -> CacheLayerMixin:
     if layer.is_initialized or isinstance(layer, AbsentLayer):
         return layer
     if type(layer) in (DynamicLayer, GrowingLayer, SealedLayer):
-        return SealedLayer() if is_sealed else GrowingLayer()
+        full = SealedLayer if is_sealed else GrowingLayer
+        return layer if type(layer) is full else full()
     if type(layer) in (DynamicSlidingWindowLayer, SealedSlidingLayer):
-        kind = SealedSlidingLayer if is_sealed else DynamicSlidingWindowLayer
-        sliding = kind(sliding_window=layer.sliding_window)
-        sliding.record_past = layer.record_past
-        return sliding
+        sliding = SealedSlidingLayer if is_sealed else DynamicSlidingWindowLayer
+        if type(layer) is sliding:
+            return layer
+        other = sliding(sliding_window=layer.sliding_window)
+        other.record_past = layer.record_past
+        return other
     if is_sealed:
         raise TypeError(f"past_key_values: a {type(layer).__name__} cannot be sealed; use a DynamicCache of the model")
     return layer
