@@ -368,6 +368,25 @@ def test_switching_it_off_changes_no_bit(tmp_path, monkeypatch: pytest.MonkeyPat
 
 
 @torch.no_grad()
+def test_a_forked_process_makes_and_keeps_its_own(model, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on in another branch, so nothing that its parent kept serves what it writes."""
+    with encoded_llama(model, keys_for(model, alp=False)):
+        cache = model(tokens(30)).past_key_values
+        expected = model(tokens(1), past_key_values=copy.deepcopy(cache)).logits
+        parent = cache.session.branch
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        made.take()
+        assert torch.equal(model(tokens(1), past_key_values=cache).logits, expected)
+        assert made.take() >= 31 * TOKEN
+        for index, layer in enumerate(cache.layers):
+            own = cache.sealing(index, layer.keys.device)
+            assert layer.branch != parent
+            for is_value in (False, True):
+                fresh = sealing.keystream(own, HEADS, 16, torch.float32, is_value=is_value)
+                assert torch.equal(own.kept.find(own, HEADS, 16, torch.float32, is_value=is_value), fresh)
+
+
+@torch.no_grad()
 def test_it_goes_with_the_cache(model) -> None:
     with encoded_llama(model, keys_for(model)):
         cache = model(tokens(20)).past_key_values
