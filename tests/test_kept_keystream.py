@@ -244,9 +244,10 @@ TOKEN = ROW * HEADS * LAYERS
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rounds", [8, 20])
-def test_a_token_costs_its_own_row(model, made: Made, rounds: int) -> None:
+@pytest.mark.parametrize(("rounds", "window"), [(8, None), (20, None), (20, 30), (20, 200)])
+def test_a_token_costs_its_own_row(made: Made, rounds: int, window: int | None) -> None:
     """Counted in bytes: a prompt makes every row once, tokens one by one make theirs, and those ahead, once."""
+    model = tiny_model("mistral", layers=2, sliding_window=window).to("cpu")
     with encoded_llama(model, keys_for(model, cipher_rounds=rounds)):
         cache = model(tokens(50)).past_key_values
         assert made.take() == 50 * TOKEN
