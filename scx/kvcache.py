@@ -84,7 +84,7 @@ class GrowingLayer(DynamicLayer):
     _first = 0  # slot of the first token that is held
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": None, "_first": 0}
+        return {**self.__dict__, "_buffers": None}
 
     @property
     def held_tokens(self) -> int:

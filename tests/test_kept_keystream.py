@@ -288,6 +288,7 @@ def test_moved_rows_are_not_made_again(model, made: Made) -> None:
 def test_switched_off_every_token_costs_the_whole_cache(model, made: Made) -> None:
     with encoded_llama(model, keys_for(model, keep_keystream=False)):
         cache = model(tokens(50)).past_key_values
+        assert kept_by(cache) == []
         made.take()
         model(tokens(1), past_key_values=cache)
         assert made.take() >= 51 * TOKEN
