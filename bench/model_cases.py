@@ -55,7 +55,10 @@ SIZES_OF_TOKEN = (
 PAPERS_CONTEXTS = (8, 512, 10240)
 """Lengths at which the paper gives a figure; 512 is the middle of its 1,000 new tokens."""
 
-ON_CPU = {"prefill": ((1, 8), (1, 128), (1, 512), (1, 1024)), "token": ((1, 8), (1, 128), (1, 1024), (8, 128))}
+ON_CPU = {
+    "prefill": ((1, 8), (1, 128), (1, 512), (1, 1024)),
+    "token": ((1, 8), (1, 128), (1, 512), (1, 1024), (8, 128)),
+}
 
 
 @dataclass(frozen=True)

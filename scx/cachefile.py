@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from scx.container import Container, FileRefusedError, read_container, write_container
 from scx.keys import BRANCH_BYTES, Session, public_bytes
-from scx.kvcache import EncodedCache, GrowingLayer, SealedLayer
+from scx.kvcache import EncodedCache, GrowingLayer, SealedLayer, SealedSlidingLayer
 
 __all__ = ["load_kvcache", "save_kvcache"]
 
@@ -24,6 +24,14 @@ _KIND = "cache"
 _PURPOSE = "cache file"
 _MAX_SAVES = 2**31
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WINDOW = ("window", "length", "records_past")
+_LAYERS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
+    "full": (GrowingLayer, ()),
+    "sealed": (SealedLayer, ("branch",)),
+    "sliding": (DynamicSlidingWindowLayer, _WINDOW),
+    "sealed sliding": (SealedSlidingLayer, (*_WINDOW, "branch")),
+}
+"""Kind of a layer in a file -> its class, and what else the file says of it."""
 
 
 def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Session) -> int:
@@ -114,16 +122,16 @@ def _check_session(session: Session) -> None:
 
 
 def _describe(index: int, layer: CacheLayerMixin) -> dict[str, Any]:
-    if type(layer) not in (GrowingLayer, SealedLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in (GrowingLayer, SealedLayer, SealedSlidingLayer, DynamicSlidingWindowLayer):
         raise TypeError(f"cache: layer {index} is a {type(layer).__name__}, which cannot be saved")
     if layer.get_seq_length() == 0:
         raise ValueError(f"cache: layer {index} holds no tokens")
-    if isinstance(layer, SealedLayer):
-        return {"kind": "sealed", "branch": layer.branch}
+    sealed = {"branch": layer.branch} if isinstance(layer, SealedLayer) else {}
     if not isinstance(layer, DynamicSlidingWindowLayer):
-        return {"kind": "full"}
+        return {"kind": "sealed" if sealed else "full"} | sealed
     window, length, records_past = layer.sliding_window, layer.cumulative_length, layer.record_past
-    return {"kind": "sliding", "window": window, "length": length, "records_past": records_past}
+    kind = "sealed sliding" if sealed else "sliding"
+    return {"kind": kind, "window": window, "length": length, "records_past": records_past} | sealed
 
 
 def _check_owner(metadata: Mapping[str, str], session: Session, oldest: int) -> None:
@@ -194,20 +202,26 @@ def _restore_layer(
 
 
 def _empty_layer(index: int, described: Any, tokens: int) -> Any:
-    if described == {"kind": "full"}:
-        return GrowingLayer()
-    if isinstance(described, dict) and described.keys() == {"kind", "branch"} and described["kind"] == "sealed":
-        layer = SealedLayer()
+    kind = described.get("kind") if isinstance(described, dict) else None
+    if not isinstance(kind, str) or kind not in _LAYERS:
+        raise ValueError(f"layer {index}: expected one of the kinds {list(_LAYERS)}")
+    layer_class, names = _LAYERS[kind]
+    if described.keys() != {"kind", *names}:
+        raise ValueError(f"layer {index}: expected {names} of a {kind} layer")
+    options = _window(index, described, tokens) if "window" in names else {}
+    layer = layer_class(**options)
+    if options:
+        layer.cumulative_length, layer.record_past = described["length"], described["records_past"]
+    if "branch" in names:
         layer.branch = public_bytes("branch", described["branch"], BRANCH_BYTES).hex()
-        return layer
-    names = {"kind", "window", "length", "records_past"}
-    if not isinstance(described, dict) or set(described) != names or described["kind"] != "sliding":
-        raise ValueError(f"layer {index}: expected a full or a sliding layer")
-    window, length, records_past = described["window"], described["length"], described["records_past"]
+    return layer
+
+
+def _window(index: int, described: dict[str, Any], tokens: int) -> dict[str, int]:
+    """Arguments of a sliding layer that holds `tokens` tokens."""
+    window, length, records_past = (described[name] for name in _WINDOW)
     if (type(window), type(length), type(records_past)) != (int, int, bool) or not 2 <= window < 2**31:
         raise ValueError(f"layer {index}: expected the window and length of a sliding layer")
     if not min(length, window - 1) <= tokens <= length:
         raise ValueError(f"layer {index}: {tokens} tokens do not fit a length of {length}")
-    layer = DynamicSlidingWindowLayer(sliding_window=window)
-    layer.cumulative_length, layer.record_past = length, records_past
-    return layer
+    return {"sliding_window": window}

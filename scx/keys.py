@@ -16,6 +16,7 @@ import itertools
 import os
 import secrets
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
@@ -154,6 +155,9 @@ class SCXKeyGenerator:
         cache_encoding: how K and V are stored: "permuted", or "sealed" under a stream cipher as well; one for all
             layers, or a sequence with one for each.
         cipher_rounds: of the ChaCha that seals: 8, 12 or 20.
+        keep_keystream: where the model runs on a CPU, keep the keystream of a sealed cache in the session for as long
+            as the cache lives, once more the size of its K and V. False: make it anew for every token, in that much
+            less memory. The bits are the same; it is no part of a session's settings.
 
     Raises: TypeError, ValueError naming the argument.
     """
@@ -175,6 +179,7 @@ class SCXKeyGenerator:
         protected_layers: int = 1,
         cache_encoding: str | Sequence[str] = "permuted",
         cipher_rounds: int = 20,
+        keep_keystream: bool = True,
     ) -> None:
         self.seq_len = _positive("seq_len", seq_len)
         self.hidden_dim = _positive("hidden_dim", hidden_dim)
@@ -198,6 +203,7 @@ class SCXKeyGenerator:
         if cipher_rounds not in CIPHER_ROUNDS:
             raise ValueError(f"cipher_rounds: expected one of {CIPHER_ROUNDS}, got {cipher_rounds!r}")
         self.cipher_rounds = cipher_rounds
+        self.keep_keystream = bool(keep_keystream)
         self._master_key = Secret(master_key)
         self._opened: set[bytes] = set()
 
@@ -239,6 +245,7 @@ class SCXKeyGenerator:
                 "sealed" if layer in settings.sealed_layers else "permuted" for layer in range(shape.num_layers)
             ),
             "cipher_rounds": settings.cipher_rounds,
+            "keep_keystream": session.keep_keystream,
         }
         return cls(**{**given, **options})
 
@@ -311,7 +318,9 @@ class SCXKeyGenerator:
             raise ValueError(f"session_id: {session_id.hex()} was opened before; two sessions never share keys")
         self._opened.add(session_id)
         secret = derive(self._master_key, "scx session v1", session_id)
-        return Session(secret, self.settings(shape), shape, _positive("batch_size", batch_size), session_id)
+        session = Session(secret, self.settings(shape), shape, _positive("batch_size", batch_size), session_id)
+        session.keep_keystream = self.keep_keystream
+        return session
 
 
 class _Branch:
@@ -335,7 +344,8 @@ class Session:
     """One conversation's keys, carried by the cache that its prefill returns.
 
     `id`, `branch`, `settings`, `shape` and `batch_size` are public, the rest is not. `newest_save` is the number of the
-    newest saved cache that this session has written or read, 0 if none.
+    newest saved cache that this session has written or read, 0 if none. `keep_keystream` is the wish of whoever runs
+    the model, as in `SCXKeyGenerator`.
 
     Args:
         secret: the session's secret.
@@ -364,6 +374,9 @@ class Session:
         self._feature_keys: dict[torch.device, list[FeatureKey]] = {}
         self._shared_keys: SharedKeys | None = None  # of its prefill, where that crossed a boundary
         self._cipher_keys: dict[tuple[str, torch.device], Tensor] = {}
+        self.keep_keystream = True
+        # Of a layer of a cache, by the layer's object: not in it, since caches are copied, pickled and handed on.
+        self._kept: weakref.WeakKeyDictionary[object, ops.KeptKeystream] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Session(id={self.id}, batch_size={self.batch_size})"
@@ -431,13 +444,31 @@ class Session:
         """
         return self._branch.writes.take(batch, tokens, device)
 
-    def sealing(self, layer: int, writes: Tensor, branch: str) -> ops.Sealing:
-        """How rows of a layer with these write numbers (B, N) are sealed by the writer in `branch`; on their device."""
+    def sealing(self, layer: int, writes: Tensor, branch: str, owner: object = None) -> ops.Sealing:
+        """How rows of a layer with these write numbers (B, N) are sealed by the writer in `branch`; on their device.
+
+        Args:
+            owner: the object that holds the rows. On a CPU their keystream may be kept here for as long as it lives.
+        """
         place = (branch, writes.device)
         if place not in self._cipher_keys:
             key = ops.key_words(self.derive_key("sealed cache", branch=branch).reveal())
             self._cipher_keys[place] = upload(key, writes.device)
-        return ops.Sealing(self._cipher_keys[place], writes, layer, self.settings.cipher_rounds)
+        kept = None if owner is None else self._kept_keystream(owner, writes.device)
+        return ops.Sealing(self._cipher_keys[place], writes, layer, self.settings.cipher_rounds, kept=kept)
+
+    def _kept_keystream(self, owner: object, device: torch.device) -> ops.KeptKeystream | None:
+        if device.type != "cpu" or not self.keep_keystream:
+            self.forget_keystream(owner)
+            return None
+        kept = self._kept.get(owner)
+        if kept is None:
+            kept = self._kept[owner] = ops.KeptKeystream()
+        return kept
+
+    def forget_keystream(self, owner: object) -> None:
+        """Drop what is kept of the keystream of the rows that `owner` holds."""
+        self._kept.pop(owner, None)
 
     def _streams(self, batch: int, step: int) -> list[StreamId]:
         return [(layer, sequence, step) for layer in range(self.shape.num_layers) for sequence in range(batch)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import scx_kernels as ops
 from scx.encoding import FeatureKey
@@ -24,6 +24,7 @@ __all__ = [
     "EncodedCache",
     "GrowingLayer",
     "SealedLayer",
+    "SealedSlidingLayer",
     "decode_kvcache",
     "merge_kvcache_dynamic",
     "split_kvcache_dynamic",
@@ -68,6 +69,10 @@ class Slots:
         return {"keys": self.keys, "values": self.values, "offset": self.offset, "sealing": self.sealing}
 
 
+def _begins(x: Tensor, buffer: Tensor) -> bool:
+    return x.data_ptr() == buffer.data_ptr()
+
+
 class GrowingLayer(DynamicLayer):
     """A layer that grows in place: `keys` and `values` are the filled part of buffers with room for more tokens.
 
@@ -76,9 +81,15 @@ class GrowingLayer(DynamicLayer):
     """
 
     _buffers: tuple[Tensor, Tensor] | None = None
+    _first = 0  # slot of the first token that is held
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_buffers": None}
+
+    @property
+    def held_tokens(self) -> int:
+        """How many tokens' K and V are here."""
+        return 0 if not self.is_initialized or self.keys is None or not self.keys.numel() else self.keys.shape[2]
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)
@@ -87,19 +98,20 @@ class GrowingLayer(DynamicLayer):
     def room(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> Slots:
         """Slots for `tokens` more tokens of (B, G, d) states, in like's dtype and on its device."""
         batch, groups, size = shape
-        filled = self.get_seq_length()
-        if self._buffers is None or not self._has_room(self._buffers[0], filled + tokens):
-            capacity = max(filled + tokens, filled + filled // 4, 64)
+        held = self.held_tokens
+        if self._buffers is None or not self._has_room(self._buffers[0], held + tokens):
+            capacity = max(held + tokens, held + held // 4, 64)
             keys, values = (like.new_empty(batch, groups, capacity, size) for _ in range(2))
-            if filled:
-                keys[:, :, :filled], values[:, :, :filled] = self.keys, self.values
-            self._buffers = (keys, values)
-        return Slots(*self._buffers, filled, tokens)
+            if held:
+                keys[:, :, :held], values[:, :, :held] = self.keys, self.values
+            self._buffers, self._first = (keys, values), 0
+        return Slots(*self._buffers, self._first + held, tokens)
 
     def _has_room(self, buffer: Tensor, tokens: int) -> bool:
-        if not self.get_seq_length():
+        if not self.held_tokens:
             return False
-        return self.keys.data_ptr() == buffer.data_ptr() and tokens <= buffer.shape[2]
+        place = buffer[:, :, self._first :]
+        return _begins(self.keys, place) and tokens <= place.shape[2]
 
     def take_in(self, slots: Slots) -> tuple[Tensor, Tensor]:
         """Count the tokens written into `slots` as the layer's. Returns all of its K and V."""
@@ -125,16 +137,22 @@ class SealedLayer(GrowingLayer):
 
     def number(self, slots: Slots, writes: Tensor) -> Tensor:
         """Write the numbers (B, S) of the tokens that go into `slots` beside them. Returns those of all slots."""
-        capacity, filled = slots.keys.shape[2], slots.offset
-        held = None if filled == 0 else self.writes
+        capacity, first, end = slots.keys.shape[2], self._first, slots.offset
+        held = None if end == first else self.writes
         buffer = self._write_buffer
-        if buffer is None or buffer.shape[1] != capacity or held is None or held.data_ptr() != buffer.data_ptr():
+        if buffer is None or buffer.shape[1] != capacity or held is None or not _begins(held, buffer[:, first:]):
             buffer = writes.new_zeros(slots.keys.shape[0], capacity)
             if held is not None:
-                buffer[:, :filled] = held
+                buffer[:, first:end] = held
             self._write_buffer = buffer
-        buffer[:, filled : filled + slots.tokens] = writes
+        buffer[:, end : end + slots.tokens] = writes
         return buffer
+
+    def numbers(self, tokens: int | None = None) -> Tensor | None:
+        """Write numbers (B, tokens) of the newest tokens that `take_in` returned; default: of all that are held."""
+        if tokens is None or self.writes is None:
+            return self.writes
+        return self.writes[:, self.writes.shape[1] - tokens :]
 
     def take_in(self, slots: Slots) -> tuple[Tensor, Tensor]:
         """Count the tokens written into `slots` as the layer's. Returns all of its sealed K and V."""
@@ -143,8 +161,10 @@ class SealedLayer(GrowingLayer):
         return super().take_in(slots)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
+        held, tokens = self.held_tokens, self.get_seq_length()
         super().crop(*args, **kwargs)
-        self.writes = None if self.writes is None else self.writes[:, : self.get_seq_length()]
+        end = held - (tokens - self.get_seq_length())
+        self.writes = None if self.writes is None else self.writes[:, end - self.held_tokens : end]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -163,22 +183,77 @@ class SealedLayer(GrowingLayer):
         self.writes = self.branch = None
 
 
+class SealedSlidingLayer(SealedLayer, DynamicSlidingWindowLayer):
+    """A sealed layer that keeps the tokens which the next one's window reaches: the last `sliding_window` - 1, or all
+    of them while it records the past, as transformers' own does.
+
+    The window moves along buffers that have room for a quarter more tokens, or 64; rows that it leaves stay there,
+    sealed, until new buffers take the place of these.
+    """
+
+    def room(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> Slots:
+        if self._buffers is not None and self._buffers[0].shape[2] > 2 * (self.held_tokens + tokens) + 64:
+            self._buffers = None  # a long prompt's, most of which the window has left
+        return super().room(tokens, shape, like)
+
+    def take_in(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Count the tokens written into `slots` as the layer's, and forget those that the next token will not see.
+        Returns the sealed K and V that the new tokens may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(slots.keys, slots.values)
+        window, end = self.sliding_window, slots.offset + slots.tokens
+        self.cumulative_length += slots.tokens
+        seen = slice(max(self._first, end - slots.tokens - window + 1), end)
+        if not self.record_past:
+            self._first = max(self._first, end - window + 1)
+        held = slice(self._first, end)
+        self.keys, self.values = slots.keys[:, :, held], slots.values[:, :, held]
+        self.writes = None if slots.sealing is None else slots.sealing.writes[:, held]
+        return slots.keys[:, :, seen], slots.values[:, :, seen]
+
+    def numbers(self, tokens: int | None = None) -> Tensor | None:
+        if tokens is None or self._write_buffer is None:
+            return self.writes
+        end = self._first + self.held_tokens
+        return self._write_buffer[:, end - tokens : end].clone()  # kernels are compiled for aligned addresses
+
+
 def _without_room(layer: CacheLayerMixin) -> CacheLayerMixin:
     """The layer as it leaves the process: tokens that it holds, not what lies behind them in its buffers."""
     if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
         return layer
     twin = copy.copy(layer)
-    twin.keys, twin.values = layer.keys.contiguous(), layer.values.contiguous()
+    twin.keys, twin.values = _alone(layer.keys), _alone(layer.values)
     if isinstance(twin, SealedLayer) and twin.writes is not None:
-        twin.writes = twin.writes.contiguous()
+        twin.writes = _alone(twin.writes)
     return twin
 
 
+def _alone(x: Tensor) -> Tensor:
+    """x in memory that holds nothing else."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
+
+
 def _growing(layer: CacheLayerMixin, is_sealed: bool) -> CacheLayerMixin:
-    """The layer, or in place of an empty plain one the kind that stores its tokens encoded."""
-    if type(layer) is not DynamicLayer or layer.is_initialized:
+    """The layer, or in place of an empty plain one the kind that stores its tokens encoded.
+
+    Raises: TypeError for an empty layer that is to be sealed and is of a kind that cannot be.
+    """
+    if layer.is_initialized or isinstance(layer, AbsentLayer):
         return layer
-    return SealedLayer() if is_sealed else GrowingLayer()
+    if type(layer) in (DynamicLayer, GrowingLayer, SealedLayer):
+        full = SealedLayer if is_sealed else GrowingLayer
+        return layer if type(layer) is full else full()
+    if type(layer) in (DynamicSlidingWindowLayer, SealedSlidingLayer):
+        sliding = SealedSlidingLayer if is_sealed else DynamicSlidingWindowLayer
+        if type(layer) is sliding:
+            return layer
+        other = sliding(sliding_window=layer.sliding_window)
+        other.record_past = layer.record_past
+        return other
+    if is_sealed:
+        raise TypeError(f"past_key_values: a {type(layer).__name__} cannot be sealed; use a DynamicCache of the model")
+    return layer
 
 
 class EncodedCache(DynamicCache):
@@ -303,7 +378,11 @@ class EncodedCache(DynamicCache):
         self._own(layer_idx, layer)
         slots = layer.room(tokens, shape, like)
         numbers = layer.number(slots, writes.to(like.device))
-        return replace(slots, sealing=self.session.sealing(layer_idx, numbers, self.session.branch))
+        sealing = self.session.sealing(layer_idx, numbers, self.session.branch, layer)
+        if sealing.kept is not None:
+            rows = numbers[:, slots.offset - layer.held_tokens : slots.offset + tokens]
+            sealing.kept.cover(sealing._replace(writes=rows), shape[1], shape[2], like.dtype)
+        return replace(slots, sealing=sealing)
 
     @contextmanager
     def restored_on_failure(self) -> Iterator[None]:
@@ -332,15 +411,21 @@ class EncodedCache(DynamicCache):
             layer.writes = writes
         layer.branch = branch
 
-    def sealing(self, layer_idx: int, device: torch.device) -> ops.Sealing | None:
-        """How the rows of a layer are sealed, for operations that read them on `device`; None if they are not."""
+    def sealing(self, layer_idx: int, device: torch.device, tokens: int | None = None) -> ops.Sealing | None:
+        """How the rows of a layer are sealed, for operations that read them on `device`; None if they are not.
+
+        Args:
+            tokens: how many of its newest rows are read, as `take_in` gave them; default: all that are held.
+        """
         layer = self.layers[layer_idx]
-        if not isinstance(layer, SealedLayer) or layer.writes is None or layer.branch is None:
+        if not isinstance(layer, SealedLayer) or layer.branch is None:
             return None
-        return self.session.sealing(layer_idx, layer.writes.to(device), layer.branch)
+        writes = layer.numbers(tokens)
+        return None if writes is None else self.session.sealing(layer_idx, writes.to(device), layer.branch, layer)
 
     def take_in(self, layer_idx: int, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Count the tokens written into `slots` as the layer's. Returns all of the layer's K and V."""
+        """Count the tokens written into `slots` as the layer's. Returns the layer's K and V, of all tokens that the new
+        ones may see."""
         return self.layers[layer_idx].take_in(slots)
 
     def append(
@@ -351,7 +436,7 @@ class EncodedCache(DynamicCache):
         Args:
             writes: (B, S) write numbers, which a sealed layer needs; `session.take_writes` gives them.
 
-        Returns: all of the layer's K and V as they are stored.
+        Returns: the layer's K and V as they are stored, of all tokens that the new ones may see.
         """
         if not isinstance(self.layers[layer_idx], SealedLayer):
             return super().update(keys, values, layer_idx)
@@ -416,6 +501,8 @@ class EncodedCache(DynamicCache):
         for layer in self.layers:  # older transformers zero the states and keep their length
             layer.keys = layer.values = None
             layer.is_initialized = False
+            if self._session is not None:
+                self._session.forget_keystream(layer)
 
 
 def _moved(layer: CacheLayerMixin, device: torch.device | str | None) -> CacheLayerMixin:
@@ -548,14 +635,17 @@ def decode_kvcache(cache: EncodedCache, session: Session) -> DynamicCache:
         sealing = keyed.sealing(index, layer.keys.device)
         if sealing is not None:
             unsealed = (ops.unseal(x, sealing, is_value=i == 1) for i, x in enumerate((layer.keys, layer.values)))
-            plain.layers[index] = layer = _plain_layer(*unsealed)
+            plain.layers[index] = layer = _plain_layer(layer, *unsealed)
         key = keyed.feature_key(index, layer.keys.device)
         layer.keys, layer.values = key.decode_cache(layer.keys, layer.values)
     return plain
 
 
-def _plain_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+def _plain_layer(sealed: SealedLayer, keys: Tensor, values: Tensor) -> DynamicLayer:
     layer = DynamicLayer()
+    if isinstance(sealed, SealedSlidingLayer):
+        layer = DynamicSlidingWindowLayer(sliding_window=sealed.sliding_window)
+        layer.cumulative_length, layer.record_past = sealed.cumulative_length, sealed.record_past
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
     return layer

@@ -1,6 +1,7 @@
 """Operations of SCX on encoded tensors. They know tensors and index arrays; no models, no keys."""
 
 from scx_kernels.checks import check_permutation
+from scx_kernels.kept import KeptKeystream
 from scx_kernels.operations import (
     attention,
     attention_step,
@@ -18,6 +19,7 @@ from scx_kernels.sealed_operations import random_bits, reseal, seal, unseal
 from scx_kernels.sealing import Sealing, WriteCounter, key_words
 
 __all__ = [
+    "KeptKeystream",
     "Sealing",
     "WriteCounter",
     "accumulation_dtype",

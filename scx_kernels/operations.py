@@ -88,7 +88,7 @@ _SEALING = "Tensor? seal_key=None, Tensor? seal_writes=None, SymInt[]? seal_numb
 def _spelled(sealing: Sealing | None) -> dict[str, Any]:
     if sealing is None:
         return {}
-    key, writes, *numbers = sealing
+    key, writes, *numbers = sealing[:5]
     return {"seal_key": key, "seal_writes": writes, "seal_numbers": numbers}
 
 

@@ -24,10 +24,12 @@ def _sealings(
 ) -> tuple[Sealing, Sealing | None, bool]:
     """What an operator's schema can carry -> what the functions take. numbers: is_value, then layer, rounds and
     first_head of the new and of the old sealing."""
-    new = Sealing(key, writes, *numbers[1:4])
+    is_value, layer, rounds, first_head, *old_numbers = numbers
+    new = Sealing(key, writes, layer, rounds, first_head)
     if old_key is None or old_writes is None:
-        return new, None, bool(numbers[0])
-    return new, Sealing(old_key, old_writes, *numbers[4:7]), bool(numbers[0])
+        return new, None, bool(is_value)
+    layer, rounds, first_head = old_numbers
+    return new, Sealing(old_key, old_writes, layer, rounds, first_head), bool(is_value)
 
 
 def _run(x: Tensor, new: Sealing, old: Sealing | None, is_value: bool, out: Tensor | None) -> Tensor:
@@ -75,7 +77,7 @@ def _(key: Tensor, streams: Tensor, count: int, rounds: int) -> Tensor:
 
 def _by_triton(x: Tensor, new: Sealing, old: Sealing | None, is_value: bool, out: Tensor | None) -> Tensor:
     check_out(x, out)
-    numbers = [int(is_value), *new[2:], *(old[2:] if old is not None else ())]
+    numbers = [int(is_value), *new[2:5], *(old[2:5] if old is not None else ())]
     old_key, old_writes = (None, None) if old is None else old[:2]
     if out is None:
         return _seal(x, new.key, new.writes, numbers, old_key, old_writes)

@@ -35,12 +35,15 @@ they are; `gather` and `scatter` of 16-bit floats on the CPU do not. Where those
 """
 
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scx_kernels.chacha import BLOCK_BYTES, HAS_LIBRARY, ROUNDS, chacha_blocks, cipher_memory, key_bytes, key_words
+
+if TYPE_CHECKING:
+    from scx_kernels.kept import KeptKeystream
 
 __all__ = [
     "COUNT_BITS",
@@ -66,6 +69,7 @@ _MAX_BLOCKS = 16
 _DTYPES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 # Shorter runs cost more in calls to the library than a gather of their keystream does.
 _MIN_RUN = 8
+_FEW = 64  # numbers that a list is faster for than a tensor
 
 
 class Sealing(NamedTuple):
@@ -78,6 +82,8 @@ class Sealing(NamedTuple):
         layer: which layer, below 2^16.
         rounds: of ChaCha: 8, 12 or 20.
         first_head: number of the tensor's first key/value head, where the heads of a layer are spread over devices.
+        kept: on a CPU, where keystream of these rows may lie that was made before; the bits are the same without it.
+            Kernels never see it.
     """
 
     key: Tensor
@@ -85,6 +91,7 @@ class Sealing(NamedTuple):
     layer: int
     rounds: int = 20
     first_head: int = 0
+    kept: "KeptKeystream | None" = None
 
     def __repr__(self) -> str:
         return f"Sealing(layer={self.layer}, rounds={self.rounds}, writes={tuple(self.writes.shape)})"
@@ -147,7 +154,7 @@ def check_sealing(x: Tensor, sealing: Sealing, name: str = "sealing") -> None:
     """
     if x.dim() != 4 or x.dtype not in _DTYPES:
         raise ValueError(f"x: expected (B, G, N, d) float32, float16 or bfloat16, got {tuple(x.shape)} {x.dtype}")
-    (batch, groups, tokens, size), (key, writes, layer, rounds, first_head) = x.shape, sealing
+    (batch, groups, tokens, size), (key, writes, layer, rounds, first_head) = x.shape, sealing[:5]
     if not 0 < blocks_of(size, x.element_size()) <= _MAX_BLOCKS:
         raise ValueError(f"x: expected a head of 4 to 1024 bytes, got {size} features of {x.dtype}")
     check_key(key, x.device, f"{name}.key")
@@ -226,12 +233,16 @@ def _words(sealing: Sealing, groups: int, blocks: int, word15: int) -> Tensor:
 
 def _runs(writes: Tensor) -> list[tuple[int, int, int]]:
     """(N,) write numbers -> (first row, rows, first number) of every stretch that one call to the library covers."""
-    if len(writes) < 2:
-        return [(0, 1, int(number)) for number in writes]
-    cut = writes.diff() != 1
-    cut |= writes[1:] & (1 << COUNT_BITS) - 1 == 0
-    edges = [0, *(cut.nonzero().flatten() + 1).tolist(), len(writes)]
-    numbers = [int(writes[0])] if len(edges) == 2 else writes[edges[:-1]].tolist()
+    if len(writes) <= _FEW:
+        given = writes.tolist()
+        cuts = [i for i in range(1, len(given)) if given[i] != given[i - 1] + 1 or not given[i] % (1 << COUNT_BITS)]
+        numbers = [given[i] for i in (0, *cuts)] if given else []
+    else:
+        cut = writes.diff() != 1
+        cut |= writes[1:] & (1 << COUNT_BITS) - 1 == 0
+        cuts = (cut.nonzero().flatten() + 1).tolist()
+        numbers = writes[[0, *cuts]].tolist() if cuts else [int(writes[0])]
+    edges = [0, *cuts, len(writes)]
     return [(edges[i], edges[i + 1] - edges[i], number) for i, number in enumerate(numbers)]
 
 
@@ -314,14 +325,20 @@ def seal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = No
     Source: RFC 8439, section 2.4, on the counter of this module's table.
     """
     check_sealing(x, sealing)
-    _check_values(sealing.writes, WRITE_LIMIT, "sealing.writes")
     check_out(x, out)
+    sizes = (x.shape[1], x.shape[3], x.dtype)
+    bits = None if sealing.kept is None else sealing.kept.find(sealing, *sizes, is_value=is_value)
+    if bits is not None and out is None:
+        return torch.bitwise_xor(patterns(x), bits).view(x.dtype)
     x = x.detach()
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not _cipher_in_place(x, sealing, is_value, out.detach()):
-        bits = keystream(sealing, x.shape[1], x.shape[3], x.dtype, is_value=is_value)
-        torch.bitwise_xor(patterns(x), bits, out=patterns(out))
+    if bits is None:
+        _check_values(sealing.writes, WRITE_LIMIT, "sealing.writes")
+        if _cipher_in_place(x, sealing, is_value, out.detach()):
+            return out
+        bits = keystream(sealing, *sizes, is_value=is_value)
+    torch.bitwise_xor(patterns(x), bits, out=patterns(out))
     return out
 
 

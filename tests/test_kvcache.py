@@ -179,6 +179,18 @@ def test_pickled_cache_holds_its_tokens_alone(cache) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("encoding", ["permuted", "sealed"])
+def test_pickled_cache_of_one_head_holds_its_tokens_alone(prompt, encoding: str) -> None:
+    """There the filled part of a buffer is contiguous, and would bring the whole buffer along."""
+    model = tiny_model(heads=2, kv_heads=1, layers=1)
+    encode_llama(model, SCXKeyGenerator.for_model(model, cache_encoding=encoding))
+    cache = model(prompt(5)).past_key_values
+    assert cache.layers[0].keys.is_contiguous()
+    for x in tensors(pickle.loads(pickle.dumps(cache))):
+        assert x.untyped_storage().nbytes() == x.nbytes
+
+
+@torch.no_grad()
 def test_deepcopy_forks_a_conversation(encoded, cache, prompt) -> None:
     """Two continuations of one prefix share its session and go their own ways."""
     fork = copy.deepcopy(cache)

@@ -1,16 +1,20 @@
 """A model whose cache is sealed: the same output bit by bit, and noise to whoever reads the cache without the key."""
 
 import copy
+import json
+import pickle
 
 import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor
-from transformers import set_seed
+from transformers import DynamicCache, set_seed
+from transformers.cache_utils import DynamicLayer
 
 import scx_kernels as ops
 from scx import (
     EncodedCache,
+    FileRefusedError,
     SCXKeyGenerator,
     decode_kvcache,
     encoded_llama,
@@ -22,7 +26,8 @@ from scx import (
     split_kvcache_dynamic,
 )
 from scx.audit import read_first_block
-from scx.kvcache import SealedLayer
+from scx.container import read_container, write_container
+from scx.kvcache import SealedLayer, SealedSlidingLayer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KEY = b"\x11" * 32
@@ -131,7 +136,7 @@ class Witness:
                 for b in range(states.shape[0]):
                     for n, number in enumerate(layer.writes[b].tolist()):
                         for head in range(states.shape[1]):
-                            name = (layer.branch, index, kind, head, number)
+                            name = (cache.session_id, layer.branch, index, kind, head, number)
                             row = plain[b, head, n].numpy(force=True).tobytes()
                             assert self.known.setdefault(name, row) == row, f"{name} sealed two values"
         return len(self.known) - before
@@ -247,6 +252,223 @@ def test_files_and_another_holder(prompt, tmp_path) -> None:
         assert len(branches) == 3
 
 
+def sliding_model(family: str, window: int, **options):
+    """Every layer of Mistral slides, and all but the first of the others."""
+    if family != "mistral":
+        options |= {"use_sliding_window": True, "max_window_layers": 1}
+    return tiny_model(family, sliding_window=window, **options)
+
+
+class TestSlidingWindows:
+    """A layer that slides keeps its window's rows alone, sealed, and does what a permuted one does."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+    @pytest.mark.parametrize(("window", "length"), [(5, 12), (6, 6), (9, 5), (2, 4)])
+    def test_bitwise_equal(self, prompt, family: str, dtype, window: int, length: int) -> None:
+        """In a prompt longer than the window, a shorter one, and steps over its edge; padded or not."""
+        model, ids = sliding_model(family, window, dtype=dtype), prompt(length, 2)
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        for given in (None, mask):
+            permuted, plain_cache = run(model, ids, min(length, 8), given, cache_encoding="permuted")
+            sealed, cache = run(model, ids, min(length, 8), given)
+            assert all(torch.equal(a, b) for a, b in zip(sealed, permuted, strict=True))
+            slides = [layer.is_sliding for layer in plain_cache.layers]
+            assert slides == [isinstance(layer, SealedSlidingLayer) for layer in cache.layers]
+            assert any(slides)
+            for a, b in zip(stored(cache), stored(plain_cache), strict=True):
+                assert a.shape == b.shape
+                assert (patterns(a) == patterns(b)).float().mean() < 0.01, "nothing is stored as it was"
+            decoded = [decode_kvcache(x, x.session) for x in (cache, plain_cache)]
+            assert all(torch.equal(a, b) for a, b in zip(*map(stored, decoded), strict=True))
+            for a, b in zip(*(x.layers for x in decoded), strict=True):
+                assert type(a) is type(b) or not b.is_sliding
+                assert a.get_seq_length() == b.get_seq_length()
+                assert a.get_mask_sizes(1) == b.get_mask_sizes(1)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_many_steps_in_bounded_memory(self, prompt, attention: str) -> None:
+        """Its buffers are renewed again and again; chunks longer than the window pass through them."""
+        model, logits = sliding_model("mistral", 5, layers=2), {}
+        model.set_attn_implementation(attention)
+        for encoding in ("permuted", "sealed"):
+            with encoded_llama(model, keys_for(model, cache_encoding=encoding, alp=False, redundant_num=0)):
+                cache = model(prompt(100)).past_key_values
+                logits[encoding] = [
+                    model(prompt(count, seed=i), past_key_values=cache).logits
+                    for i, count in enumerate([1] * 140 + [7, 1, 30, 1, 1])
+                ]
+            assert cache.get_seq_length() == 100 + 140 + 40
+            if encoding == "sealed":
+                for layer in cache.layers:
+                    assert layer.keys.shape[2] == layer.writes.shape[1] == 4
+                    assert layer.keys.untyped_storage().nbytes() <= 2 * 64 * layer.keys[:, :, 0].nbytes
+        # Their one-time keys differ, and with them the order of sums.
+        for a, b in zip(logits["sealed"], logits["permuted"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", GENERATIONS)
+    def test_generate(self, prompt, kind: str) -> None:
+        model, batch = sliding_model("qwen2", 6), 1 if kind == "prompt lookup" else 2
+        ids = prompt(10, batch)
+        mask = torch.ones_like(ids)
+        mask[-1, : 4 * (batch - 1)] = 0
+        settings = {"max_new_tokens": 12, "attention_mask": mask, **GENERATIONS[kind]}
+
+        def generate() -> Tensor:
+            set_seed(1)
+            return model.generate(ids.masked_fill(mask == 0, 0), **settings)
+
+        plain = generate()
+        with encoded_llama(model, keys_for(model)):
+            assert torch.equal(generate(), plain)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("family", ["mistral", "qwen3"])
+    def test_keystream_is_never_used_twice(self, prompt, family: str) -> None:
+        """Rows leave at the front, others come behind them, and the cache is rolled back, forked and reordered."""
+        model, witness = sliding_model(family, 6, layers=2), Witness()
+        with encoded_llama(model, keys_for(model)):
+            cache = DynamicCache(config=model.config)
+            cache.activate_past_recording()
+            model(prompt(9, 2), past_key_values=cache)
+            witness.look(cache)
+
+            def step(given: EncodedCache, seed: int, count: int = 1) -> None:
+                model(prompt(count, given.rows, seed), past_key_values=given)
+                assert witness.look(given) > 0, "what is written is new to the witness"
+
+            for seed in range(70):
+                step(cache, seed)
+                if seed % 3:
+                    cache.crop(-(seed % 3 - 1))
+            fork = copy.deepcopy(cache)
+            step(cache, 100, count=9)
+            step(fork, 101, count=3)
+            cache.crop(-2)
+            step(cache, 102)
+            for number, change in enumerate(
+                (
+                    lambda: cache.reorder_cache(torch.tensor([1, 1])),
+                    lambda: cache.batch_repeat_interleave(2),
+                    lambda: cache.batch_select_indices(torch.tensor([3, 0])),
+                )
+            ):
+                change()
+                witness.look(cache)
+                step(cache, 110 + number)
+            handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(prompt(4, 2), past_key_values=fork)
+            handle.remove()
+            step(fork, 120, count=4)
+            gpu, cpu = split_kvcache_dynamic(cache, gpu_layers=[], cpu_device=cache.layers[0].keys.device)
+            model(prompt(1, 2, 8), gpu_kvcache=gpu, cpu_kvcache=cpu)
+            witness.look(merge_kvcache_dynamic(gpu, cpu))
+            step(cache, 121)
+            cache.reset()
+            model(prompt(9), past_key_values=cache)
+            step(cache, 122)
+
+    @torch.no_grad()
+    def test_cut_off_and_rolled_back_as_a_permuted_one(self, prompt) -> None:
+        """Crop is refused behind the window without recording, and gives the same rows with it."""
+        model, ids = sliding_model("mistral", 5, layers=2), prompt(9, 2)
+        with encoded_llama(model, keys_for(model)):
+            cache = model(ids).past_key_values
+            before = [x.clone() for x in stored(cache)]
+            with pytest.raises(RuntimeError, match="does not track past states"):
+                cache.crop(-1)
+            assert all(torch.equal(patterns(a), patterns(b)) for a, b in zip(stored(cache), before, strict=True))
+
+            cache = DynamicCache(config=model.config)
+            cache.activate_past_recording()
+            model(ids, past_key_values=cache)
+            plain = decode_kvcache(cache, cache.session)
+            for count in (-2, 0, -3, -1):
+                for given in (cache, plain):
+                    given.crop(count)
+                decoded = decode_kvcache(cache, cache.session)
+                for a, b in zip(decoded.layers, plain.layers, strict=True):
+                    assert (a.get_seq_length(), a.record_past) == (b.get_seq_length(), b.record_past)
+                    assert torch.equal(a.keys, b.keys)
+                    assert torch.equal(a.values, b.values)
+
+    @torch.no_grad()
+    def test_files_pickles_and_parts(self, prompt, tmp_path) -> None:
+        """What leaves holds the window's rows alone, and goes on as the cache that stayed."""
+        model, witness = sliding_model("qwen2", 6), Witness()
+        with encoded_llama(model, keys_for(model, alp=False, redundant_num=0)):
+            cache = model(prompt(20, 2)).past_key_values
+            model(prompt(1, 2), past_key_values=cache)
+            witness.look(cache)
+            sliding = cache.layers[1]
+            assert sliding.keys.shape[2] == 5 < sliding._buffers[0].shape[2]
+            pickled = pickle.loads(pickle.dumps(cache))
+            assert all(x.untyped_storage().nbytes() == x.nbytes for x in stored(pickled))
+            save_kvcache(tmp_path / "cache", cache, cache.session)
+            save_keys(tmp_path / "keys", cache.session, key=KEY)
+            session = load_keys(tmp_path / "keys", key=KEY, model=model)
+            loaded = load_kvcache(tmp_path / "cache", session, device=model.device, at_least=0)
+            merged = merge_kvcache_dynamic(*split_kvcache_dynamic(cache, gpu_layers=[1]), device=model.device)
+            for other in (pickled, loaded, merged):
+                assert [type(layer) for layer in other.layers] == [type(layer) for layer in cache.layers]
+                assert other.get_seq_length() == 21
+                for a, b in zip(other.layers, cache.layers, strict=True):
+                    assert torch.equal(a.writes, b.writes)
+                    assert torch.equal(patterns(a.keys), patterns(b.keys))
+            for seed in range(8):
+                token = prompt(1, 2, seed)
+                expected = model(token, past_key_values=cache).logits
+                for other in (pickled, loaded, merged):
+                    logits = model(token, past_key_values=other).logits
+                    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+                    witness.look(other)
+
+    def test_on_the_kernels(self, prompt) -> None:
+        model, ids = sliding_model("mistral", 3, layers=1, heads=2, kv_heads=1), prompt(4)
+        with ops.backend("triton"):
+            permuted, _ = run(model, ids, 2, cache_encoding="permuted", redundant_num=0, alp=False)
+            sealed, _ = run(model, ids, 2, redundant_num=0, alp=False)
+        assert all(torch.equal(a, b) for a, b in zip(sealed, permuted, strict=True))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"kind": "sliding"}, "of a sliding layer"),
+            ({"kind": "sealed"}, "of a sealed layer"),
+            ({"kind": ["sealed sliding"]}, "expected one of the kinds"),
+            ({"branch": "00"}, "branch: expected 16 bytes"),
+            ({"window": 1}, "expected the window and length"),
+            ({"window": 9}, "4 tokens do not fit a length of 12"),
+            ({"records_past": 0}, "expected the window and length"),
+            ({"length": 3}, "4 tokens do not fit a length of 3"),
+        ],
+    )
+    def test_wrong_files_are_refused(self, prompt, tmp_path, change: dict, match: str) -> None:
+        model, path = sliding_model("mistral", 5), tmp_path / "cache"
+        with encoded_llama(model, keys_for(model)):
+            cache = model(prompt(12)).past_key_values
+        save_kvcache(path, cache, cache.session)
+        file = {"kind": "cache", "key": cache.session.derive_key("cache file")}
+        written = read_container(path, protection="authenticated", **file)
+        layers = json.loads(written.metadata["layers"])
+        assert layers[0]["kind"] == "sealed sliding"
+        layers[0] |= change
+        metadata = dict(written.metadata) | {"layers": json.dumps(layers)}
+        write_container(path, dict(written.tensors), metadata, encrypt=False, **file)
+        with pytest.raises(FileRefusedError, match=match) as refused:
+            load_kvcache(path, cache.session, at_least=0)
+        assert refused.value.reason == "format"
+
+
+class StrangeLayer(DynamicLayer):
+    pass
+
+
 class TestRefused:
     def test_settings(self, llama) -> None:
         with pytest.raises(ValueError, match="cache_encoding: expected"):
@@ -259,13 +481,12 @@ class TestRefused:
         ):
             pass
 
-    def test_sliding_windows(self) -> None:
-        model = tiny_model("mistral", sliding_window=5)
-        with (
-            pytest.raises(ValueError, match=r"layers \[0, 1, 2\] slide a window"),
-            encoded_llama(model, keys_for(model)),
-        ):
-            pass
+    @torch.no_grad()
+    def test_layers_of_a_kind_that_is_not_known(self, llama, prompt) -> None:
+        cache = DynamicCache(config=llama.config)
+        cache.layers[1] = StrangeLayer()
+        with encoded_llama(llama, keys_for(llama)), pytest.raises(TypeError, match="a StrangeLayer cannot be sealed"):
+            llama(prompt(4), past_key_values=cache)
 
     def test_gradients(self, llama, prompt) -> None:
         with encoded_llama(llama, keys_for(llama)):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -117,7 +117,7 @@ class EncodedAttention(nn.Module):
 
         output_index = scx_step.feature_key(self.layer_idx, q.device).output
         output_key = scx_step.layer_keys(self.layer_idx, q.device).output
-        sealing = None if past_key_values is None else past_key_values.sealing(self.layer_idx, q.device)
+        sealing = None if past_key_values is None else past_key_values.sealing(self.layer_idx, q.device, k.shape[2])
         rows, weights = self._attend(q, k, v, attention_mask, output_index, output_key, sealing, **kwargs)
         return self.o_proj(rows.to(device)), weights
 
@@ -417,6 +417,7 @@ class ModelEncoding:
             )
         if cache.rows != batch:
             raise ValueError(f"past_key_values: holds {cache.rows} sequences, the input has {batch}")
+        session.keep_keystream = self.generator.keep_keystream
         return session
 
 
@@ -504,11 +505,6 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         first_norm_rms=float(first_norm.detach().float().square().mean().sqrt()),
         fingerprint=fingerprint,
     )
-
-
-def _slides(decoder: Decoder, layer: int) -> bool:
-    """Whether the cache of this layer forgets tokens behind a window."""
-    return type(DynamicCache(config=decoder.config).layers[layer]) is not DynamicLayer
 
 
 def _check_forwards(decoder: Decoder) -> None:
@@ -636,9 +632,6 @@ def encode_llama(
         outer = None if prefill_top_k is None else split.causal_lm(model, decoder)
     _check_data(decoder, split.needed_here(decoder, plan, untrusted))
     _check_forwards(decoder)
-    sliding = [i for i in key_generator.sealed(shape) if _slides(decoder, i)]
-    if sliding:
-        raise ValueError(f"cache_encoding: layers {sliding} slide a window; sealed are layers that keep every token")
     if key_generator.alp:
         for name in _QKV_PROJECTIONS:
             _check_plain_linear(decoder.layers[0].get_submodule(name), f"model: layers.0.{name}")
