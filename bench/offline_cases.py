@@ -65,7 +65,9 @@ def sealed(batch, tokens, rounds):
     return Sealing(meta(8, dtype=torch.int32), index(batch, tokens), 3, rounds)
 
 
-def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=False, rounds=0):
+def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=False, rounds=0, opens=False):
+    """opens: the first tokens of a sealed cache, whose K and V are also returned unsealed."""
+
     def call(dtype):
         z_dtype, encoded = torch.float32 if noisy else dtype, tokens + 128
         z = meta(2, encoded, (heads + 2 * groups) * size, dtype=z_dtype)
@@ -82,8 +84,9 @@ def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=Fals
             k_norm=weight,
             keys=meta(2, groups, 8192, size, dtype=dtype),
             values=meta(2, groups, 8192, size, dtype=dtype),
-            **({"offsets": index(2)} if offsets else {"offset": 17}),
+            **({"offsets": index(2)} if offsets else {"offset": 0 if opens else 17}),
             sealing=sealed(2, 8192, rounds),
+            return_unsealed=opens,
         )
 
     return call
@@ -275,6 +278,11 @@ CASES = [
     {"name": "sealed qkv 4096 32x8x128", "call": transcode(4096, 32, 8, 128, rounds=20)},
     {"name": "sealed qkv 1 32x8x128", "call": transcode(1, 32, 8, 128, offsets=True, rounds=20)},
     {"name": "sealed qkv 512 32x32x80", "call": transcode(512, 32, 32, 80, rounds=8)},
+    {"name": "opening qkv 4096 32x8x128", "call": transcode(4096, 32, 8, 128, rounds=20, opens=True), "quick": True},
+    {"name": "opening qkv 4096 32x8x128 norm", "call": transcode(4096, 32, 8, 128, True, rounds=8, opens=True)},
+    {"name": "opening qkv 512 32x32x80", "call": transcode(512, 32, 32, 80, rounds=8, opens=True)},
+    {"name": "opening qkv 512 9x3x64", "call": transcode(512, 9, 3, 64, rounds=20, opens=True)},
+    {"name": "opening qkv 512 8x4x256", "call": transcode(512, 8, 4, 256, rounds=12, opens=True)},
     {"name": "sealed attention 4096 128", "call": prefill(32, 8, 4096, 4096, 128, rounds=8), "matrix": "HGMMA"},
     {"name": "sealed attention 4096 80", "call": prefill(32, 32, 4096, 4096, 80, rounds=20), "matrix": "HGMMA"},
     {"name": "sealed step 1 8192 128", "call": step(1, 32, 8, 1, 8192, 128, rounds=20), "matrix": "MMA"},
