@@ -150,6 +150,18 @@ def test_qkv_seals_what_it_stores(dtype, slots, groups, size):
 
 
 @by_dtype
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_a_thread_computes_a_block_of_its_own(dtype, size):
+    """The tile that seals has as many blocks as threads, for many tokens on every target; nothing else of it is
+    another than without a seal."""
+    for target in launch.TARGETS.values():
+        plain, sealed = (qkv.qkv_tile(4096, 48, size, dtype, seal, target) for seal in (False, True))
+        blocks = sealed["BLOCK_S"] * size * dtype.itemsize // 64
+        assert blocks == sealed["num_warps"] * target.warp_size
+        assert plain | {"num_warps": 0} == sealed | {"num_warps": 0}
+
+
+@by_dtype
 @pytest.mark.parametrize("slots", ["offset", "offsets"])
 @pytest.mark.parametrize("size", [64, 80, 10])
 @pytest.mark.parametrize("tile", [None, {"BLOCK_S": 2, "HEADS": 2}], ids=["heuristic", "small tiles"])

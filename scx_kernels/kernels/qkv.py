@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scx_kernels.chacha import BLOCK_BYTES
 from scx_kernels.checks import check_qkv, check_return_unsealed
 from scx_kernels.kernels.chacha import head_word, load_key, seal
 from scx_kernels.kernels.launch import (
@@ -322,14 +323,18 @@ def _qkv_kernel(
         )  # fmt: skip
 
 
-def qkv_tile(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, target: Target) -> dict[str, Any]:
+def qkv_tile(
+    tokens: int, heads: int, head_dim: int, dtype: torch.dtype, sealed: bool, target: Target
+) -> dict[str, Any]:
     """Meta-parameters of `qkv_decode_encode`: a tile of about 4 KB, several heads to share cos and sin where
-    tokens alone fill the machine, one head a program where they do not."""
+    tokens alone fill the machine, one head a program where they do not. Sealed, a thread holds a block of the cipher:
+    with fewer bytes a thread, several would compute the same one."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_s = max(1, min(triton.next_power_of_2(max(1, tokens)), 4096 // dtype.itemsize // block_d))
     programs = triton.cdiv(tokens, block_s)
     per_program = max(1, min(8, heads, programs * heads // (8 * target.multiprocessors)))
-    warps = block_s * block_d // (8 * target.warp_size)
+    held = BLOCK_BYTES // dtype.itemsize if sealed else 8
+    warps = block_s * block_d // (held * target.warp_size)
     return {
         "BLOCK_S": block_s,
         "BLOCK_D": block_d,
@@ -393,9 +398,10 @@ def qkv_decode_encode(
         z_q.new_empty(batch, groups, tokens, size, dtype=dtype) if return_unsealed else None for _ in range(2)
     )
     target, all_heads = target_of(z_q.device), heads + 2 * groups
-    heuristic = qkv_tile(batch * tokens, all_heads, size, dtype, target)
+    heuristic = qkv_tile(batch * tokens, all_heads, size, dtype, sealing is not None, target)
     sizes = {"tokens": batch * tokens, "heads": all_heads, "head_dim": size}
-    meta = choose_tile("qkv_decode_encode", heuristic, tile, target, dtype, **sizes)
+    variant = "" if sealing is None else "sealed"
+    meta = choose_tile("qkv_decode_encode", heuristic, tile, target, dtype, variant, **sizes)
     chunks = triton.cdiv(heads, meta["HEADS"]) + 2 * triton.cdiv(groups, meta["HEADS"])
     launch(
         _qkv_kernel,
