@@ -109,6 +109,15 @@ def test_a_step_sums_in_the_same_order_with_a_seal(target, size):
         assert plain | {"num_stages": 0} == sealed | {"num_stages": 0}
 
 
+def test_short_caches_are_spread_over_the_machine():
+    """One sequence of eight heads: about a program a multiprocessor at 1,024 keys, with 64 keys or more each, and two
+    for a long cache."""
+    target = launch.TARGETS["cuda", 90]
+    for keys, splits in ((1, 1), (64, 1), (65, 2), (1024, 16), (2048, 32), (8192, 32), (65_536, 33)):
+        assert attention.step_tile(1, 8, 4, keys, 128, torch.bfloat16, False, True, target)["splits"] == splits
+    assert attention.step_tile(64, 8, 4, 8192, 128, torch.bfloat16, False, True, target)["splits"] == 1
+
+
 def qkv_arguments(batch: int, tokens: int, heads: int, groups: int, size: int, dtype: torch.dtype) -> list:
     z = [randn(batch, tokens + 2, n * size, dtype=dtype) for n in (heads, groups, groups)]
     angle = torch.randn(1, tokens, size // 2).repeat(1, 1, 2).to(parity.DEVICE)

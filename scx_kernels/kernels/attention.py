@@ -664,8 +664,8 @@ def step_tile(
     batch: int, groups: int, rows: int, keys: int, size: int, dtype: torch.dtype, permuted: bool, sealed: bool,
     target: Target,
 ) -> dict[str, Any]:  # fmt: skip
-    """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread: two
-    programs a multiprocessor, and no fewer than 256 keys a program."""
+    """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread: up to
+    two programs a multiprocessor, with no fewer than 256 keys each, or 64 where that makes no more than 32 of them."""
     blocks = _head_blocks(size)
     width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
     block_m = max(16, triton.next_power_of_2(rows))
@@ -689,7 +689,9 @@ def step_tile(
         if target.arch == 100 and width <= 64 and dtype != torch.float32:
             stages = 3
         block_m = 16 if blocks["BLOCK_TAIL"] and dtype == torch.float32 else block_m
-    splits = min(triton.cdiv(keys, 256), max(1, 2 * target.multiprocessors // max(1, batch * groups)))
+    # A short cache of few heads would leave most of the machine idle, above all where a cipher is at work.
+    splits = max(triton.cdiv(keys, 256), min(32, triton.cdiv(keys, 64)))
+    splits = min(splits, max(1, 2 * target.multiprocessors // max(1, batch * groups)))
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     return blocks | tile | {"splits": max(1, splits)}
 
