@@ -151,13 +151,14 @@ def _encode_heads(
                 y = _scale_by_norm(y, norm_weight_ptr, partner, in_head, scale, stride_w, DTYPE)
             x = x * cos + y * sin
         encoded = tl.gather(narrow(x, DTYPE), tl.broadcast_to(index[None, :], (BLOCK_S, BLOCK_D)), axis=1)
-        if HAS_FRESH:
-            tl.store(fresh_rows[:, None] + columns[None, :] * stride_fd, encoded, mask=mask)
-            fresh_rows += stride_fh
+        stored = encoded
         if ENCODING == "sealed":
             word14 = head_word(layer, sealed_head + head)
-            encoded = seal(encoded, load_key(key_ptr), writes, word14, not IS_ROTARY, HEAD_DIM, 0, ROUNDS)
-        tl.store(out_rows[:, None] + columns[None, :] * stride_od, encoded, mask=mask)
+            stored = seal(encoded, load_key(key_ptr), writes, word14, not IS_ROTARY, HEAD_DIM, 0, ROUNDS)
+        tl.store(out_rows[:, None] + columns[None, :] * stride_od, stored, mask=mask)
+        if HAS_FRESH:  # last: before the other store it spills on sm_100
+            tl.store(fresh_rows[:, None] + columns[None, :] * stride_fd, encoded, mask=mask)
+            fresh_rows += stride_fh
         out_rows += stride_oh
 
 
