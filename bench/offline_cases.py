@@ -333,6 +333,14 @@ CASES = [
     },
     {"name": "sealed step 4 8192 80", "call": step(4, 32, 32, 4, 8192, 80, rounds=8), "matrix": "MMA", **STEP},
     {"name": "sealed step 4 4096 96", "call": step(4, 32, 4, 8, 4096, 96, rounds=8), "matrix": "MMA", **STEP},
+    {
+        "name": "sealed attention 4096 160",
+        "call": prefill(32, 32, 4096, 4096, 160, rounds=20),
+        "matrix": "HGMMA",
+        **PREFILL,
+    },
+    {"name": "sealed step 4 8192 160", "call": step(4, 16, 8, 1, 8192, 160, rounds=20), "matrix": "MMA", **STEP},
+    {"name": "sealed step 4 8192 192", "call": step(4, 16, 8, 1, 8192, 192, rounds=8), "matrix": "MMA", **STEP},
     {"name": "sealed step 1 8192 64", "call": step(1, 9, 3, 1, 8192, 64, rounds=20), "matrix": "MMA", **STEP},
     {"name": "sealed step 1 8192 256", "call": step(1, 16, 8, 16, 8192, 256, rounds=8), "matrix": "MMA", **STEP},
 ]

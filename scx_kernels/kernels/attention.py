@@ -657,6 +657,10 @@ def attention_tile(
     if sealed:
         # A keystream is computed while its load is under way: no need to load ahead, and its state needs registers.
         keys, stages = min(keys, 64), 1
+        if dtype == torch.float32 and warps == 16:
+            rows, warps = 16, 8  # more rows, or fewer registers a thread, spill; rows add up in the same order
+        elif width > 128 and blocks["BLOCK_TAIL"] and target.backend == "cuda" and target.arch < 90:
+            stages = 2  # one spills
     return blocks | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -685,7 +689,9 @@ def step_tile(
             stages += 2
     if sealed:
         # As in `attention_tile`. The rest stays: sums in the same order give the same bits as without a seal.
-        stages = 2 if blocks["BLOCK_TAIL"] and dtype != torch.float32 else 1
+        # One stage spills where there is a tail, but in float32, where two do, unless the head is wide.
+        wide = width > 128 and target.backend == "cuda"
+        stages = 2 if blocks["BLOCK_TAIL"] and (dtype != torch.float32 or wide) else 1
         if target.arch == 100 and width <= 64 and dtype != torch.float32:
             stages = 3
         block_m = 16 if blocks["BLOCK_TAIL"] and dtype == torch.float32 else block_m
