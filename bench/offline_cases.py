@@ -301,8 +301,8 @@ CASES = [
         **PREFILL,
     },
     {
-        "name": "sealed attention 1024 9216 128",
-        "call": prefill(32, 8, 1024, 9216, 128, mask=True, rounds=20),
+        "name": "sealed attention 1024 9217 128",
+        "call": prefill(32, 8, 1024, 9217, 128, mask=True, rounds=20),
         "matrix": "HGMMA",
         **MASKED,
     },

@@ -714,6 +714,15 @@ def _inverse(permutation: Tensor) -> Tensor:
     return torch.empty_like(permutation).scatter_(1, permutation, places)
 
 
+def _aligned(mask: Tensor) -> Tensor:
+    """A mask whose rows begin at multiples of 16 elements. At others its pointers take so many registers that the
+    kernel spills, and an odd number of keys would be one more variant to compile."""
+    if mask.dim() < 2 or mask.stride(-2) % 16 == 0:
+        return mask
+    keys = mask.shape[-1]
+    return mask.new_empty(*mask.shape[:-1], triton.cdiv(keys, 16) * 16)[..., :keys].copy_(mask)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -736,7 +745,7 @@ def attention(
     """`scx_kernels.attention` for float32, float16 and bfloat16, any strides, head sizes up to 256, in one kernel.
 
     Args:
-        mask: slow: every tile is masked.
+        mask: slow: every tile is masked. Copied first where its rows are not aligned.
         sealing: every program takes the keystream off the keys it sees, in registers, once for each block of queries.
         out: (B, H, S, d), or (B, T, H*d) with row_index, any strides; by default in memory by tokens.
         tile: overrides of `attention_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
@@ -752,7 +761,7 @@ def attention(
     decoys = 0 if redundant is None else redundant.shape[1]
     position = None if row_index is None else _inverse(row_index)
     if mask is not None:
-        mask = mask.expand(batch, heads, tokens, keys)
+        mask = _aligned(mask).expand(batch, heads, tokens, keys)
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
 
     if out is None and position is None:
