@@ -26,7 +26,17 @@ from bench.contest import (
 )
 from scx_kernels import reference
 
-__all__ = ["ATTENTION_OPERATIONS"]
+__all__ = [
+    "ATTENTION_OPERATIONS",
+    "cache_bytes",
+    "exact_attention",
+    "in_order",
+    "make_step",
+    "sample",
+    "sdpa",
+    "step_bytes",
+    "step_flops",
+]
 
 QUERY_SAMPLE = 256
 """Queries whose attention is held against float64: all of a long prompt's would need its squared scores."""
@@ -88,7 +98,8 @@ def exact_attention(i: Inputs) -> Tensor:
     k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if i.q.shape[2] > 1:
-        scores.masked_fill_(torch.arange(k.shape[2], device=k.device) > queries[:, None], float("-inf"))
+        own_key = queries + k.shape[2] - i.q.shape[2]  # the last query's is the last
+        scores.masked_fill_(torch.arange(k.shape[2], device=k.device) > own_key[:, None], float("-inf"))
     return gathered(scores.softmax(-1) @ v, i.output_index[batches])
 
 

@@ -43,7 +43,8 @@ otherwise; a limit, which does less than the work."""
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size. `cached`: keys in the cache of a generation step. `headline`: in the short table."""
+    """One operation at one size. `cached`: keys that a cache holds before the pass (of a generation step: in all).
+    `rounds`: of the cipher that seals the cache, 0 for none. `headline`: in the short table."""
 
     operation: str
     model: str
@@ -53,6 +54,7 @@ class Case:
     cached: int = 0
     dtype: str = "bfloat16"
     headline: bool = False
+    rounds: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -74,7 +76,10 @@ class Case:
     @property
     def id(self) -> str:
         size = f"cached={self.cached}" if self.cached else f"tokens={self.tokens}/redundant={self.redundant}"
-        return f"operations/{self.operation}/{self.model}/{size}/batch={self.batch}/{self.dtype}"
+        if self.cached and self.tokens > 1:
+            size += f"/tokens={self.tokens}"
+        sealed = f"/rounds={self.rounds}" if self.rounds else ""
+        return f"operations/{self.operation}/{self.model}/{size}/batch={self.batch}/{self.dtype}{sealed}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ class Operation:
     `make` draws inputs; `contestants` compute from them; `plain` is the reference in the same dtype, `exact` the
     part of the result in float64 that `select` leaves of the others (all of it, as a rule; `plain` on widened inputs).
     `bytes` counts every input read once and every output written once, `flops` a multiplication and an addition as
-    two; `copied` is what a copy is held against, `bytes` as a rule. `writes`: a call changes its inputs.
+    two; `copied` is what a copy is held against, `bytes` as a rule; `keystream` counts the bytes of a cipher's that the
+    work cannot do without. `writes`: a call changes its inputs.
     """
 
     make: Callable[[Case, torch.device], Inputs]
@@ -107,6 +113,7 @@ class Operation:
     bytes: Callable[[Case], int]
     flops: Callable[[Case], int]
     copied: Callable[[Case], int] | None = None
+    keystream: Callable[[Case], int] = lambda case: 0
     exact: Callable[[Inputs], Any] | None = None
     select: Callable[[Inputs, Any], Any] = lambda inputs, result: result
     writes: bool = False

@@ -47,19 +47,27 @@ MATRIX = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b", 942
 HALF_MATRIX_BELOW_HOPPER = r"\bHMMA\b"
 # Integer work by pipe: additions that became IMAD leave the pipe of logic and shifts free.
 INTEGER = {"INT": r"\b(?:IADD3|VIADD|LOP3|SHF|PRMT|LEA|ISETP|SEL|IMAD)\b", "IMAD": r"\bIMAD\b"}
+LOOP_END = r"\bBRA\b.*(\.L_x_\d+)\b|\bs_c?branch\w* (\.LBB\w+)"
 AMD_INTEGER = r"\bv_(?:add|sub|xor|xad|or|and|lsh|alignb|perm|mad|mul|bfe|bfi|cmp|cndmask)\w*_[ibu]\d+"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: `call(dtype)` runs a launcher on meta tensors. `matrix` names the unit expected on sm_90."""
+    """One launch: `call(dtype)` runs a launcher on meta tensors. `matrix` names the unit expected on sm_90.
+
+    Of kernels that seal or unseal, integer instructions are counted: of straight-line code all, where `keystreams` are
+    XORed on 64 bytes a BLOCK_U; of code in loops those of the `loops` longest, which together run the cipher over
+    `tiles` tiles of `tile_rows` rows of a head."""
 
     name: str
     call: Callable[[torch.dtype], Any]
     dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
     matrix: str = ""
     quick: bool = False
-    keystreams: int = 0  # for kernels of straight-line integer code: how many are XORed on 64 bytes a BLOCK_U
+    keystreams: int = 0
+    loops: int = 0
+    tiles: int = 0
+    tile_rows: str = ""
 
 
 @dataclass
@@ -111,8 +119,26 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([BINARIES / name, *args], check=True, capture_output=True, text=True).stdout
 
 
-def read_nvidia(compiled: Any, target: Target, warps: int) -> tuple[int, int, dict[str, int], int]:
-    """Registers, stack bytes, counted instructions, resident warps of a multiprocessor."""
+def _loops(assembly: str) -> list[str]:
+    """The text between each backward branch and its label, the longest first."""
+    lines = assembly.splitlines()
+    labels = {found[1]: place for place, line in enumerate(lines) if (found := re.match(r"\s*(\.L\w+):", line))}
+    found = []
+    for end, line in enumerate(lines):
+        target = re.search(LOOP_END, line)
+        start = labels.get(target[1] or target[2], end) if target else end
+        found += ["\n".join(lines[start : end + 1])] if start < end else []
+    return sorted(found, key=len, reverse=True)
+
+
+def _count(patterns: dict[str, str], assembly: str, loops: int) -> dict[str, int]:
+    text = "\n".join(_loops(assembly)[:loops]) if loops else assembly
+    return {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
+
+
+def read_nvidia(compiled: Any, target: Target, warps: int, loops: int) -> tuple[int, int, dict[str, int], int]:
+    """Registers, stack bytes, counted instructions (integer ones of the longest `loops` alone, if any), resident warps
+    of a multiprocessor."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -121,14 +147,14 @@ def read_nvidia(compiled: Any, target: Target, warps: int) -> tuple[int, int, di
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     stack = int(re.search(r"STACK:(\d+)", usage)[1])
     patterns = {"HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b", "UTCMMA": r"\bUTC\w*MMA\b", "LDL": r"\bLDL\b|\bSTL\b"}
-    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in (patterns | INTEGER).items()}
+    counts = _count(patterns, assembly, 0) | _count(INTEGER, assembly, loops)
     shared_of_multiprocessor = {80: 167_936, 90: 233_472, 100: 233_472}[target.arch]
     by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
     by_shared = shared_of_multiprocessor // (compiled.metadata.shared + 1024)
     return registers, stack, counts, warps * min(by_registers, by_shared, 64 // warps)
 
 
-def read_amd(compiled: Any, target: Target, warps: int) -> tuple[int, int, dict[str, int], int]:
+def read_amd(compiled: Any, target: Target, warps: int, loops: int) -> tuple[int, int, dict[str, int], int]:
     assembly = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -136,7 +162,7 @@ def read_amd(compiled: Any, target: Target, warps: int) -> tuple[int, int, dict[
 
     registers = field("vgpr_count") + field("agpr_count")
     spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
-    counts = {"MFMA": len(re.findall(r"\bv_mfma_", assembly)), "INT": len(re.findall(AMD_INTEGER, assembly))}
+    counts = _count({"MFMA": MATRIX[942]}, assembly, 0) | _count({"INT": AMD_INTEGER}, assembly, loops)
     # Four SIMDs, 512 registers of a lane each, at most 8 waves; shared memory bounds whole workgroups.
     by_registers = 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps
     by_shared = target.shared_memory // max(1, compiled.metadata.shared)
@@ -157,6 +183,12 @@ def digest() -> str:
     here = Path(__file__).parent
     sources = [*sorted(Path(launch.__file__).parent.glob("*.py")), here / "offline_cases.py"]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+def keystream_bytes(case: Case, meta: dict[str, Any], dtype_name: str) -> int:
+    """Of the instructions that are counted; 0 where none are."""
+    straight = case.keystreams * 64 * meta.get("BLOCK_U", 0)
+    return straight + case.tiles * meta.get(case.tile_rows, 0) * meta.get("HEAD_DIM", 0) * DTYPES[dtype_name].itemsize
 
 
 def integer_work(counts: dict[str, int], keystream_bytes: int, threads: int) -> str:
@@ -191,12 +223,13 @@ def compile_case(case_name: str, dtype_name: str, target: Target) -> list[Row]:
             continue
         read = read_nvidia if target.backend == "cuda" else read_amd
         warps = compiled.metadata.num_warps
-        row.registers, row.stack, counts, resident = read(compiled, target, warps)
+        is_ciphering = "combine" not in kernel.__name__
+        row.registers, row.stack, counts, resident = read(compiled, target, warps, case.loops if is_ciphering else 0)
         row.shared = compiled.metadata.shared
         row.warps_resident = f"{resident}/{64 if target.backend == 'cuda' else 32}"
         unit = [f"{name} {count}" for name, count in counts.items() if count and name in UNITS]
         row.matrix = " ".join(unit) or "-"
-        row.integer = integer_work(counts, case.keystreams * 64 * meta.get("BLOCK_U", 0), warps * target.warp_size)
+        row.integer = integer_work(counts, keystream_bytes(case, meta, dtype_name), warps * target.warp_size)
         problems = []
         if row.stack or counts.get("LDL"):
             problems.append(f"spills ({row.stack} B, {counts.get('LDL', 0)} LDL/STL)")

@@ -65,7 +65,9 @@ def sealed(batch, tokens, rounds):
     return Sealing(meta(8, dtype=torch.int32), index(batch, tokens), 3, rounds)
 
 
-def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=False, rounds=0):
+def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=False, rounds=0, opens=False):
+    """opens: the first tokens of a sealed cache, whose K and V are also returned unsealed."""
+
     def call(dtype):
         z_dtype, encoded = torch.float32 if noisy else dtype, tokens + 128
         z = meta(2, encoded, (heads + 2 * groups) * size, dtype=z_dtype)
@@ -82,8 +84,9 @@ def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=Fals
             k_norm=weight,
             keys=meta(2, groups, 8192, size, dtype=dtype),
             values=meta(2, groups, 8192, size, dtype=dtype),
-            **({"offsets": index(2)} if offsets else {"offset": 17}),
+            **({"offsets": index(2)} if offsets else {"offset": 0 if opens else 17}),
             sealing=sealed(2, 8192, rounds),
+            return_unsealed=opens,
         )
 
     return call
@@ -184,6 +187,12 @@ def bits(streams, count):
 
 # Patterns of 16 bits are the same to a cipher, whatever they mean.
 SEALED = {"dtypes": ("fp32", "fp16"), "keystreams": 1}
+# Where the cipher runs: in the loops over heads of K and of V; over whole tiles of keys and over those at the edge, in
+# each of which K and V are a tile; and over keys, also where a mask is given.
+QKV = {"loops": 2, "tiles": 2, "tile_rows": "BLOCK_S"}
+PREFILL = {"loops": 2, "tiles": 4, "tile_rows": "BLOCK_N"}
+MASKED = {"loops": 1, "tiles": 2, "tile_rows": "BLOCK_N"}
+STEP = {"loops": 1, "tiles": 2, "tile_rows": "BLOCK_N"}
 
 CASES = [
     {"name": "inject 4096", "call": inject(4096, False, False), "quick": True},
@@ -272,15 +281,66 @@ CASES = [
     {"name": "seal 8 4096 256 rounds 20", "call": seal(1, 8, 4096, 256, 20), **SEALED, "dtypes": ("fp32",)},
     {"name": "reseal 8 8192 128 rounds 20", "call": reseal(1, 8, 8192, 128, 20), **SEALED, "keystreams": 2},
     {"name": "random bits", "call": bits(64, 4096), **SEALED, "dtypes": ("fp32",)},
-    {"name": "sealed qkv 4096 32x8x128", "call": transcode(4096, 32, 8, 128, rounds=20)},
-    {"name": "sealed qkv 1 32x8x128", "call": transcode(1, 32, 8, 128, offsets=True, rounds=20)},
-    {"name": "sealed qkv 512 32x32x80", "call": transcode(512, 32, 32, 80, rounds=8)},
-    {"name": "sealed attention 4096 128", "call": prefill(32, 8, 4096, 4096, 128, rounds=8), "matrix": "HGMMA"},
-    {"name": "sealed attention 4096 80", "call": prefill(32, 32, 4096, 4096, 80, rounds=20), "matrix": "HGMMA"},
-    {"name": "sealed step 1 8192 128", "call": step(1, 32, 8, 1, 8192, 128, rounds=20), "matrix": "MMA"},
-    {"name": "sealed step 8 65536 128 permuted", "call": step(8, 32, 8, 1, 65536, 128, True, 8), "matrix": "MMA"},
-    {"name": "sealed step 4 8192 80", "call": step(4, 32, 32, 4, 8192, 80, rounds=8), "matrix": "MMA"},
-    {"name": "sealed step 4 4096 96", "call": step(4, 32, 4, 8, 4096, 96, rounds=8), "matrix": "MMA"},
-    {"name": "sealed step 1 8192 64", "call": step(1, 9, 3, 1, 8192, 64, rounds=20), "matrix": "MMA"},
-    {"name": "sealed step 1 8192 256", "call": step(1, 16, 8, 16, 8192, 256, rounds=8), "matrix": "MMA"},
+    {"name": "sealed qkv 4096 32x8x128", "call": transcode(4096, 32, 8, 128, rounds=20), **QKV},
+    {"name": "sealed qkv 1 32x8x128", "call": transcode(1, 32, 8, 128, offsets=True, rounds=20), **QKV},
+    {"name": "sealed qkv 512 32x32x80", "call": transcode(512, 32, 32, 80, rounds=8), **QKV},
+    {
+        "name": "opening qkv 4096 32x8x128",
+        "call": transcode(4096, 32, 8, 128, rounds=20, opens=True),
+        "quick": True,
+        **QKV,
+    },
+    {"name": "opening qkv 4096 32x8x128 norm", "call": transcode(4096, 32, 8, 128, True, rounds=8, opens=True), **QKV},
+    {"name": "opening qkv 512 32x32x80", "call": transcode(512, 32, 32, 80, rounds=8, opens=True), **QKV},
+    {"name": "opening qkv 512 9x3x64", "call": transcode(512, 9, 3, 64, rounds=20, opens=True), **QKV},
+    {"name": "opening qkv 512 8x4x256", "call": transcode(512, 8, 4, 256, rounds=12, opens=True), **QKV},
+    {
+        "name": "sealed attention 4096 128",
+        "call": prefill(32, 8, 4096, 4096, 128, rounds=8),
+        "matrix": "HGMMA",
+        **PREFILL,
+    },
+    {
+        "name": "sealed attention 1024 9217 128",
+        "call": prefill(32, 8, 1024, 9217, 128, mask=True, rounds=20),
+        "matrix": "HGMMA",
+        **MASKED,
+    },
+    {
+        "name": "sealed step 1 8192 128 rounds 12",
+        "call": step(1, 32, 8, 1, 8192, 128, rounds=12),
+        "matrix": "MMA",
+        **STEP,
+    },
+    {
+        "name": "sealed step 1 8192 128 rounds 8",
+        "call": step(1, 32, 8, 1, 8192, 128, rounds=8),
+        "matrix": "MMA",
+        **STEP,
+    },
+    {
+        "name": "sealed attention 4096 80",
+        "call": prefill(32, 32, 4096, 4096, 80, rounds=20),
+        "matrix": "HGMMA",
+        **PREFILL,
+    },
+    {"name": "sealed step 1 8192 128", "call": step(1, 32, 8, 1, 8192, 128, rounds=20), "matrix": "MMA", **STEP},
+    {
+        "name": "sealed step 8 65536 128 permuted",
+        "call": step(8, 32, 8, 1, 65536, 128, True, 8),
+        "matrix": "MMA",
+        **STEP,
+    },
+    {"name": "sealed step 4 8192 80", "call": step(4, 32, 32, 4, 8192, 80, rounds=8), "matrix": "MMA", **STEP},
+    {"name": "sealed step 4 4096 96", "call": step(4, 32, 4, 8, 4096, 96, rounds=8), "matrix": "MMA", **STEP},
+    {
+        "name": "sealed attention 4096 160",
+        "call": prefill(32, 32, 4096, 4096, 160, rounds=20),
+        "matrix": "HGMMA",
+        **PREFILL,
+    },
+    {"name": "sealed step 4 8192 160", "call": step(4, 16, 8, 1, 8192, 160, rounds=20), "matrix": "MMA", **STEP},
+    {"name": "sealed step 4 8192 192", "call": step(4, 16, 8, 1, 8192, 192, rounds=8), "matrix": "MMA", **STEP},
+    {"name": "sealed step 1 8192 64", "call": step(1, 9, 3, 1, 8192, 64, rounds=20), "matrix": "MMA", **STEP},
+    {"name": "sealed step 1 8192 256", "call": step(1, 16, 8, 16, 8192, 256, rounds=8), "matrix": "MMA", **STEP},
 ]

@@ -10,12 +10,18 @@ from dataclasses import replace
 from bench.attention_cases import ATTENTION_OPERATIONS
 from bench.contest import Case, Operation
 from bench.row_cases import ROW_OPERATIONS
+from bench.sealed_cases import SEALED_OPERATIONS
 from bench.sealing_cases import SEALING_OPERATIONS
 from bench.shapes import SHAPES
 
 __all__ = ["OPERATIONS", "cases"]
 
-OPERATIONS: dict[str, Operation] = {**ROW_OPERATIONS, **ATTENTION_OPERATIONS, **SEALING_OPERATIONS}
+OPERATIONS: dict[str, Operation] = {
+    **ROW_OPERATIONS,
+    **ATTENTION_OPERATIONS,
+    **SEALED_OPERATIONS,
+    **SEALING_OPERATIONS,
+}
 
 BY_ROWS = (
     "inject_permute",
@@ -43,6 +49,8 @@ ONCE = (
     "random_bits",
 )
 """Operations of the first block or of a session's turn only, or parts of others: measured at one size a model."""
+QKV_SEALED = ("qkv_decode_encode+sealed", "qkv_decode_encode+sealed+opening")
+ROUNDS = (20, 12, 8)
 WITHOUT_REDUNDANT = ("rotary_permute", "permute_features", "seal", "unseal", "reseal", "random_bits")
 
 
@@ -75,6 +83,20 @@ def _cases_on_cuda(base: Case) -> Iterator[Case]:
     yield replace(base, operation="attention_step+position", cached=8192)
     for tokens in (8192, 65536):
         yield replace(base, operation="unlock", tokens=tokens, redundant=128, headline=shown and tokens == 8192)
+    for rounds in ROUNDS if shown else ROUNDS[:1]:
+        yield from _sealed_on_cuda(replace(base, rounds=rounds), usual.redundant, shown)
+
+
+def _sealed_on_cuda(base: Case, redundant: int, shown: bool) -> Iterator[Case]:
+    """Of a sealed cache: the sizes that marks and predictions are about, for the model shown; else one of each."""
+    usual, headline = shown and base.rounds == 20, {"headline": shown and base.rounds == 20}
+    for operation in QKV_SEALED:
+        yield replace(base, operation=operation, tokens=4096, redundant=redundant, **headline)
+        if usual:
+            yield replace(base, operation=operation, tokens=1)
+    yield replace(base, operation="attention+sealed", tokens=1024, cached=8192, **headline)
+    for cached in (1024, 8192, 16384, 32768, 65536) if shown else (8192,):
+        yield replace(base, operation="attention_step+sealed", cached=cached, headline=usual and cached == 8192)
 
 
 def _once(usual: Case, operation: str) -> Case:
@@ -106,3 +128,10 @@ def _cases_on_a_cpu(base: Case) -> Iterator[Case]:
         yield replace(base, operation="attention_step", batch=batch, cached=cached, headline=cached == 8192)
     yield replace(base, operation="attention_step+position", cached=1024)
     yield replace(usual, operation="unlock", headline=True)
+    sealed = replace(base, rounds=20, headline=True)
+    for operation in QKV_SEALED:
+        yield replace(sealed, operation=operation, tokens=1024, redundant=100)
+    yield replace(sealed, operation="qkv_decode_encode+sealed", tokens=1, headline=False)
+    yield replace(sealed, operation="attention+sealed", tokens=128, cached=1024)
+    for rounds in ROUNDS:  # fewer than 20 are plain PyTorch on a CPU
+        yield replace(sealed, operation="attention_step+sealed", cached=1024, rounds=rounds, headline=rounds == 20)

@@ -1,4 +1,5 @@
-"""Operations beside their rivals, and the ceilings of the machine: bandwidth of a copy, rate of a large product."""
+"""Operations beside their rivals, and the ceilings of the machine: bandwidth of a copy, rates of a large product and of
+a keystream."""
 
 import dataclasses
 import math
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import scx_kernels as ops
 from bench.contest import BOUND, RIVAL, TRITON, Case, Contestant, Inputs, Operation, copied, wide
 from bench.operation_cases import OPERATIONS, cases
 from bench.run import Run, attempt
+from bench.sealed_cases import key_of
 from bench.timing import peak_memory, rotating, spread_twice, time_calls
 
 __all__ = ["check", "measure", "measure_ceilings", "run_operations"]
@@ -95,6 +98,7 @@ def measure(case: Case, device: torch.device, milliseconds: float) -> dict[str, 
         **dataclasses.asdict(case),
         "bytes": operation.bytes(case),
         "copied_bytes": operation.copied_bytes(case),
+        "keystream_bytes": operation.keystream(case),
         "flops": operation.flops(case),
     }
     contestants = [c for c in operation.contestants(case) if c.kind != TRITON or device.type == "cuda"]
@@ -145,9 +149,11 @@ def _time_all(
     return entries
 
 
-def measure_ceilings(device: torch.device, dtypes: Iterable[str]) -> dict[str, Any]:
-    """GB/s of a large copy (read and written) and TFLOP/s of a large product of random numbers in each dtype."""
+def measure_ceilings(device: torch.device, dtypes: Iterable[str], rounds: Iterable[int] = ()) -> dict[str, Any]:
+    """GB/s of a large copy (read and written), TFLOP/s of a large product of random numbers in each dtype, and GB/s of
+    keystream, made and written, by as many rounds (as text: the result is JSON)."""
     found: dict[str, Any] = {"copy_gb_s": _copy_rate(device), "product_tflop_s": {}}
+    found["keystream_gb_s"] = {str(count): _keystream_rate(device, count) for count in rounds}
     size = 8192 if device.type == "cuda" else 1024
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
@@ -163,6 +169,17 @@ def _copy_rate(device: torch.device) -> float:
     return _rate(2 * size / 1e9, time_calls(lambda: target.copy_(source), device, 100))
 
 
+def _keystream_rate(device: torch.device, rounds: int) -> float:
+    """Of `random_bits`, which does nothing beside the cipher but write."""
+    streams, key = torch.arange(192, device=device).view(64, 3), key_of(device)
+    count = (1 << 20) if device.type == "cuda" else (1 << 14)
+
+    def draw() -> Tensor:
+        return ops.random_bits(key, streams, count, rounds=rounds)
+
+    return _rate(4 * len(streams) * count / 1e9, time_calls(draw, device, 100))
+
+
 def _rate(amount: float, milliseconds: list[float]) -> float:
     return amount / (torch.tensor(milliseconds).median().item() / 1e3)
 
@@ -174,6 +191,7 @@ def run_operations(run: Run, device: torch.device, share: float = 1.0) -> None:
     if not wanted:
         return
     print("measuring the machine's ceilings", flush=True)
-    run.content["ceilings"] = measure_ceilings(device, sorted({case.dtype for case in wanted}))
+    dtypes, rounds = ({getattr(case, name) for case in wanted} for name in ("dtype", "rounds"))
+    run.content["ceilings"] = measure_ceilings(device, sorted(dtypes), sorted(rounds - {0}))
     for case in sorted(wanted, key=lambda case: not case.headline):  # what the short table shows comes first
         run.measure(case.id, lambda case=case: measure(case, device, 20), share)

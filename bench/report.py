@@ -53,10 +53,12 @@ def range_text(spread: dict[str, float]) -> str:
 
 def size_of(entry: Entry) -> str:
     """The sizes of an operation's case, in words."""
+    sealed = f", {entry['rounds']} rounds" if entry.get("rounds") else ""  # older files have none
     if entry["cached"]:
-        return f"{entry['cached']:,} cached, batch {entry['batch']}"
+        tokens = f"{entry['tokens']:,} on " if entry["tokens"] > 1 and sealed else ""
+        return f"{tokens}{entry['cached']:,} cached, batch {entry['batch']}{sealed}"
     redundant = f" + {entry['redundant']:,} redundant" if entry["redundant"] else ""
-    return f"{entry['tokens']:,}{redundant}"
+    return f"{entry['tokens']:,}{redundant}{sealed}"
 
 
 # Operations.
@@ -220,7 +222,11 @@ def remarks(content: Content) -> list[str]:
     found = [f"{where}; Python {about['python']}, {versions}; commit {about['commit']}, {about['date']}"]
     if ceilings:
         products = ", ".join(f"{rate:.3g} TFLOP/s in {name}" for name, rate in ceilings["product_tflop_s"].items())
-        found.append(f"ceilings of this run: copy {ceilings['copy_gb_s']:.4g} GB/s; large product {products}")
+        ciphers = "".join(
+            f"; keystream of {rounds} rounds {rate:.3g} GB/s"
+            for rounds, rate in ceilings.get("keystream_gb_s", {}).items()
+        )
+        found.append(f"ceilings of this run: copy {ceilings['copy_gb_s']:.4g} GB/s; large product {products}{ciphers}")
         if about["cuda_device"] is None:
             found.append("results that stay in a processor's caches are written faster than a large copy: over 100 %")
     return [

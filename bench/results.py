@@ -11,6 +11,7 @@ __all__ = [
     "Entry",
     "best_rival",
     "failures",
+    "keystream_seconds",
     "load_results",
     "measured",
     "of_suite",
@@ -78,16 +79,26 @@ def ratio(entry: Entry, contestant: Entry) -> float | None:
     return None if rival is None else contestant["ms"]["median"] / rival["ms"]["median"]
 
 
+def keystream_seconds(content: Content, entry: Entry) -> float:
+    """The least time of a case's keystream on this machine; 0 where nothing is sealed."""
+    if not entry.get("keystream_bytes"):
+        return 0.0
+    seconds: float = entry["keystream_bytes"] / (1e9 * content["ceilings"]["keystream_gb_s"][str(entry["rounds"])])
+    return seconds
+
+
 def rate(content: Content, entry: Entry, contestant: Entry) -> tuple[float, str, float]:
     """(rate, its unit, fraction of the ceiling) of an operation, by what bounds it on this machine.
 
-    The least time is that of the counted bytes at the bandwidth of a copy, or of the counted operations at the rate
-    of a large product, whichever is longer; the fraction is that time over the measured one.
+    The least time is that of the counted bytes at the bandwidth of a copy, of the counted operations at the rate of a
+    large product, or, for who works on a sealed cache, of its keystream, whichever is longest; the fraction is that
+    time over the measured one.
     """
     ceilings = content["ceilings"]
     seconds = contestant["ms"]["median"] / 1e3
     moving = entry["bytes"] / (1e9 * ceilings["copy_gb_s"])
     computing = entry["flops"] / (1e12 * ceilings["product_tflop_s"][entry["dtype"]])
-    if computing > moving:
+    ciphering = keystream_seconds(content, entry) if contestant["kind"] == "scx" else 0.0
+    if computing > max(moving, ciphering):
         return entry["flops"] / seconds / 1e12, "TFLOP/s", computing / seconds
-    return entry["bytes"] / seconds / 1e9, "GB/s", moving / seconds
+    return entry["bytes"] / seconds / 1e9, "GB/s", max(moving, ciphering) / seconds

@@ -26,7 +26,7 @@ from bench.contest import (
 )
 from scx_kernels import reference
 
-__all__ = ["ROW_OPERATIONS"]
+__all__ = ["ROW_OPERATIONS", "make_qkv_and_cache", "qkv_bytes", "qkv_then_stored", "rotated"]
 
 TOKENS_BEFORE = 64
 """Tokens that a cache holds before new ones are written into it."""

@@ -5,6 +5,7 @@ from torch import Tensor
 
 import scx_kernels as ops
 from bench.contest import BOUND, RIVAL, SCX, Case, Contestant, Inputs, Operation, copy_of, randn
+from bench.sealed_cases import key_of
 from scx_kernels import sealing as reference
 from scx_kernels.chacha import chacha_blocks
 
@@ -12,10 +13,6 @@ __all__ = ["SEALING_OPERATIONS"]
 
 LAYER = 3
 INTEGER = {2: torch.int16, 4: torch.int32}
-
-
-def key_of(device: torch.device) -> Tensor:
-    return torch.randint(-(2**31), 2**31, (8,), device=device).int()
 
 
 def make_rows(case: Case, device: torch.device) -> Inputs:

@@ -1,8 +1,8 @@
 """Which kernels requests of a model compile, and whether `scx.warm_up` has compiled them before.
 
 `python -m bench.variants` needs no GPU: launches are recorded for sm_90, not run. It prints, per model, how many
-variants the warm-up and a series of requests ask for, and exits with 1 if a request asks for one that the warm-up did
-not.
+variants the warm-up and a series of requests ask for, with a permuted and with a sealed cache, and exits with 1 if a
+request asks for one that the warm-up did not.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from scx_kernels.kernels import launch
 from scx_kernels.kernels.launch import TARGETS
 
 LENGTHS = (1, 2, 5, 9, 16, 17, 31, 33, 64, 65, 100, 128, 150, 257, 391, 512)
+TURNS = ((5, 2, 33, 24), (40, 7, 130, 79))
+"""Tokens of a prompt and of later turns."""
 MODELS: dict[str, tuple[type, type, dict[str, int]]] = {
     "SmolLM2-135M": (
         LlamaConfig,
@@ -62,24 +64,41 @@ def serve(model: Any, lengths: tuple[int, ...]) -> None:
             out = model(torch.ones(1, 1, dtype=torch.int64), mode="decode", past_key_values=out.past_key_values)
 
 
+@torch.no_grad()
+def converse(model: Any) -> None:
+    """A later turn on a sealed cache is a pass of several tokens on the kernels. On a permuted one attention is
+    PyTorch's, which needs no compiling and is not recorded."""
+    for turns in TURNS:
+        cache = None
+        for count in turns:
+            cache = model(torch.ones(1, count, dtype=torch.int64), past_key_values=cache).past_key_values
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.variants", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=MODELS, help="one model")
     only = parser.parse_args().only
-    missing = 0
-    for name, (config, kind, sizes) in MODELS.items():
-        if only not in (None, name):
-            continue
-        small = {"vocab_size": 128, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 1024}
-        model = kind(config(**small, **sizes)).eval().bfloat16()
-        encode_llama(model, SCXKeyGenerator.for_model(model, redundant_num=5, alp=True))
-        before = variants(partial(warm_up, model))
-        asked = variants(partial(serve, model, LENGTHS))
-        late = asked - before
-        missing += len(late)
-        print(f"{name}: {len(before)} variants warmed up, {len(asked)} asked for, {len(late)} not warmed up")
-        print("".join(f"  {variant[:1000]}\n" for variant in sorted(late)), end="")
+    wanted = [name for name in MODELS if only in (None, name)]
+    missing = sum(_late(name, encoding) for name in wanted for encoding in ("permuted", "sealed"))
     return 1 if missing else 0
+
+
+def _late(name: str, encoding: str) -> int:
+    """Print what a model's warm-up and requests ask for. Returns how many variants the warm-up has not."""
+    config, kind, sizes = MODELS[name]
+    small = {"vocab_size": 128, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 1024}
+    model = kind(config(**small, **sizes)).eval().bfloat16()
+    keys = SCXKeyGenerator.for_model(model, redundant_num=5, alp=True, cache_encoding=encoding)
+    encode_llama(model, keys)
+    before = variants(partial(warm_up, model))
+    asked = variants(partial(serve, model, LENGTHS))
+    if encoding == "sealed":
+        asked |= variants(partial(converse, model))
+    late = asked - before
+    counts = f"{len(before)} variants warmed up, {len(asked)} asked for, {len(late)} not warmed up"
+    print(f"{name}, {encoding}: {counts}")
+    print("".join(f"  {variant[:1000]}\n" for variant in sorted(late)), end="")
+    return len(late)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def warm_up(
 
     Args:
         model: as `encode_llama` returns it.
-        tokens: lengths of the prompts that are run, each followed by two generated tokens.
+        tokens: lengths of the prompts that are run, each followed by two generated tokens and, where caches are sealed,
+            by as many tokens once more: later turns have kernels of their own there.
         batch_size: sequences of a request.
         longest: cache length in tokens up to which generation is prepared.
 
@@ -39,11 +40,14 @@ def warm_up(
         raise ValueError(
             f"tokens, batch_size, longest: expected positive numbers, got {tokens}, {batch_size}, {longest}"
         )
+    seals = bool(decoder._scx.generator.sealed(decoder._scx.shape))
     for count in tokens:
         ids = torch.zeros(batch_size, count, dtype=torch.int64, device=model.device)
         out = model(ids, mode="prefill", use_cache=True)
         for _ in range(2):
             out = model(ids[:, :1], mode="decode", past_key_values=out.past_key_values)
+        if seals and count > 1:
+            model(ids, mode="decode", past_key_values=out.past_key_values)
     _warm_up_long_caches(decoder, batch_size, longest)
 
 

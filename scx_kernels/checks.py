@@ -358,6 +358,12 @@ def check_no_slots(keys: Tensor | None, values: Tensor | None, offset: int, offs
         raise ValueError("offset, offsets: need keys and values to write into")
 
 
+def check_return_unsealed(return_unsealed: bool, keys: Tensor | None, is_sealed: bool) -> None:
+    """What is returned unsealed is beside what is sealed in a cache; otherwise the results are there anyhow."""
+    if return_unsealed and (keys is None or not is_sealed):
+        raise ValueError("return_unsealed: needs sealing, and keys and values to write sealed rows into")
+
+
 def check_permutation(index: Tensor, name: str = "index") -> None:
     """Read the values of (..., n) and raise ValueError unless every row is a permutation of 0..n-1.
 

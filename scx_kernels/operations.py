@@ -15,7 +15,7 @@ Names, arguments and results are those of `scx_kernels.reference`, where they ar
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -308,45 +308,51 @@ def _qkv_shape(
     offset: int = 0,
     offsets: Tensor | None = None,
     sealing: Sealing | None = None,
+    return_unsealed: bool = False,
 ) -> Any:
     dtype = checks.check_qkv(
         z_q, z_k, z_v, position, cos, sin, query, key, value, images, q_norm, k_norm, dtype, keys, values, offset,
         offsets,
     )  # fmt: skip
+    checks.check_return_unsealed(return_unsealed, keys, sealing is not None)
     tokens = z_q.shape[1] if position is None else position.shape[1]
     batch, heads, size = query.shape
     q = z_q.new_empty(batch, tokens, heads, size, dtype=dtype).transpose(1, 2)
-    if keys is not None and values is not None:
-        check_cache(keys, values, sealing)
-        return q
     k, v = (z_q.new_empty(batch, key.shape[1], tokens, size, dtype=dtype) for _ in range(2))
-    check_cache(k, v, sealing)
-    return q, k, v
+    check_cache(k if keys is None else keys, v if values is None else values, sealing)
+    return q if keys is not None and not return_unsealed else (q, k, v)
 
 
 _qkv_decode_encode = _register(
     "qkv_decode_encode", "qkv", f"({_QKV_ROWS}, {_QKV_OPTIONS}, {_SEALING}) -> (Tensor, Tensor, Tensor)", _qkv_shape
 )
-_qkv_into_cache = _register(
-    "qkv_into_cache",
-    "qkv",
+_QKV_INTO_CACHE = (
     f"({_QKV_ROWS}, Tensor(a!) keys, Tensor(b!) values, {_QKV_OPTIONS}, SymInt offset=0, Tensor? offsets=None, "
-    f"{_SEALING}) -> Tensor",
-    _qkv_shape,
+    f"{_SEALING}) -> "
+)
+_qkv_into_cache = _register("qkv_into_cache", "qkv", f"{_QKV_INTO_CACHE}Tensor", _qkv_shape)
+_qkv_into_sealed_cache = _register(
+    "qkv_into_sealed_cache",
+    "qkv",
+    f"{_QKV_INTO_CACHE}(Tensor, Tensor, Tensor)",
+    partial(_qkv_shape, return_unsealed=True),
 )
 
 
 @_operation(reference.qkv_decode_encode)
 def qkv_decode_encode(
     *args: Any, keys: Tensor | None = None, values: Tensor | None = None, offset: int = 0,
-    offsets: Tensor | None = None, sealing: Sealing | None = None, **options: Any,
+    offsets: Tensor | None = None, sealing: Sealing | None = None, return_unsealed: bool = False, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    checks.check_return_unsealed(return_unsealed, keys, sealing is not None)
     options |= _spelled(sealing)
     if keys is None or values is None:
         checks.check_no_slots(keys, values, offset, offsets)
         return _qkv_decode_encode(*args, **options)
-    q = _qkv_into_cache(*args, **options, keys=keys, values=values, offset=offset, offsets=offsets)
-    return q, keys, values
+    options |= {"keys": keys, "values": values, "offset": offset, "offsets": offsets}
+    if return_unsealed:
+        return _qkv_into_sealed_cache(*args, **options)
+    return _qkv_into_cache(*args, **options), keys, values
 
 
 def _attention_shape(

@@ -28,6 +28,7 @@ from scx_kernels.checks import (
     check_linear,
     check_linears,
     check_qkv,
+    check_return_unsealed,
     check_rows,
     check_strip,
     check_unlock,
@@ -283,6 +284,7 @@ def qkv_decode_encode(
     offset: int = 0,
     offsets: Tensor | None = None,
     sealing: Sealing | None = None,
+    return_unsealed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From projected encoded rows to encoded Q, K, V: strip, un-permute, cancel noise, (norm,) rotate, permute features
     and, where a cache is given, write into it.
@@ -301,8 +303,10 @@ def qkv_decode_encode(
             range not checked.
         sealing: seals what is stored of k and v; writes (B, capacity) numbers the cache's slots, (B, S) without one.
             None stores them permuted only.
+        return_unsealed: with a sealed cache, return k and v as they are before they are sealed, beside what is stored:
+            for attention among the first tokens, which then unseals nothing.
 
-    Returns: q (B, H, S, d), k and v (B, G, S, d); with a cache, the caches instead of k and v.
+    Returns: q (B, H, S, d), k and v (B, G, S, d); with a cache, unless return_unsealed, the caches instead of k and v.
     Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
     Source: SCX, prefill, steps 3 and 4.
     """
@@ -310,6 +314,7 @@ def qkv_decode_encode(
         z_q, z_k, z_v, position, cos, sin, query, key, value, images, q_norm, k_norm, dtype, keys, values, offset,
         offsets,
     )  # fmt: skip
+    check_return_unsealed(return_unsealed, keys, sealing is not None)
 
     def heads(z: Tensor, image: Tensor | None) -> Tensor:
         rows = z if image is None else z.to(accumulation_dtype(z.dtype)) - image
@@ -323,7 +328,7 @@ def qkv_decode_encode(
     k = rotary_permute(k.transpose(1, 2), cos, sin, key)
     v = permute_features(v.transpose(1, 2), value)
     check_cache(k if keys is None else keys, v if values is None else values, sealing)
-    slots = None
+    fresh, slots = (q, k, v), None
     if offsets is not None:
         slots = offsets[:, None] + torch.arange(k.shape[2], device=k.device)
     if sealing is not None:
@@ -337,7 +342,7 @@ def qkv_decode_encode(
             _write_slots(cache, new, offset, slots)
         else:
             _write_slots(patterns(cache), patterns(new), offset, slots)
-    return q, keys, values
+    return fresh if return_unsealed else (q, keys, values)
 
 
 def _write_slots(cache: Tensor, new: Tensor, offset: int, slots: Tensor | None) -> None:

@@ -129,7 +129,7 @@ def _transcoding(model: Model, count: int) -> Subject:
         make=make,
         run=lambda arguments, tile: qkv.qkv_decode_encode(**arguments, tile=tile)[0],
         expected=lambda arguments: reference.qkv_decode_encode(**arguments)[0],
-        heuristic=lambda target: qkv.qkv_tile(count, sum(heads), size, DTYPE, target),
+        heuristic=lambda target: qkv.qkv_tile(count, sum(heads), size, DTYPE, False, target),
         vary={"BLOCK_S": (1, 4, 8, 16, 32), "HEADS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)},
     )
 

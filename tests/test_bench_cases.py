@@ -30,10 +30,12 @@ ROWS_READ = {
     "strip_restore": "z",
     "qkv_decode_encode": "z_q z_k z_v",
     "qkv_decode_encode+cache": "z_q z_k z_v",
+    "qkv_decode_encode+sealed": "z_q z_k z_v",
+    "qkv_decode_encode+sealed+opening": "z_q z_k z_v",
     "unlock": "cache",
     "unlock+in place": "cache",
 }
-OF_RIVALS = ("encoded", "together")  # the same numbers as rivals hold them
+OF_RIVALS = ("encoded", "together", "opened")  # the same numbers as rivals hold them
 
 
 @pytest.fixture
@@ -44,8 +46,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 
 def case_of(tiny: Case, operation: str) -> Case:
+    if "+sealed" in operation:
+        tiny = dataclasses.replace(tiny, rounds=8)
     if operation.startswith("attention_step"):
         return dataclasses.replace(tiny, operation=operation, redundant=0, tokens=1, cached=19, batch=3)
+    if operation == "attention+sealed":
+        return dataclasses.replace(tiny, operation=operation, redundant=0, cached=19, batch=3)
     without = operation in WITHOUT_REDUNDANT or operation == "attention"
     return dataclasses.replace(tiny, operation=operation, redundant=0 if without else tiny.redundant)
 
@@ -122,9 +128,10 @@ def test_counted_bytes(tiny: Case, name: str) -> None:
     used = {key: x for key, x in vars(inputs).items() if key not in OF_RIVALS}
     if name == "permute_features":
         used = {key: used[key] for key in ("x", "feature_index")}
-    if name == "qkv_decode_encode+cache":
+    if "keys" in used:
         del used["keys"], used["values"]  # of the caches only the new tokens' slots are touched
-        result = (result[0], *(cache[:, :, : case.tokens] for cache in result[1:]))
+        result = (*result[:-2], *(cache[:, :, : case.tokens] for cache in result[-2:]))
+        used["writes"] = used["writes"][:, : case.tokens] if "writes" in used else None
     read = nbytes(*tree_leaves(used))
     stripped = sum(used[key].nbytes for key in ROWS_READ.get(name, "").split()) * case.redundant // case.rows
     decoys = 0
@@ -143,6 +150,7 @@ def test_counted_bytes(tiny: Case, name: str) -> None:
         "noise_image",
         "attention_step",
         "attention_step+position",
+        "attention_step+sealed",
     ],
 )
 def test_counted_operations(tiny: Case, name: str) -> None:
@@ -156,6 +164,32 @@ def test_counted_operations(tiny: Case, name: str) -> None:
     assert counter.get_total_flops() == operation.flops(case) * sampled
 
 
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "+sealed" in name])
+def test_counted_keystream(tiny: Case, name: str) -> None:
+    """A byte for each byte of K and V that is sealed or unsealed."""
+    case = case_of(tiny, name)
+    inputs = OPERATIONS[name].make(case, CPU)
+    rows = [x[:, :, : case.tokens] for x in (inputs.keys, inputs.values)] if "keys" in vars(inputs) else inputs.opened
+    assert OPERATIONS[name].keystream(case) == nbytes(*rows)
+
+
+@pytest.mark.parametrize("rounds", [20, 12, 8])
+def test_a_seal_that_is_not_the_keystream_is_found(tiny: Case, rounds: int) -> None:
+    """Rows whose keystream belongs to other numbers do not pass for the rows that were to be stored or read."""
+    for name in (name for name in OPERATIONS if "+sealed" in name):
+        case = dataclasses.replace(case_of(tiny, name), rounds=rounds)
+        operation = OPERATIONS[name]
+        scx, *_ = operation.contestants(case)
+
+        def elsewhere(i: Inputs, scx: Contestant = scx) -> Any:
+            return scx.call(Inputs(**{**vars(i), "writes": i.writes + 1}))
+
+        wrong = dataclasses.replace(scx, name="other numbers", call=elsewhere)
+        problems = operations.check(operation, (scx, wrong), operation.make(case, CPU))
+        assert problems[scx.name] is None
+        assert problems[wrong.name].startswith("failed")
+
+
 def test_causal_attention_counts_pairs_that_see_each_other(tiny: Case) -> None:
     case = case_of(tiny, "attention")
     seen = torch.ones(case.tokens, case.tokens).tril().sum().item()
@@ -164,7 +198,8 @@ def test_causal_attention_counts_pairs_that_see_each_other(tiny: Case) -> None:
 
 def test_exact_attention_is_the_reference(tiny: Case) -> None:
     """Sampled queries by the formula against the whole of PyTorch's."""
-    for name, batch in (("attention", 3), ("attention+encoding", 1), ("attention_step", 3)):
+    sealed = (("attention+sealed", 3), ("attention_step+sealed", 3))
+    for name, batch in (("attention", 3), ("attention+encoding", 1), ("attention_step", 3), *sealed):
         operation = OPERATIONS[name]
         inputs = operation.make(dataclasses.replace(case_of(tiny, name), batch=batch), CPU)
         whole = operation.plain(wide(inputs))
@@ -187,7 +222,7 @@ def unwritten(name: str) -> Callable[[Inputs, Any], Any]:
     """The result's caches as the inputs hold them."""
     if name.startswith("unlock"):
         return lambda i, _: i.cache[:, :, : i.position.shape[1]]
-    return lambda i, _: (OPERATIONS[name].plain(copied(i))[0], i.keys, i.values)
+    return lambda i, _: (*OPERATIONS[name].plain(copied(i))[:-2], i.keys, i.values)
 
 
 @pytest.mark.parametrize("wrong", ["one element off", "an element unwritten", "another shape"])

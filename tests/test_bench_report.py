@@ -99,6 +99,20 @@ def test_marks(content: dict[str, Any]) -> None:
     assert "| 0.85 of copy bandwidth on the weight | 0.25 | 0.25 | no |" in markdown(content)
 
 
+def test_the_mark_of_a_sealed_step(content: dict[str, Any]) -> None:
+    """1 GB of cache that a copy moves in 1 ms needs 2 ms of keystream by 20 rounds and 0.5 ms by 8: at 4 ms, a half and
+    a quarter of the limit's speed."""
+    content["ceilings"]["keystream_gb_s"] = {"20": 500.0, "8": 2000.0}
+    size = {"cached": 8192, "tokens": 1, "keystream_bytes": 10**9}
+    content["cases"] = [marked("attention_step+sealed", content, **size, rounds=rounds) for rounds in (20, 8)]
+    long, short = reached(content)
+    assert (long.fraction, long.of_copy, long.is_enough) == (0.5, 0.25, False)
+    assert short.fraction == 0.25
+    text = markdown(content)
+    assert "| attention_step+sealed, 8,192 cached, batch 1, 20 rounds |" in text
+    assert "keystream of 20 rounds 500 GB/s; keystream of 8 rounds 2e+03 GB/s" in text
+
+
 def test_marks_are_measured_on_cuda() -> None:
     """Every mark has its sizes among a GPU's cases; those of the longest ranges reach both ends."""
     sizes = [
@@ -108,10 +122,11 @@ def test_marks_are_measured_on_cuda() -> None:
         if mark.is_for(dataclasses.asdict(case))
     ]
     assert {name for name, _, _ in sizes} == {mark.name for mark in MARKS}
-    few, prefill, step = (MARKS[index].name for index in (1, 3, 4))
+    few, prefill, step, sealed = (MARKS[index].name for index in (1, 3, 4, 5))
     assert {rows for name, rows, _ in sizes if name == few} == {1, 4, 16, 64}
     assert {rows for name, rows, _ in sizes if name == prefill} == {2048, 4096, 8192, 16384}
-    assert {cached for name, _, cached in sizes if name == step} == {8192, 16384, 32768, 65536}
+    for long_steps in (step, sealed):
+        assert {cached for name, _, cached in sizes if name == long_steps} == {8192, 16384, 32768, 65536}
 
 
 def test_rate_and_ratio(content: dict[str, Any]) -> None:
@@ -123,6 +138,10 @@ def test_rate_and_ratio(content: dict[str, Any]) -> None:
     assert ratio(operation, scx) == pytest.approx(0.8)
     operation["flops"] = 0
     assert rate(content, operation, scx) == pytest.approx((250.0, "GB/s", 0.25))
+    content["ceilings"]["keystream_gb_s"] = {"20": 500.0}
+    operation |= {"keystream_bytes": 10**9, "rounds": 20}
+    assert rate(content, operation, scx) == pytest.approx((250.0, "GB/s", 0.5))
+    assert rate(content, operation, operation["contestants"][1]) == pytest.approx((125.0, "GB/s", 0.125))
     assert ratio(content["cases"][1], content["cases"][1]["contestants"][1]) == 1.5
 
 

@@ -151,13 +151,13 @@ def test_out_of_memory_in_a_whole_case(tiny_case: Case, monkeypatch: pytest.Monk
     monkeypatch.setitem(OPERATIONS, "strip_restore", broken)
     second = Case("inject_permute", "tiny", 12, dtype="float32")
     monkeypatch.setattr(operations, "cases", lambda on_cuda: [tiny_case, second])
-    monkeypatch.setattr(operations, "measure_ceilings", lambda device, dtypes: {"dtypes": list(dtypes)})
+    monkeypatch.setattr(operations, "measure_ceilings", lambda device, *needed: {"needed": needed})
     run = Run(tmp_path / "run.json", {})
     operations.run_operations(run, CPU)
     first, other = run.content["cases"]
     assert (first["status"], first["contestants"]) == (OUT_OF_MEMORY, [])
     assert "ms" in other["contestants"][0]
-    assert run.content["ceilings"] == {"dtypes": ["float32"]}
+    assert run.content["ceilings"] == {"needed": (["float32"], [])}
 
 
 @pytest.fixture(scope="module")

@@ -111,11 +111,12 @@ def test_attention_lengths(dtype, causal, window):
 
 
 @by_dtype
+@pytest.mark.parametrize("keys", [35, 48], ids=["rows not aligned", "rows aligned"])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_attention_mask(dtype, kind):
-    q, k, v = qkv((2, 2, 2, 21, 35, 32), dtype)
-    mask = torch.rand(2, 1, 21, 35, device=parity.DEVICE) < 0.5
-    mask = mask if kind == "bool" else randn(1, 2, 21, 35, dtype=dtype)
+def test_attention_mask(dtype, kind, keys):
+    q, k, v = qkv((2, 2, 2, 21, keys, 32), dtype)
+    mask = torch.rand(2, 1, 21, keys, device=parity.DEVICE) < 0.5
+    mask = mask if kind == "bool" else randn(1, 2, 21, keys, dtype=dtype)
     got = kernels.attention(q, k, v, softmax_scale=0.3, mask=mask, tile=SMALL)
     check(got, q, k, v, mask, 0.3)
 

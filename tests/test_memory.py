@@ -4,6 +4,7 @@ The kernels compute every operation here, on the GPU where there is one, else in
 one operation, whatever happens inside it.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,11 +31,17 @@ class Recorder(TorchDispatchMode):
         self.names: list[str] = []
         self.devices: list[tuple[torch.device, torch.device]] = []
         self.written: list[Tensor] = []
+        self.states: list[weakref.ref] = []  # k and v as a pass that opens a sealed cache gets them
+
+    def still_alive(self) -> int:
+        return sum(state() is not None for state in self.states)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self.names.append(function.__name__.split(".")[0])
         results = result if isinstance(result, (tuple, list)) else (result,)
+        if self.names[-1] == "qkv_into_sealed_cache":
+            self.states += [weakref.ref(x) for x in results[1:]]
         for x in results:
             if isinstance(x, Tensor):
                 self.written.append(x.detach().clone())
@@ -92,13 +99,14 @@ def rows_in_place(seen: Tensor, plain: Tensor) -> float:
 
 
 @torch.no_grad()
-def test_prefill_leaves_nothing_plain(prompt) -> None:
+@pytest.mark.parametrize("encoding", ["permuted", "sealed"])
+def test_prefill_leaves_nothing_plain(prompt, encoding: str) -> None:
     """No tensor written in a block holds the plain model's rows in token order, of a hidden state or of a head."""
     model = tiny_model(layers=2)
     ids = prompt(TOKENS)
     plain = plain_tensors(model, ids)
     assert len(plain) > 40
-    keys = SCXKeyGenerator.for_model(model, redundant_num=REDUNDANT, alp=True)
+    keys = SCXKeyGenerator.for_model(model, redundant_num=REDUNDANT, alp=True, cache_encoding=encoding)
     with encoded_llama(model, keys), ops.backend("triton"), recorded_blocks(model) as recorder:
         model(ids)
     # The last thing that the last block does is to hand token order to the head.
@@ -110,6 +118,58 @@ def test_prefill_leaves_nothing_plain(prompt) -> None:
             if seen.shape[-1] % features == 0 and seen.numel() >= TOKENS * features:
                 assert rows_in_place(seen.reshape(-1, features), known) < 0.5, f"{tuple(seen.shape)} holds plain rows"
     assert final.shape[1] == TOKENS
+
+
+def unsealed_states(cache) -> list[Tensor]:
+    """K and V of every layer as a permuted cache would hold them."""
+    found = []
+    for index, layer in enumerate(cache.layers):
+        own = cache.sealing(index, layer.keys.device)
+        found += [ops.unseal(layer.keys, own, is_value=False), ops.unseal(layer.values, own, is_value=True)]
+    return found
+
+
+def rows_shared(seen: Tensor, states: Tensor) -> int:
+    """How many of the heads' rows in (B, G, N, d) states lie in `seen`, bit by bit, one beside the other."""
+    size = states.shape[-1]
+    if seen.dtype != states.dtype or seen.shape[-1] % size:
+        return 0
+    rows = {row.numpy(force=True).tobytes() for row in seen.reshape(-1, size)}
+    return sum(row.numpy(force=True).tobytes() in rows for row in states.reshape(-1, size))
+
+
+@torch.no_grad()
+def test_what_lies_unsealed_of_a_sealed_cache(prompt) -> None:
+    """In the pass that opens it, K and V of a block once, each as one tensor, gone behind attention. In later
+    passes, of one token or several, no row of it, old or new."""
+    model = tiny_model(layers=2)
+    ids = prompt(TOKENS)
+    alive = []
+    keys = SCXKeyGenerator.for_model(model, redundant_num=REDUNDANT, alp=True, cache_encoding="sealed")
+    with encoded_llama(model, keys), ops.backend("triton"):
+        with recorded_blocks(model) as recorder:
+            handles = [
+                module.register_forward_pre_hook(lambda *_: alive.append(recorder.still_alive()))
+                for layer in model.model.layers
+                for module in (layer.self_attn.o_proj, layer.mlp)
+            ]
+            cache = model(ids).past_key_values
+            for handle in handles:
+                handle.remove()
+        states = unsealed_states(cache)
+        for x in states:
+            holding = [rows_shared(seen, x) for seen in recorder.written]
+            assert sorted(holding)[-2:] == [0, x.shape[1] * TOKENS], "one tensor holds all rows, the others none"
+        for layer, x in zip(cache.layers, states[::2], strict=True):
+            assert not rows_shared(layer.keys, x)
+            assert not rows_shared(layer.values, x)
+        assert len(recorder.states) == 4
+        assert alive == [2, 0, 2, 0]
+        for count in (1, 3):
+            with recorded_blocks(model) as recorder:
+                model(ids[:, :count], past_key_values=cache)
+            states = unsealed_states(cache)
+            assert all(not rows_shared(seen, x) for seen in recorder.written for x in states)
 
 
 @torch.no_grad()

@@ -40,9 +40,13 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[tuple, dic
         tables = (row_index[:, :5].contiguous(), angle.cos().to(dtype), angle.sin().to(dtype))
         options = {"images": [randn(2, 8, n * 16) for n in (4, 2, 2)], "q_norm": randn(16, dtype=dtype)}
         options |= {"k_norm": randn(16, dtype=dtype), "eps": 1e-5}
-        if name == "qkv into a cache":
+        if name.startswith("qkv into"):
             caches = {key: torch.zeros(2, 2, 9, 16, dtype=dtype, device=rows[0].device) for key in ("keys", "values")}
             options |= {**caches, "offset": 3}
+        if name == "qkv into a sealed cache":
+            writes = ops.WriteCounter().take(2, 9, rows[0].device)
+            own = ops.Sealing(ops.key_words(bytes(range(32)), rows[0].device), writes, 1, 8)
+            options |= {"sealing": own, "return_unsealed": True}
         return (*rows, *tables, *(permutations(2, n, 16) for n in (4, 2, 2))), options
     q, k, v = (randn(2, n, 5, 16, dtype=dtype) for n in (4, 2, 2))
     if name == "attention_step":
@@ -68,6 +72,7 @@ NAMES = [
     "permuted_linears",
     "qkv_decode_encode",
     "qkv into a cache",
+    "qkv into a sealed cache",
     "attention",
     "attention into the next encoding",
     "attention_step",
@@ -110,9 +115,15 @@ def test_signature_and_documentation_are_the_references(name: str) -> None:
 def test_opcheck(name: str) -> None:
     """Schema, shape rule and tracing of the registered operators, the kernels inside."""
     args, options = arguments(name)
-    registered = {"qkv into a cache": "qkv_into_cache", "attention into the next encoding": "attention"}
+    registered = {
+        "qkv into a cache": "qkv_into_cache",
+        "qkv into a sealed cache": "qkv_into_sealed_cache",
+        "attention into the next encoding": "attention",
+    }
     operator = getattr(torch.ops.scx_kernels, registered.get(name, name.replace(" ", "_"))).default
-    options.pop("in_place", None)
+    for of_the_public_name in ("in_place", "return_unsealed"):
+        options.pop(of_the_public_name, None)
+    options |= operations._spelled(options.pop("sealing", None))
     torch.library.opcheck(operator, args, options)
 
 

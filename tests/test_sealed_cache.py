@@ -109,6 +109,15 @@ def test_a_step_sums_in_the_same_order_with_a_seal(target, size):
         assert plain | {"num_stages": 0} == sealed | {"num_stages": 0}
 
 
+def test_short_caches_are_spread_over_the_machine():
+    """One sequence of eight heads: about a program a multiprocessor at 1,024 keys, with 64 keys or more each, and two
+    for a long cache."""
+    target = launch.TARGETS["cuda", 90]
+    for keys, splits in ((1, 1), (64, 1), (65, 2), (1024, 16), (2048, 32), (8192, 32), (65_536, 33)):
+        assert attention.step_tile(1, 8, 4, keys, 128, torch.bfloat16, False, True, target)["splits"] == splits
+    assert attention.step_tile(64, 8, 4, 8192, 128, torch.bfloat16, False, True, target)["splits"] == 1
+
+
 def qkv_arguments(batch: int, tokens: int, heads: int, groups: int, size: int, dtype: torch.dtype) -> list:
     z = [randn(batch, tokens + 2, n * size, dtype=dtype) for n in (heads, groups, groups)]
     angle = torch.randn(1, tokens, size // 2).repeat(1, 1, 2).to(parity.DEVICE)
@@ -150,6 +159,51 @@ def test_qkv_seals_what_it_stores(dtype, slots, groups, size):
 
 
 @by_dtype
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_a_thread_computes_a_block_of_its_own(dtype, size):
+    """The tile that seals has as many blocks as threads, for many tokens on every target; nothing else of it is
+    another than without a seal."""
+    for target in launch.TARGETS.values():
+        plain, sealed = (qkv.qkv_tile(4096, 48, size, dtype, seal, target) for seal in (False, True))
+        blocks = sealed["BLOCK_S"] * size * dtype.itemsize // 64
+        assert blocks == sealed["num_warps"] * target.warp_size
+        assert plain | {"num_warps": 0} == sealed | {"num_warps": 0}
+
+
+@by_dtype
+@pytest.mark.parametrize("slots", ["offset", "offsets"])
+@pytest.mark.parametrize("size", [64, 80, 10])
+@pytest.mark.parametrize("tile", [None, {"BLOCK_S": 2, "HEADS": 2}], ids=["heuristic", "small tiles"])
+def test_qkv_returns_what_it_seals(dtype, slots, size, tile):
+    """With `return_unsealed`, k and v are bit by bit those of a call without a cache, and what is stored is what is
+    stored without it."""
+    args = qkv_arguments(2, 3, 2, 2, size, dtype)
+    own = sealed_by(2, 7)
+    where = {"offset": 2} if slots == "offset" else {"offsets": torch.tensor([1, 4], device=parity.DEVICE)}
+    for function in (qkv.qkv_decode_encode, reference.qkv_decode_encode):
+        options = {"tile": tile, "force_int64": tile is not None} if function is qkv.qkv_decode_encode else {}
+        caches = [[nans(2, 2, 7, size, dtype=dtype, layout="transposed") for _ in range(2)] for _ in range(2)]
+        expected = function(*args, **options)
+        function(*args, **options, **where, keys=caches[0][0], values=caches[0][1], sealing=own)
+        got = function(
+            *args, **options, **where, keys=caches[1][0], values=caches[1][1], sealing=own, return_unsealed=True
+        )
+        for stored, alone in zip(caches[1], caches[0], strict=True):
+            assert_same_bits(stored, alone)
+        for fresh, plain in zip(got, expected, strict=True):
+            assert_same_bits(fresh, plain)
+
+
+@pytest.mark.parametrize("module", [reference, qkv, scx_kernels], ids=["reference", "kernel", "public"])
+def test_nothing_to_return_beside_what_is_stored(module):
+    args = qkv_arguments(1, 3, 2, 1, 16, torch.float32)
+    caches = {name: nans(1, 1, 3, 16, dtype=torch.float32) for name in ("keys", "values")}
+    for given in ({}, caches, {"sealing": sealed_by(1, 3)}):
+        with pytest.raises(ValueError, match="return_unsealed: needs sealing, and keys and values"):
+            module.qkv_decode_encode(*args, **given, return_unsealed=True)
+
+
+@by_dtype
 def test_a_sealed_cache_is_unlocked_as_patterns(dtype):
     """Rows move with their numbers, whatever their bits look like as floats."""
     k, v = (randn(2, 2, 30, 64, dtype=dtype) for _ in range(2))
@@ -178,6 +232,10 @@ def test_public_names_take_a_sealed_cache():
         scx_kernels.qkv_decode_encode(*args, keys=keys, values=values, sealing=own)
         assert_same_bits(keys, stored[0])
         assert_same_bits(values, stored[1])
+        keys, values = (torch.zeros_like(keys) for _ in range(2))
+        fresh = scx_kernels.qkv_decode_encode(*args, keys=keys, values=values, sealing=own, return_unsealed=True)
+        for got, expected in zip((*fresh, keys, values), (q, k, v, *stored), strict=True):
+            assert_same_bits(got, expected)
 
 
 def test_operators_with_a_seal_are_registered_soundly():

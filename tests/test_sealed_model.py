@@ -46,18 +46,24 @@ def patterns(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def run(model, ids: Tensor, steps: int, mask: Tensor | None = None, **options):
-    """Logits of a prefill and of steps after it, under the same session keys every time, and the cache."""
+def run_passes(model, passes: list[Tensor], mask: Tensor | None = None, **options):
+    """Logits of passes one after the other, under the same session keys every time, and the cache."""
+    logits, cache, seen = [], None, 0
     with encoded_llama(model, keys_for(model, master_key=KEY, **options)), pytest.MonkeyPatch.context() as patch:
         patch.setattr("scx.keys.secrets.token_bytes", lambda size: b"\x22" * size)
-        out = model(ids, attention_mask=mask)
-        logits = [out.logits]
-        for number in range(steps):
-            mask = None if mask is None else torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
-            token = ids[:, number : number + 1]
-            out = model(token, attention_mask=mask, past_key_values=out.past_key_values)
-            logits.append(out.logits)
-    return logits, out.past_key_values
+        for ids in passes:
+            seen += ids.shape[1]
+            given = None if mask is None else mask[:, :seen]
+            out = model(ids, attention_mask=given, past_key_values=cache, use_cache=True)
+            logits, cache = [*logits, out.logits], out.past_key_values
+    return logits, cache
+
+
+def run(model, ids: Tensor, steps: int, mask: Tensor | None = None, **options):
+    """`run_passes` of a prefill and of steps after it, whose tokens are the prompt's."""
+    if mask is not None:
+        mask = torch.cat((mask, mask.new_ones(len(mask), steps)), dim=1)
+    return run_passes(model, [ids, *ids[:, :steps].split(1, dim=1)], mask, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,6 +96,50 @@ def test_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
         assert a.shape == b.shape
     for a, b in zip(sealed, by_reference, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=64 * torch.finfo(dtype).eps * b.abs().max().item())
+
+
+def assert_same_passes(model, passes: list[Tensor], mask: Tensor | None = None, **options) -> None:
+    permuted, _ = run_passes(model, passes, mask, cache_encoding="permuted", **options)
+    sealed, _ = run_passes(model, passes, mask, **options)
+    assert all(torch.equal(a, b) for a, b in zip(sealed, permuted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cuts", [(5, 4, 1, 2), (1, 3, 1), (1, 1, 6)], ids=str)
+def test_chunked_prefill_is_bitwise_equal(prompt, dtype, cuts) -> None:
+    """The first pass attends to what it has not sealed yet, the others to what lies sealed: alone, after padding, and
+    after a first pass of one token."""
+    model, ids = tiny_model(dtype=dtype), prompt(sum(cuts), 2)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    for given in (None, mask):
+        assert_same_passes(model, list(ids.split(cuts, dim=1)), given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunked_prefill_is_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
+    model, ids = tiny_model(dtype=dtype, layers=2), prompt(11)
+    with ops.backend("triton"):
+        assert_same_passes(model, list(ids.split((6, 4, 1), dim=1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_unsealed_in_a_pass(prompt, monkeypatch, attention) -> None:
+    """The pass that opens a cache unseals nothing; one that meets tokens in it unseals K and V once a layer."""
+    unsealed = []
+    for module in ("scx_kernels.reference", "scx.models.llama.ops"):
+        monkeypatch.setattr(f"{module}.unseal", lambda x, *args, **options: unsealed.append(x) or x)
+    model = tiny_model(layers=2)
+    model.set_attn_implementation(attention)
+    with encoded_llama(model, keys_for(model)):
+        cache = model(prompt(6)).past_key_values
+        assert not unsealed
+        model(prompt(3), past_key_values=cache)
+        assert len(unsealed) == 4
+        cache.reset()
+        model(prompt(6), past_key_values=cache)
+        assert len(unsealed) == 4
 
 
 GENERATIONS = {

@@ -18,9 +18,9 @@ def test_requests_compile_nothing_that_the_warm_up_has_not() -> None:
     command = [sys.executable, "-m", "bench.variants", "--only", "SmolLM2-135M"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    counts = re.search(r"(\d+) variants warmed up, (\d+) asked for, 0 not warmed up", run.stdout)
-    assert counts is not None
-    assert int(counts[2]) > 20, "the requests were recorded"
+    asked = re.findall(r"(\w+): \d+ variants warmed up, (\d+) asked for, 0 not warmed up", run.stdout)
+    assert [encoding for encoding, _ in asked] == ["permuted", "sealed"]
+    assert all(int(count) > 20 for _, count in asked), "the requests were recorded"
 
 
 @torch.no_grad()

@@ -91,10 +91,13 @@ class EncodedAttention(nn.Module):
         keys = scx_step.layer_keys(self.layer_idx, device)
         feature_key = scx_step.feature_key(self.layer_idx, device)
         cos, sin = position_embeddings
-        slots = None
+        slots, opens_sealed = None, False
         if past_key_values is not None:
             like, shape = self.q_proj.weight, feature_key.key.shape
             slots = past_key_values.room(self.layer_idx, cos.shape[1], shape, like, scx_step.writes)
+            # A layer's first tokens attend to one another alone: their K and V go sealed into the cache, and unsealed,
+            # as q does, into this pass's attention.
+            opens_sealed = slots is not None and slots.sealing is not None and slots.offset == 0
 
         z_q, z_k, z_v = self._project(hidden_states, scx_noise)
         q, k, v = ops.qkv_decode_encode(
@@ -109,15 +112,19 @@ class EncodedAttention(nn.Module):
             feature_key.value,
             **self._head_norms(),
             **({} if slots is None else slots.arguments),
+            return_unsealed=opens_sealed,
         )
         if past_key_values is not None and slots is not None:
-            k, v = past_key_values.take_in(self.layer_idx, slots)
+            stored = past_key_values.take_in(self.layer_idx, slots)
+            k, v = (k, v) if opens_sealed else stored
         elif past_key_values is not None:
             q, k, v, attention_mask = _meet_cache(past_key_values, self.layer_idx, q, k, v, attention_mask, scx_step)
 
         output_index = scx_step.feature_key(self.layer_idx, q.device).output
         output_key = scx_step.layer_keys(self.layer_idx, q.device).output
-        sealing = None if past_key_values is None else past_key_values.sealing(self.layer_idx, q.device, k.shape[2])
+        sealing = None
+        if past_key_values is not None and not opens_sealed:
+            sealing = past_key_values.sealing(self.layer_idx, q.device, k.shape[2])
         rows, weights = self._attend(q, k, v, attention_mask, output_index, output_key, sealing, **kwargs)
         return self.o_proj(rows.to(device)), weights
 

@@ -657,6 +657,10 @@ def attention_tile(
     if sealed:
         # A keystream is computed while its load is under way: no need to load ahead, and its state needs registers.
         keys, stages = min(keys, 64), 1
+        if dtype == torch.float32 and warps == 16:
+            rows, warps = 16, 8  # more rows, or fewer registers a thread, spill; rows add up in the same order
+        elif width > 128 and blocks["BLOCK_TAIL"] and target.backend == "cuda" and target.arch < 90:
+            stages = 2  # one spills
     return blocks | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -664,8 +668,8 @@ def step_tile(
     batch: int, groups: int, rows: int, keys: int, size: int, dtype: torch.dtype, permuted: bool, sealed: bool,
     target: Target,
 ) -> dict[str, Any]:  # fmt: skip
-    """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread: two
-    programs a multiprocessor, and no fewer than 256 keys a program."""
+    """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread: up to
+    two programs a multiprocessor, with no fewer than 256 keys each, or 64 where that makes no more than 32 of them."""
     blocks = _head_blocks(size)
     width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
     block_m = max(16, triton.next_power_of_2(rows))
@@ -685,11 +689,15 @@ def step_tile(
             stages += 2
     if sealed:
         # As in `attention_tile`. The rest stays: sums in the same order give the same bits as without a seal.
-        stages = 2 if blocks["BLOCK_TAIL"] and dtype != torch.float32 else 1
+        # One stage spills where there is a tail, but in float32, where two do, unless the head is wide.
+        wide = width > 128 and target.backend == "cuda"
+        stages = 2 if blocks["BLOCK_TAIL"] and (dtype != torch.float32 or wide) else 1
         if target.arch == 100 and width <= 64 and dtype != torch.float32:
             stages = 3
         block_m = 16 if blocks["BLOCK_TAIL"] and dtype == torch.float32 else block_m
-    splits = min(triton.cdiv(keys, 256), max(1, 2 * target.multiprocessors // max(1, batch * groups)))
+    # A short cache of few heads would leave most of the machine idle, above all where a cipher is at work.
+    splits = max(triton.cdiv(keys, 256), min(32, triton.cdiv(keys, 64)))
+    splits = min(splits, max(1, 2 * target.multiprocessors // max(1, batch * groups)))
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     return blocks | tile | {"splits": max(1, splits)}
 
@@ -704,6 +712,15 @@ def _inverse(permutation: Tensor) -> Tensor:
     """The inverse of (B, n) permutations."""
     places = torch.arange(permutation.shape[1], device=permutation.device).expand(permutation.shape)
     return torch.empty_like(permutation).scatter_(1, permutation, places)
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """A mask whose rows begin at multiples of 16 elements. At others its pointers take so many registers that the
+    kernel spills, and an odd number of keys would be one more variant to compile."""
+    if mask.dim() < 2 or mask.stride(-2) % 16 == 0:
+        return mask
+    keys = mask.shape[-1]
+    return mask.new_empty(*mask.shape[:-1], triton.cdiv(keys, 16) * 16)[..., :keys].copy_(mask)
 
 
 def attention(
@@ -728,7 +745,7 @@ def attention(
     """`scx_kernels.attention` for float32, float16 and bfloat16, any strides, head sizes up to 256, in one kernel.
 
     Args:
-        mask: slow: every tile is masked.
+        mask: slow: every tile is masked. Copied first where its rows are not aligned.
         sealing: every program takes the keystream off the keys it sees, in registers, once for each block of queries.
         out: (B, H, S, d), or (B, T, H*d) with row_index, any strides; by default in memory by tokens.
         tile: overrides of `attention_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
@@ -744,7 +761,7 @@ def attention(
     decoys = 0 if redundant is None else redundant.shape[1]
     position = None if row_index is None else _inverse(row_index)
     if mask is not None:
-        mask = mask.expand(batch, heads, tokens, keys)
+        mask = _aligned(mask).expand(batch, heads, tokens, keys)
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
 
     if out is None and position is None:

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scx_kernels.checks import check_qkv
+from scx_kernels.chacha import BLOCK_BYTES
+from scx_kernels.checks import check_qkv, check_return_unsealed
 from scx_kernels.kernels.chacha import head_word, load_key, seal
 from scx_kernels.kernels.launch import (
     Target,
@@ -33,7 +34,7 @@ from scx_kernels.kernels.launch import (
 from scx_kernels.kernels.sealing import encoding_of, key_and_writes, layer_and_head
 from scx_kernels.sealing import Sealing, check_cache
 
-__all__ = ["qkv_decode_encode", "qkv_into_cache", "qkv_tile"]
+__all__ = ["qkv_decode_encode", "qkv_into_cache", "qkv_into_sealed_cache", "qkv_tile"]
 
 
 @triton.jit
@@ -65,6 +66,7 @@ def _encode_heads(
     sin_ptr,
     index_ptr,
     out_ptr,
+    fresh_ptr,
     # What the program owns
     b,
     place,
@@ -95,11 +97,15 @@ def _encode_heads(
     stride_oh,
     stride_ot,
     stride_od,
+    stride_fh,
+    stride_ft,
+    stride_fd,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     IS_ROTARY: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
+    HAS_FRESH: tl.constexpr,
     ENCODING: tl.constexpr,
     ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
@@ -119,6 +125,9 @@ def _encode_heads(
     z_rows = z_ptr + place * stride_zt
     # int64: one head of a cache holds capacity * d elements.
     out_rows = out_ptr + slot * stride_ot + first_head.to(tl.int64) * stride_oh
+    fresh_rows = out_rows
+    if HAS_FRESH:
+        fresh_rows = fresh_ptr + token * stride_ft + first_head.to(tl.int64) * stride_fh
     image_rows = z_rows
     if HAS_IMAGE:
         image_rows = image_ptr + b * stride_ib + place * stride_it
@@ -142,10 +151,14 @@ def _encode_heads(
                 y = _scale_by_norm(y, norm_weight_ptr, partner, in_head, scale, stride_w, DTYPE)
             x = x * cos + y * sin
         encoded = tl.gather(narrow(x, DTYPE), tl.broadcast_to(index[None, :], (BLOCK_S, BLOCK_D)), axis=1)
+        stored = encoded
         if ENCODING == "sealed":
             word14 = head_word(layer, sealed_head + head)
-            encoded = seal(encoded, load_key(key_ptr), writes, word14, not IS_ROTARY, HEAD_DIM, 0, ROUNDS)
-        tl.store(out_rows[:, None] + columns[None, :] * stride_od, encoded, mask=mask)
+            stored = seal(encoded, load_key(key_ptr), writes, word14, not IS_ROTARY, HEAD_DIM, 0, ROUNDS)
+        tl.store(out_rows[:, None] + columns[None, :] * stride_od, stored, mask=mask)
+        if HAS_FRESH:  # last: before the other store it spills on sm_100
+            tl.store(fresh_rows[:, None] + columns[None, :] * stride_fd, encoded, mask=mask)
+            fresh_rows += stride_fh
         out_rows += stride_oh
 
 
@@ -173,6 +186,8 @@ def _qkv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    fresh_k_ptr,
+    fresh_v_ptr,
     # Sizes
     S,
     H,
@@ -232,6 +247,14 @@ def _qkv_kernel(
     stride_vh,
     stride_vn,
     stride_vd,
+    stride_fkb,
+    stride_fkh,
+    stride_fks,
+    stride_fkd,
+    stride_fvb,
+    stride_fvh,
+    stride_fvs,
+    stride_fvd,
     stride_wb,
     stride_wn,
     # Meta-parameters
@@ -239,6 +262,7 @@ def _qkv_kernel(
     HAS_NORM: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
     HAS_POSITION: tl.constexpr,
+    HAS_FRESH: tl.constexpr,  # K and V are also stored as they are before they are sealed
     HAS_OFFSETS: tl.constexpr,  # one offset a sequence, read from memory, so that a captured graph can move on
     ENCODING: tl.constexpr,  # of K and V
     ROUNDS: tl.constexpr,
@@ -263,6 +287,9 @@ def _qkv_kernel(
         writes = tl.load(writes_ptr + b * stride_wb + slot * stride_wn, mask=in_tokens, other=0)
     cos_ptr += b * stride_cb
     sin_ptr += b * stride_sb
+    if HAS_FRESH:
+        fresh_k_ptr += b * stride_fkb
+        fresh_v_ptr += b * stride_fvb
 
     chunk = tl.program_id(1)
     q_chunks = tl.cdiv(H, HEADS)
@@ -270,41 +297,45 @@ def _qkv_kernel(
     if chunk < q_chunks:
         _encode_heads(
             z_q_ptr + b * stride_zqb, image_q_ptr, q_norm_ptr, cos_ptr, sin_ptr, query_ptr + b * stride_xqb,
-            q_ptr + b * stride_qb, b, place, token, token, in_tokens, chunk * HEADS, H, eps, None, None, 0, 0,
+            q_ptr + b * stride_qb, None, b, place, token, token, in_tokens, chunk * HEADS, H, eps, None, None, 0, 0,
             stride_zqt, stride_zqf, stride_iqb, stride_iqt, stride_iqf, stride_wq,
             stride_cs, stride_cd, stride_ss, stride_sd,
-            stride_xqh, stride_xqd, stride_qh, stride_qs, stride_qd,
-            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, "permuted", 0, INT64, HEADS, BLOCK_S, BLOCK_D,
+            stride_xqh, stride_xqd, stride_qh, stride_qs, stride_qd, 0, 0, 0,
+            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, False, "permuted", 0, INT64, HEADS, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     elif chunk < q_chunks + k_chunks:
         _encode_heads(
             z_k_ptr + b * stride_zkb, image_k_ptr, k_norm_ptr, cos_ptr, sin_ptr, key_ptr + b * stride_xkb,
-            k_ptr + b * stride_kb, b, place, token, slot, in_tokens, (chunk - q_chunks) * HEADS, G, eps,
+            k_ptr + b * stride_kb, fresh_k_ptr, b, place, token, slot, in_tokens, (chunk - q_chunks) * HEADS, G, eps,
             seal_key_ptr, writes, layer, first_head,
             stride_zkt, stride_zkf, stride_ikb, stride_ikt, stride_ikf, stride_wk,
             stride_cs, stride_cd, stride_ss, stride_sd,
-            stride_xkh, stride_xkd, stride_kh, stride_kn, stride_kd,
-            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, ENCODING, ROUNDS, INT64, HEADS, BLOCK_S, BLOCK_D,
+            stride_xkh, stride_xkd, stride_kh, stride_kn, stride_kd, stride_fkh, stride_fks, stride_fkd,
+            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, HAS_FRESH, ENCODING, ROUNDS, INT64, HEADS, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     else:
         _encode_heads(
             z_v_ptr + b * stride_zvb, image_v_ptr, None, None, None, value_ptr + b * stride_xvb,
-            v_ptr + b * stride_vb, b, place, token, slot, in_tokens, (chunk - q_chunks - k_chunks) * HEADS, G, eps,
-            seal_key_ptr, writes, layer, first_head,
+            v_ptr + b * stride_vb, fresh_v_ptr, b, place, token, slot, in_tokens,
+            (chunk - q_chunks - k_chunks) * HEADS, G, eps, seal_key_ptr, writes, layer, first_head,
             stride_zvt, stride_zvf, stride_ivb, stride_ivt, stride_ivf, 0, 0, 0, 0, 0,
-            stride_xvh, stride_xvd, stride_vh, stride_vn, stride_vd,
-            HEAD_DIM, False, False, HAS_IMAGE, ENCODING, ROUNDS, INT64, HEADS, BLOCK_S, BLOCK_D,
+            stride_xvh, stride_xvd, stride_vh, stride_vn, stride_vd, stride_fvh, stride_fvs, stride_fvd,
+            HEAD_DIM, False, False, HAS_IMAGE, HAS_FRESH, ENCODING, ROUNDS, INT64, HEADS, BLOCK_S, BLOCK_D,
         )  # fmt: skip
 
 
-def qkv_tile(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, target: Target) -> dict[str, Any]:
+def qkv_tile(
+    tokens: int, heads: int, head_dim: int, dtype: torch.dtype, sealed: bool, target: Target
+) -> dict[str, Any]:
     """Meta-parameters of `qkv_decode_encode`: a tile of about 4 KB, several heads to share cos and sin where
-    tokens alone fill the machine, one head a program where they do not."""
+    tokens alone fill the machine, one head a program where they do not. Sealed, a thread holds a block of the cipher:
+    with fewer bytes a thread, several would compute the same one."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_s = max(1, min(triton.next_power_of_2(max(1, tokens)), 4096 // dtype.itemsize // block_d))
     programs = triton.cdiv(tokens, block_s)
     per_program = max(1, min(8, heads, programs * heads // (8 * target.multiprocessors)))
-    warps = block_s * block_d // (8 * target.warp_size)
+    held = BLOCK_BYTES // dtype.itemsize if sealed else 8
+    warps = block_s * block_d // (held * target.warp_size)
     return {
         "BLOCK_S": block_s,
         "BLOCK_D": block_d,
@@ -334,6 +365,7 @@ def qkv_decode_encode(
     offset: int = 0,
     offsets: Tensor | None = None,
     sealing: Sealing | None = None,
+    return_unsealed: bool = False,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
@@ -342,6 +374,7 @@ def qkv_decode_encode(
 
     Args:
         z_q, z_k, z_v: may be slices of one tensor.
+        return_unsealed: a second store of each tile of K and V, before it is sealed.
         out: (B, H, S, d) for q, any strides; by default in memory by tokens.
         tile: overrides of `qkv_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
     """
@@ -349,6 +382,7 @@ def qkv_decode_encode(
         z_q, z_k, z_v, position, cos, sin, query, key, value, images, q_norm, k_norm, dtype, keys, values, offset,
         offsets,
     )  # fmt: skip
+    check_return_unsealed(return_unsealed, keys, sealing is not None)
     check_dtype("z_q", z_q)
     (batch, heads, size), groups = query.shape, key.shape[1]
     tokens = z_q.shape[1] if position is None else position.shape[1]
@@ -361,16 +395,21 @@ def qkv_decode_encode(
     keys = z_q.new_empty(batch, groups, tokens, size, dtype=dtype) if keys is None else keys
     values = torch.empty_like(keys) if values is None else values
     check_cache(keys, values, sealing)
+    fresh_k, fresh_v = (
+        z_q.new_empty(batch, groups, tokens, size, dtype=dtype) if return_unsealed else None for _ in range(2)
+    )
     target, all_heads = target_of(z_q.device), heads + 2 * groups
-    heuristic = qkv_tile(batch * tokens, all_heads, size, dtype, target)
+    heuristic = qkv_tile(batch * tokens, all_heads, size, dtype, sealing is not None, target)
     sizes = {"tokens": batch * tokens, "heads": all_heads, "head_dim": size}
-    meta = choose_tile("qkv_decode_encode", heuristic, tile, target, dtype, **sizes)
+    variant = "" if sealing is None else "sealed"
+    meta = choose_tile("qkv_decode_encode", heuristic, tile, target, dtype, variant, **sizes)
     chunks = triton.cdiv(heads, meta["HEADS"]) + 2 * triton.cdiv(groups, meta["HEADS"])
     launch(
         _qkv_kernel,
         (batch * triton.cdiv(tokens, meta["BLOCK_S"]), chunks),
         *(z_q, z_k, z_v, *wide_images, position, cos, sin, query, key, value, q_norm, k_norm, offsets),
-        *(*key_and_writes(sealing), out, keys, values, tokens, heads, groups, offset, eps, *layer_and_head(sealing)),
+        *(*key_and_writes(sealing), out, keys, values, fresh_k, fresh_v),
+        *(tokens, heads, groups, offset, eps, *layer_and_head(sealing)),
         *(*z_q.stride(), *z_k.stride(), *z_v.stride()),
         *(stride for image in wide_images for stride in strides(image, 3)),
         *strides(position, 2),
@@ -378,20 +417,27 @@ def qkv_decode_encode(
         *(0 if sin.shape[0] == 1 else sin.stride(0), *sin.stride()[1:]),
         *(*query.stride(), *key.stride(), *value.stride()),
         *(*strides(q_norm, 1), *strides(k_norm, 1), *strides(offsets, 1)),
-        *(*out.stride(), *keys.stride(), *values.stride(), *strides(key_and_writes(sealing)[1], 2)),
+        *(*out.stride(), *keys.stride(), *values.stride(), *strides(fresh_k, 4), *strides(fresh_v, 4)),
+        *strides(key_and_writes(sealing)[1], 2),
         HEAD_DIM=size,
         HAS_NORM=q_norm is not None,
         HAS_IMAGE=images is not None,
         HAS_POSITION=position is not None,
+        HAS_FRESH=return_unsealed,
         HAS_OFFSETS=offsets is not None,
         **encoding_of(sealing),
-        INT64=force_int64 or exceeds_int32(z_q, z_k, z_v, *wide_images, cos, sin, out, keys, values),
+        INT64=force_int64 or exceeds_int32(z_q, z_k, z_v, *wide_images, cos, sin, out, keys, values, fresh_k, fresh_v),
         device=z_q.device,
         **meta,
     )
-    return out, keys, values
+    return (out, keys, values) if fresh_k is None or fresh_v is None else (out, fresh_k, fresh_v)
 
 
 def qkv_into_cache(*args: Any, **options: Any) -> Tensor:
     """`qkv_decode_encode` into caches that are given: q alone."""
     return qkv_decode_encode(*args, **options)[0]
+
+
+def qkv_into_sealed_cache(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`qkv_decode_encode` into sealed caches that are given: q, and k and v as they are before they are sealed."""
+    return qkv_decode_encode(*args, **options, return_unsealed=True)
