@@ -27,10 +27,10 @@ from scx.party.untrusted import UntrustedParty
 from scx.party.worker import main
 
 RANKS, PROMPT, NEW = 3, 9, 10
-ON_GPUS = torch.accelerator.current_accelerator() is not None
+ON_GPUS = torch.accelerator.current_accelerator(check_available=True) is not None
 DEVICE = "cuda" if ON_GPUS else "cpu"
 needs_ranks = pytest.mark.skipif(
-    ON_GPUS and torch.cuda.device_count() < RANKS, reason="waits for three GPUs, or for a torch that knows none"
+    ON_GPUS and torch.cuda.device_count() < RANKS, reason="waits for three GPUs, or for a machine that has none"
 )
 
 FAILING_RANK = """

@@ -49,7 +49,7 @@ def _own_device(name: str, size: int) -> torch.device:
     """This rank's device. Raises ValueError for one where transformers would not load several ranks."""
     if size == 1:
         return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     kind = "cpu" if accelerator is None else accelerator.type
     if name != kind:
         raise ValueError(f"--device: transformers puts {size} ranks onto {kind!r} here, expected that, got {name!r}")
