@@ -1,9 +1,11 @@
 """The public operations: one name each, whatever device the tensors are on.
 
-CPU tensors take the reference. CUDA and ROCm tensors take Triton, through operators registered with PyTorch, so that
-`torch.compile` sees one call with a shape rule and CUDA graphs capture it; where a vendor's product or attention is the
-faster kernel, the operation takes that one on the encoded tensors. Where gradients are wanted the reference serves
-every device: the kernels have no backward.
+CPU tensors take the reference. CUDA and ROCm tensors take Triton; where a vendor's product or attention is the faster
+kernel, the operation takes that one on the encoded tensors. Where gradients are wanted the reference serves every
+device: the kernels have no backward.
+
+A kernel's launcher is called directly, and registered with PyTorch as an operator besides: where something compiles or
+traces, it sees one call with a shape rule. The dispatcher would cost more of the host's time than the launch.
 
 `SCX_KERNELS` in the environment, or `backend(...)` in code, says otherwise for debugging: "reference" keeps to plain
 PyTorch; "triton" takes the kernels for everything, also for CPU tensors, on which they run in Triton's interpreter
@@ -15,12 +17,13 @@ Names, arguments and results are those of `scx_kernels.reference`, where they ar
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 from scx_kernels import checks, reference
@@ -31,6 +34,7 @@ __all__ = [
     "attention_step",
     "backend",
     "inject_permute",
+    "is_accelerator",
     "noise_image",
     "permuted_linear",
     "permuted_linears",
@@ -41,6 +45,7 @@ __all__ = [
 
 BACKENDS = ("auto", "reference", "triton")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_EVERY_BACKEND = "CompositeExplicitAutograd"
 # A product of more rows is bound by arithmetic, where a vendor's product gains more than the gather it would absorb.
 _FEW_ROWS = 64
 _Function = TypeVar("_Function", bound=Callable)
@@ -70,60 +75,113 @@ def backend(name: str) -> Iterator[None]:
         _backend = before
 
 
-def _takes_triton(*given: Any) -> bool:
+def is_accelerator(device: torch.device) -> bool:
+    """Whether tensors on this device take the kernels, unless `backend` says otherwise."""
+    return device.type == "cuda"
+
+
+def _takes_triton(given: Sequence[Any]) -> bool:
     """Whether these arguments are for the kernels; the first tensor says on which device and in which dtype."""
-    tensors = [y for x in given for y in (x if isinstance(x, (list, tuple)) else (x,)) if isinstance(y, Tensor)]
-    first = tensors[0]
+    first = given[0] if isinstance(given[0], Tensor) else next(_tensors(given))
     if _backend == "reference" or first.dtype not in _KERNEL_DTYPES:
         return False
-    if _backend == "auto" and first.device.type != "cuda":
+    if _backend == "auto" and not is_accelerator(first.device):
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(given)))
 
 
-# How an operator's schema spells `sealing`, which is one argument everywhere else.
-_SEALING = "Tensor? seal_key=None, Tensor? seal_writes=None, SymInt[]? seal_numbers=None"
+def _tensors(given: Sequence[Any]) -> Iterator[Tensor]:
+    for x in given:
+        yield from (y for y in (x if isinstance(x, (list, tuple)) else (x,)) if isinstance(y, Tensor))
 
 
-def _spelled(sealing: Sealing | None) -> dict[str, Any]:
-    if sealing is None:
-        return {}
-    key, writes, *numbers = sealing[:5]
-    return {"seal_key": key, "seal_writes": writes, "seal_numbers": numbers}
+def _is_traced(first: Any) -> bool:
+    """Whether somebody follows the operators that are called: a compiler, a tracer, a mode or a kind of tensor."""
+    if torch.compiler.is_compiling() or (type(first) is not Tensor and type(first) is not Parameter):
+        return True
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
+
+
+def spelling(name: str, *, optional: bool = False) -> str:
+    """How an operator's schema spells a sealing, which is one argument everywhere else."""
+    mark, default = ("?", "=None") if optional else ("", "")
+    parts = (("Tensor", "key"), ("Tensor", "writes"), ("SymInt[]", "numbers"))
+    return ", ".join(f"{kind}{mark} {name}_{part}{default}" for kind, part in parts)
+
+
+_SEALING = spelling("sealing", optional=True)
+
+
+def _spelled(options: dict[str, Any]) -> dict[str, Any]:
+    spelled: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Sealing):
+            key, writes, *numbers = value[:5]
+            spelled |= {f"{name}_key": key, f"{name}_writes": writes, f"{name}_numbers": numbers}
+        elif name != "sealing":
+            spelled[name] = value
+    return spelled
 
 
 def _unspelled(arguments: dict[str, Any]) -> dict[str, Any]:
-    key, writes, numbers = (arguments.pop(f"seal_{name}", None) for name in ("key", "writes", "numbers"))
-    return arguments if key is None else arguments | {"sealing": Sealing(key, writes, *numbers)}
+    for name in [spelled.removesuffix("_numbers") for spelled in arguments if spelled.endswith("_numbers")]:
+        key, writes, numbers = (arguments.pop(f"{name}_{part}", None) for part in ("key", "writes", "numbers"))
+        if key is not None:
+            arguments[name] = Sealing(key, writes, *numbers)
+    return arguments
 
 
-def _register(name: str, module: str, schema: str, shape_rule: Callable[..., Any]) -> Any:
-    """Register a kernel's launcher as the operator `scx_kernels::NAME`. Kernels, and triton, are imported by the first
-    call."""
-    arguments = schema[1 : schema.index(") ->")].split(",")
-    names = [argument.split("=")[0].split()[-1] for argument in arguments]
-    mutates = [name for name, argument in zip(names, arguments, strict=True) if "!" in argument]
-
-    def launch(*args: Any, **options: Any) -> Any:
-        launcher = getattr(import_module(f"scx_kernels.kernels.{module}"), name)
-        return launcher(**_unspelled(dict(zip(names, args, strict=False)) | options))
-
-    def shape(*args: Any, **options: Any) -> Any:
-        return shape_rule(**_unspelled(dict(zip(names, args, strict=False)) | options))
-
-    operator = torch.library.custom_op(f"scx_kernels::{name}", launch, mutates_args=mutates, schema=schema)
-    operator.register_fake(shape)
-    return operator
+_library = torch.library.Library("scx_kernels", "DEF")
 
 
-def _operation(original: _Function) -> Callable[[Callable], _Function]:
+class Operator:
+    """A kernel's launcher, and the operator `scx_kernels::NAME` that compilers and tracers see in its place.
+
+    Kernels, and triton, are imported by the first call.
+
+    Args:
+        module: the file of `scx_kernels.kernels` where the launcher of this name is.
+        schema: of the operator, whose arguments have the launcher's names.
+        shape_rule: takes the launcher's arguments, gives results without data (the operator's fake implementation).
+    """
+
+    def __init__(self, name: str, module: str, schema: str, shape_rule: Callable[..., Any]) -> None:
+        self.name = name
+        self.module = module
+        self.shape_rule = shape_rule
+        self._names = [argument.split("=")[0].split()[-1] for argument in schema[1 : schema.index(") ->")].split(",")]
+        _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        # On CPU tensors, too: the interpreter runs there.
+        _library.impl(name, lambda *args, **options: self._call(self.launcher, args, options), _EVERY_BACKEND)
+        torch.library.register_fake(
+            f"scx_kernels::{name}", lambda *args, **options: self._call(shape_rule, args, options), lib=_library
+        )
+        self._operator = getattr(torch.ops.scx_kernels, name).default
+
+    @cached_property
+    def launcher(self) -> Callable[..., Any]:
+        """The function that launches the kernel."""
+        launcher: Callable[..., Any] = getattr(import_module(f"scx_kernels.kernels.{self.module}"), self.name)
+        return launcher
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call a function as launchers are called, with what the dispatcher gives, in the schema's order."""
+        return function(**_unspelled(dict(zip(self._names, args, strict=False)) | options))
+
+    def __call__(self, first: Tensor, *args: Any, **options: Any) -> Any:
+        if _is_traced(first):
+            return self._operator(first, *args, **_spelled(options))
+        return self.launcher(first, *args, **options)
+
+
+def operation(original: _Function) -> Callable[[Callable], _Function]:
     """Give a function that runs on the kernels its public face: signature and documentation of the reference, which
     takes the call where the kernels do not."""
 
     def decorate(on_kernels: Callable) -> _Function:
         @wraps(original)
         def call(*args: Any, **options: Any) -> Any:
-            if _takes_triton(*args, *options.values()):
+            if _takes_triton((*args, *options.values()) if options else args):
                 return on_kernels(*args, **options)
             return original(*args, **options)
 
@@ -148,7 +206,7 @@ def _inject_shape(
     return x.new_empty(x.shape[0], rows, x.shape[2], dtype=x.dtype if noise is None else torch.float32)
 
 
-_inject_permute = _register(
+_inject_permute = Operator(
     "inject_permute",
     "rows",
     "(Tensor x, Tensor? row_index, Tensor? redundant=None, Tensor? feature_index=None, Tensor? norm_weight=None, "
@@ -157,7 +215,7 @@ _inject_permute = _register(
 )
 
 
-@_operation(reference.inject_permute)
+@operation(reference.inject_permute)
 def inject_permute(*args: Any, **options: Any) -> Tensor:
     return _inject_permute(*args, **options)
 
@@ -167,7 +225,7 @@ def _strip_shape(z: Tensor, position: Tensor, residual: Tensor | None = None, *,
     return z.new_empty(z.shape[0], position.shape[1], z.shape[2])
 
 
-_strip_restore = _register(
+_strip_restore = Operator(
     "strip_restore",
     "rows",
     "(Tensor z, Tensor position, Tensor? residual=None, Tensor? image=None) -> Tensor",
@@ -175,7 +233,7 @@ _strip_restore = _register(
 )
 
 
-@_operation(reference.strip_restore)
+@operation(reference.strip_restore)
 def strip_restore(*args: Any, **options: Any) -> Tensor:
     return _strip_restore(*args, **options)
 
@@ -199,7 +257,7 @@ def _linear_shape(
     return x.new_empty(x.shape[0], rows if out_rows is None else out_rows, weight.shape[0], dtype=dtype)
 
 
-_permuted_linear = _register(
+_permuted_linear = Operator(
     "permuted_linear",
     "product",
     "(Tensor x, Tensor weight, Tensor? row_index=None, Tensor? redundant=None, Tensor? bias=None, "
@@ -213,7 +271,7 @@ def _is_large(x: Tensor, row_index: Tensor | None) -> bool:
     return _backend == "auto" and rows > _FEW_ROWS
 
 
-@_operation(reference.permuted_linear)
+@operation(reference.permuted_linear)
 def permuted_linear(
     x: Tensor,
     weight: Tensor,
@@ -251,7 +309,7 @@ def _linears_shape(
     return x.new_empty(x.shape[0], rows, sum(weight.shape[0] for weight in weights))
 
 
-_permuted_linears = _register(
+_permuted_linears = Operator(
     "permuted_linears",
     "product",
     "(Tensor x, Tensor[] weights, Tensor? row_index=None, Tensor? redundant=None, Tensor?[]? biases=None) -> Tensor",
@@ -259,7 +317,7 @@ _permuted_linears = _register(
 )
 
 
-@_operation(reference.permuted_linears)
+@operation(reference.permuted_linears)
 def permuted_linears(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -323,15 +381,15 @@ def _qkv_shape(
     return q if keys is not None and not return_unsealed else (q, k, v)
 
 
-_qkv_decode_encode = _register(
+_qkv_decode_encode = Operator(
     "qkv_decode_encode", "qkv", f"({_QKV_ROWS}, {_QKV_OPTIONS}, {_SEALING}) -> (Tensor, Tensor, Tensor)", _qkv_shape
 )
 _QKV_INTO_CACHE = (
     f"({_QKV_ROWS}, Tensor(a!) keys, Tensor(b!) values, {_QKV_OPTIONS}, SymInt offset=0, Tensor? offsets=None, "
     f"{_SEALING}) -> "
 )
-_qkv_into_cache = _register("qkv_into_cache", "qkv", f"{_QKV_INTO_CACHE}Tensor", _qkv_shape)
-_qkv_into_sealed_cache = _register(
+_qkv_into_cache = Operator("qkv_into_cache", "qkv", f"{_QKV_INTO_CACHE}Tensor", _qkv_shape)
+_qkv_into_sealed_cache = Operator(
     "qkv_into_sealed_cache",
     "qkv",
     f"{_QKV_INTO_CACHE}(Tensor, Tensor, Tensor)",
@@ -339,20 +397,20 @@ _qkv_into_sealed_cache = _register(
 )
 
 
-@_operation(reference.qkv_decode_encode)
+@operation(reference.qkv_decode_encode)
 def qkv_decode_encode(
     *args: Any, keys: Tensor | None = None, values: Tensor | None = None, offset: int = 0,
     offsets: Tensor | None = None, sealing: Sealing | None = None, return_unsealed: bool = False, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.check_return_unsealed(return_unsealed, keys, sealing is not None)
-    options |= _spelled(sealing)
     if keys is None or values is None:
         checks.check_no_slots(keys, values, offset, offsets)
-        return _qkv_decode_encode(*args, **options)
+        checks.check_return_unsealed(return_unsealed, keys, sealing is not None)
+        return _qkv_decode_encode(*args, sealing=sealing, **options)
     options |= {"keys": keys, "values": values, "offset": offset, "offsets": offsets}
     if return_unsealed:
-        return _qkv_into_sealed_cache(*args, **options)
-    return _qkv_into_cache(*args, **options), keys, values
+        checks.check_return_unsealed(return_unsealed, keys, sealing is not None)
+        return _qkv_into_sealed_cache(*args, sealing=sealing, **options)
+    return _qkv_into_cache(*args, sealing=sealing, **options), keys, values
 
 
 def _attention_shape(
@@ -381,7 +439,7 @@ def _attention_shape(
     return q.new_empty(batch, tokens, heads, size).transpose(1, 2)
 
 
-_attention = _register(
+_attention = Operator(
     "attention",
     "attention",
     "(Tensor q, Tensor k, Tensor v, float softmax_scale, Tensor? mask=None, bool is_causal=False, "
@@ -391,7 +449,7 @@ _attention = _register(
 )
 
 
-@_operation(reference.attention)
+@operation(reference.attention)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -413,7 +471,7 @@ def attention(
     if _backend == "triton" or sealing is not None or limited or (is_causal and q.shape[2] != k.shape[2]):
         return _attention(
             q, k, v, is_causal=is_causal, window=window, kv_start=kv_start, kv_length=kv_length,
-            output_index=output_index, row_index=row_index, redundant=redundant, **_spelled(sealing), **options,
+            output_index=output_index, row_index=row_index, redundant=redundant, sealing=sealing, **options,
         )  # fmt: skip
     out = reference.attention(q, k, v, is_causal=is_causal, **options)
     if output_index is None and row_index is None:
@@ -445,7 +503,7 @@ def _step_shape(
     return q.new_empty(batch, tokens, heads, size).transpose(1, 2)
 
 
-_attention_step = _register(
+_attention_step = Operator(
     "attention_step",
     "attention",
     "(Tensor q, Tensor k, Tensor v, float softmax_scale, SymInt? window=None, Tensor? kv_start=None, "
@@ -454,9 +512,9 @@ _attention_step = _register(
 )
 
 
-@_operation(reference.attention_step)
-def attention_step(*args: Any, sealing: Sealing | None = None, **options: Any) -> Tensor:
-    return _attention_step(*args, **options, **_spelled(sealing))
+@operation(reference.attention_step)
+def attention_step(*args: Any, **options: Any) -> Tensor:
+    return _attention_step(*args, **options)
 
 
 def _unlock_shape(cache: Tensor, position: Tensor) -> Tensor:
@@ -468,13 +526,13 @@ def _unlock_in_place_shape(cache: Tensor, position: Tensor) -> None:
     checks.check_unlock(cache, position)
 
 
-_unlock = _register("unlock", "unlock", "(Tensor cache, Tensor position) -> Tensor", _unlock_shape)
-_unlock_in_place = _register(
+_unlock = Operator("unlock", "unlock", "(Tensor cache, Tensor position) -> Tensor", _unlock_shape)
+_unlock_in_place = Operator(
     "unlock_in_place", "unlock", "(Tensor(a!) cache, Tensor position) -> ()", _unlock_in_place_shape
 )
 
 
-@_operation(reference.unlock)
+@operation(reference.unlock)
 def unlock(cache: Tensor, position: Tensor, *, in_place: bool = False) -> Tensor:
     if not in_place:
         return _unlock(cache, position)

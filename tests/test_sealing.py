@@ -381,10 +381,12 @@ def test_operators_are_registered_soundly():
     x, own = randn(1, 1, 2, 16), sealed_by(scattered(1, 2))
     utils = ("test_schema", "test_faketensor")
     operators = torch.ops.scx_kernels
-    torch.library.opcheck(operators.seal, (x, own.key, own.writes, [1, 5, 8, 0], None, None), test_utils=utils)
-    torch.library.opcheck(
-        operators.seal_into, (x.clone(), x, own.key, own.writes, [1, 5, 8, 0], None, None), test_utils=utils
-    )
+    how, before = (own.key, own.writes, [5, 8, 0]), (own.key, own.writes, [4, 12, 0])
+    torch.library.opcheck(operators.seal, (x, *how, True), test_utils=utils)
+    torch.library.opcheck(operators.seal_into, (x.clone(), x, *how, True), test_utils=utils)
+    torch.library.opcheck(operators.seal_into, (x.clone(), None, *how, True), test_utils=utils)
+    torch.library.opcheck(operators.reseal, (x, *before, *how, True), test_utils=utils)
+    torch.library.opcheck(operators.reseal_into, (x.clone(), x, *before, *how, True), test_utils=utils)
     streams = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
     torch.library.opcheck(operators.random_bits, (own.key, streams, 5, 8), test_utils=utils)
 

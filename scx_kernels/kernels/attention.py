@@ -24,6 +24,7 @@ from scx_kernels.checks import check_attention, check_attention_step
 from scx_kernels.kernels.chacha import EMPTY, head_word, load_key, load_unsealed
 from scx_kernels.kernels.launch import (
     Target,
+    by_tokens,
     check_dtype,
     choose_tile,
     dot,
@@ -33,6 +34,7 @@ from scx_kernels.kernels.launch import (
     strides,
     target_of,
 )
+from scx_kernels.kernels.plans import derive, empty, planned
 from scx_kernels.kernels.sealing import encoding_of, key_and_writes, layer_and_head
 from scx_kernels.sealing import Sealing, check_cache
 
@@ -714,15 +716,19 @@ def _inverse(permutation: Tensor) -> Tensor:
     return torch.empty_like(permutation).scatter_(1, permutation, places)
 
 
-def _aligned(mask: Tensor) -> Tensor:
-    """A mask whose rows begin at multiples of 16 elements. At others its pointers take so many registers that the
+def _is_aligned(mask: Tensor) -> bool:
+    """Whether a mask's rows begin at multiples of 16 elements. At others its pointers take so many registers that the
     kernel spills, and an odd number of keys would be one more variant to compile."""
-    if mask.dim() < 2 or mask.stride(-2) % 16 == 0:
-        return mask
+    return mask.dim() < 2 or mask.stride(-2) % 16 == 0
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """A copy that is aligned."""
     keys = mask.shape[-1]
     return mask.new_empty(*mask.shape[:-1], triton.cdiv(keys, 16) * 16)[..., :keys].copy_(mask)
 
 
+@planned
 def attention(
     q: Tensor,
     k: Tensor,
@@ -759,15 +765,16 @@ def attention(
     check_cache(k, v, sealing)
     (batch, heads, tokens, size), keys = q.shape, k.shape[2]
     decoys = 0 if redundant is None else redundant.shape[1]
-    position = None if row_index is None else _inverse(row_index)
+    position = None if row_index is None else derive(_inverse, row_index)
     if mask is not None:
-        mask = _aligned(mask).expand(batch, heads, tokens, keys)
+        aligned = mask if _is_aligned(mask) else derive(_aligned, mask)
+        mask = aligned.expand(batch, heads, tokens, keys)
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
 
     if out is None and position is None:
-        out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)
+        out = empty(q, (batch, heads, tokens, size), strides=by_tokens(heads, tokens, size))
     elif out is None:
-        out = q.new_empty(batch, tokens + decoys, heads * size)
+        out = empty(q, (batch, tokens + decoys, heads * size))
     out_strides = out.stride()
     if position is not None:
         out_strides = (out.stride(0), size * out.stride(2), out.stride(1), out.stride(2))
@@ -801,6 +808,7 @@ def attention(
     return out
 
 
+@planned
 def attention_step(
     q: Tensor,
     k: Tensor,
@@ -834,7 +842,7 @@ def attention_step(
     (batch, heads, tokens, size), groups = q.shape, k.shape[1]
     keys = k.shape[2] if position is None else position.shape[1]
     if out is None:
-        out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)
+        out = empty(q, (batch, heads, tokens, size), strides=by_tokens(heads, tokens, size))
     rows = heads // groups * tokens
     target = target_of(q.device)
     permuted, sealed = position is not None, sealing is not None
@@ -843,8 +851,8 @@ def attention_step(
     sizes = {"sequences": batch * groups, "rows": rows, "keys": keys, "head_dim": size}
     meta = choose_tile("attention_step", heuristic, tile, target, q.dtype, variant, **sizes)
     splits = meta.pop("splits")
-    partial = q.new_empty(batch, heads, tokens, splits, size, dtype=torch.float32)
-    row_max, row_sum = q.new_empty(2, batch, heads, tokens, splits, dtype=torch.float32)
+    partial = empty(q, (batch, heads, tokens, splits, size), torch.float32)
+    row_max, row_sum = (empty(q, (batch, heads, tokens, splits), torch.float32) for _ in range(2))
     launch(
         _step_kernel,
         (batch * groups * splits, triton.cdiv(rows, meta["BLOCK_M"])),

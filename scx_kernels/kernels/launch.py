@@ -12,10 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels import tiles
+from scx_kernels.kernels import plans
 
 __all__ = [
     "INTERPRET",
     "Target",
+    "by_tokens",
     "check_dtype",
     "choose_tile",
     "dot",
@@ -97,7 +99,8 @@ def recording(target: Target, record: Callable[..., None]) -> Iterator[None]:
     _override.append(target)
     _recorder.append(record)
     try:
-        yield
+        with plans.plans_off():
+            yield
     finally:
         _override.pop()
         _recorder.pop()
@@ -112,7 +115,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         return
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, **meta)
+        compiled = kernel[grid](*args, **meta)
+    plans.note(kernel, compiled, grid, args, meta)
 
 
 def exceeds_int32(*tensors: Tensor | None) -> bool:
@@ -127,6 +131,11 @@ def exceeds_int32(*tensors: Tensor | None) -> bool:
 def strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
     """The strides of x; zeros stand in for a tensor that is absent."""
     return (0,) * rank if x is None else tuple(x.stride())
+
+
+def by_tokens(heads: int, tokens: int, size: int) -> tuple[int, ...]:
+    """The strides of a (B, heads, tokens, size) tensor that lies in memory token by token."""
+    return heads * tokens * size, size, heads * size, 1
 
 
 def check_dtype(name: str, x: Tensor) -> None:

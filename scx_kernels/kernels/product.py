@@ -11,7 +11,6 @@ rows, its columns; where even then the tiles are too few for the machine, the in
 weights sharing the rows lie side by side in the columns of the result, each beginning a tile of its own.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +31,22 @@ from scx_kernels.kernels.launch import (
     strides,
     target_of,
 )
+from scx_kernels.kernels.plans import empty, planned
 
 __all__ = ["matmul_tile", "permuted_linear", "permuted_linears"]
+
+
+@triton.jit
+def _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bn, WEIGHTS: tl.constexpr):
+    """float32 biases of these columns, which are those of the weights side by side."""
+    bias = tl.load(bias_ptr + column * stride_bn, mask=column < N_0, other=0).to(tl.float32)
+    if WEIGHTS > 1:
+        inside = (column >= N_0) & (column < N_1)
+        bias += tl.load(bias_1_ptr + (column - N_0) * stride_bn, mask=inside, other=0).to(tl.float32)
+    if WEIGHTS > 2:
+        inside = (column >= N_1) & (column < N)
+        bias += tl.load(bias_2_ptr + (column - N_1) * stride_bn, mask=inside, other=0).to(tl.float32)
+    return bias
 
 
 @triton.jit
@@ -44,11 +57,16 @@ def _finish_tile(
     column,
     # Pointers
     bias_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
     image_ptr,
     scatter_ptr,
     out_ptr,
     # Sizes
     M,
+    N,
+    N_0,
+    N_1,
     column_end,
     T,
     out_rows,
@@ -66,6 +84,7 @@ def _finish_tile(
     HAS_BIAS: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
     HAS_SCATTER: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """Subtract the noise's image, add the bias, write rows to their places, in columns before `column_end`."""
@@ -81,7 +100,7 @@ def _finish_tile(
         mask = in_rows[:, None] & in_columns[None, :]
         acc -= tl.load(image_rows[:, None] + column[None, :] * stride_in, mask=mask, other=0)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + column * stride_bn, mask=in_columns, other=0).to(tl.float32)[None, :]
+        acc += _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bn, WEIGHTS)[None, :]
     if HAS_SCATTER:
         place = tl.load(scatter_ptr + sequence * stride_sb + place * stride_st, mask=in_rows, other=0)
         in_rows = in_rows & (place < out_rows)
@@ -102,6 +121,8 @@ def _matmul_kernel(
     weight_1_ptr,
     weight_2_ptr,
     bias_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
     image_ptr,
     scatter_ptr,
     out_ptr,
@@ -252,9 +273,10 @@ def _matmul_kernel(
         tl.store(partial[:, None] + column[None, :], acc, mask=mask)
     else:
         _finish_tile(
-            acc, row, column, bias_ptr, image_ptr, scatter_ptr, out_ptr, M, column_end, T, out_rows,
+            acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_ptr, out_ptr,
+            M, N, N_0, N_1, column_end, T, out_rows,
             stride_bn, stride_ib, stride_it, stride_in, stride_sb, stride_st, stride_ob, stride_ot, stride_on,
-            HAS_BIAS, HAS_IMAGE, HAS_SCATTER, INT64,
+            HAS_BIAS, HAS_IMAGE, HAS_SCATTER, WEIGHTS, INT64,
         )  # fmt: skip
 
 
@@ -263,12 +285,16 @@ def _sum_splits_kernel(
     # Pointers
     partial_ptr,
     bias_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
     image_ptr,
     scatter_ptr,
     out_ptr,
     # Sizes
     M,
     N,
+    N_0,
+    N_1,
     T,
     out_rows,
     # Strides
@@ -285,6 +311,7 @@ def _sum_splits_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
     HAS_SCATTER: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     INT64: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -299,9 +326,10 @@ def _sum_splits_kernel(
         partial = partial_ptr + (row.to(tl.int64) + split * M) * N
         acc += tl.load(partial[:, None] + column[None, :], mask=mask, other=0)
     _finish_tile(
-        acc, row, column, bias_ptr, image_ptr, scatter_ptr, out_ptr, M, N, T, out_rows,
+        acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_ptr, out_ptr,
+        M, N, N_0, N_1, N, T, out_rows,
         stride_bn, stride_ib, stride_it, stride_in, stride_sb, stride_st, stride_ob, stride_ot, stride_on,
-        HAS_BIAS, HAS_IMAGE, HAS_SCATTER, INT64,
+        HAS_BIAS, HAS_IMAGE, HAS_SCATTER, WEIGHTS, INT64,
     )  # fmt: skip
 
 
@@ -370,6 +398,7 @@ def _rows_are_aligned(x: Tensor) -> bool:
     return x.stride(-1) == 1 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
 
 
+@planned
 def permuted_linear(
     x: Tensor,
     weight: Tensor,
@@ -401,13 +430,14 @@ def permuted_linear(
     shape = (x.shape[0], encoded if out_rows is None else out_rows, columns)
     if out is None:
         noisy = noise is not None or x.dtype != weight.dtype
-        out = x.new_empty(shape, dtype=torch.float32 if noisy and image is None else weight.dtype)
+        out = empty(x, shape, torch.float32 if noisy and image is None else weight.dtype)
     if tuple(out.shape) != shape:
         raise ValueError(f"out: expected {shape}, got {tuple(out.shape)}")
-    _multiply(x, (weight,), row_index, redundant, bias, noise, image, scatter_index, out, tile, force_int64)
+    _multiply(x, (weight,), row_index, redundant, (bias,), noise, image, scatter_index, out, tile, force_int64)
     return out
 
 
+@planned
 def permuted_linears(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -427,30 +457,27 @@ def permuted_linears(
     check_dtype("x", x)
     encoded = x.shape[1] if row_index is None else row_index.shape[1]
     widths = [weight.shape[0] for weight in weights]
-    out = x.new_empty(x.shape[0], encoded, sum(widths))
-    rows = (x, row_index, redundant)
-    if len(weights) > 3 or len({weight.stride() for weight in weights}) > 1 or 0 in widths:
-        for weight, bias, part in zip(weights, biases, out.split(widths, dim=2), strict=True):
-            _multiply(rows[0], (weight,), *rows[1:], bias, None, None, None, part, tile, False)
+    out = empty(x, (x.shape[0], encoded, sum(widths)))
+    layouts = {(weight.stride(), strides(bias, 1)) for weight, bias in zip(weights, biases, strict=True)}
+    if len(weights) <= 3 and len(layouts) == 1 and 0 not in widths:
+        _multiply(x, weights, row_index, redundant, biases, None, None, None, out, tile, False)
         return out
-    bias = None
-    if any(bias is not None for bias in biases):
-        pairs = zip(weights, biases, strict=True)
-        bias = torch.cat([w.new_zeros(len(w)) if b is None else b.to(w.dtype) for w, b in pairs])
-    _multiply(rows[0], weights, *rows[1:], bias, None, None, None, out, tile, False)
+    for weight, bias, part in zip(weights, biases, out.split(widths, dim=2), strict=True):
+        _multiply(x, (weight,), row_index, redundant, (bias,), None, None, None, part, tile, False)
     return out
 
 
 def _multiply(
-    x: Tensor, weights: Sequence[Tensor], row_index: Tensor | None, redundant: Tensor | None, bias: Tensor | None,
-    noise: Tensor | None, image: Tensor | None, scatter_index: Tensor | None, out: Tensor,
-    tile: dict[str, Any] | None, force_int64: bool,
+    x: Tensor, weights: Sequence[Tensor], row_index: Tensor | None, redundant: Tensor | None,
+    biases: Sequence[Tensor | None], noise: Tensor | None, image: Tensor | None, scatter_index: Tensor | None,
+    out: Tensor, tile: dict[str, Any] | None, force_int64: bool,
 ) -> None:  # fmt: skip
-    """Launch the product of arguments that are checked; weights of one stride share the launch."""
+    """Launch the product of arguments that are checked; weights and biases that are laid out alike share the launch."""
     (batch, tokens, inner), columns = x.shape, out.shape[2]
     encoded = tokens if row_index is None else row_index.shape[1]
     rows, weight = batch * encoded, weights[0]
-    ends = list(itertools.accumulate(len(weight) for weight in weights))
+    absent = [None] * (3 - len(weights))
+    ends = (len(weights[0]), sum(len(weight) for weight in weights[:2]))
     noise = None if noise is None else noise.expand(batch, encoded, inner)
     image = None if image is None else image.expand(batch, encoded, columns)
     noisy = noise is not None or x.dtype != weight.dtype
@@ -461,27 +488,27 @@ def _multiply(
     sizes = {"rows": rows, "columns": columns, "inner": inner}
     meta = choose_tile("permuted_linear", heuristic, tile, target, weight.dtype, variant, **sizes)
     split = meta["SPLIT_K"] > 1
-    partial = x.new_empty(meta["SPLIT_K"], rows, columns, dtype=torch.float32) if split else None
-    finish_strides = (*strides(bias, 1), *strides(image, 3), *strides(scatter_index, 2), *out.stride())
+    partial = empty(x, (meta["SPLIT_K"], rows, columns), torch.float32) if split else None
+    finish_strides = (*strides(biases[0], 1), *strides(image, 3), *strides(scatter_index, 2), *out.stride())
     flags = {
-        "HAS_BIAS": bias is not None,
+        "HAS_BIAS": biases[0] is not None,
         "HAS_IMAGE": image is not None,
         "HAS_SCATTER": scatter_index is not None,
+        "WEIGHTS": len(weights),
         "INT64": force_int64 or exceeds_int32(x, redundant, noise, *weights, image, out),
     }
     blocks_n = sum(triton.cdiv(len(weight), meta["BLOCK_N"]) for weight in weights)
     launch(
         _matmul_kernel,
         (triton.cdiv(rows, meta["BLOCK_M"]) * blocks_n, meta["SPLIT_K"]),
-        *(x, redundant, row_index, noise, *weights, *[None] * (3 - len(weights)), bias, image, scatter_index),
-        *(out, partial, rows, columns, ends[0], ends[min(1, len(ends) - 1)], inner, encoded, tokens, out.shape[1]),
+        *(x, redundant, row_index, noise, *weights, *absent, *biases, *absent, image, scatter_index, out, partial),
+        *(rows, columns, *ends, inner, encoded, tokens, out.shape[1]),
         *(*x.stride(), *strides(redundant, 3), *strides(row_index, 2), *strides(noise, 3), *weight.stride()),
         *finish_strides,
         HAS_INDEX=row_index is not None,
         HAS_REDUNDANT=redundant is not None,
         SAME_STRIDE=redundant is None or redundant.stride(2) == x.stride(2),
         HAS_NOISE=noise is not None,
-        WEIGHTS=len(weights),
         EVEN_K=inner % meta["BLOCK_K"] == 0,
         device=x.device,
         **flags,
@@ -492,7 +519,8 @@ def _multiply(
         launch(
             _sum_splits_kernel,
             (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)),
-            *(partial, bias, image, scatter_index, out, rows, columns, encoded, out.shape[1], *finish_strides),
+            *(partial, *biases, *absent, image, scatter_index, out),
+            *(rows, columns, *ends, encoded, out.shape[1], *finish_strides),
             SPLIT_K=meta["SPLIT_K"],
             BLOCK_M=block_m,
             BLOCK_N=block_n,

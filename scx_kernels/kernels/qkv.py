@@ -23,6 +23,7 @@ from scx_kernels.checks import check_qkv, check_return_unsealed
 from scx_kernels.kernels.chacha import head_word, load_key, seal
 from scx_kernels.kernels.launch import (
     Target,
+    by_tokens,
     check_dtype,
     choose_tile,
     exceeds_int32,
@@ -31,6 +32,7 @@ from scx_kernels.kernels.launch import (
     strides,
     target_of,
 )
+from scx_kernels.kernels.plans import empty, planned
 from scx_kernels.kernels.sealing import encoding_of, key_and_writes, layer_and_head
 from scx_kernels.sealing import Sealing, check_cache
 
@@ -344,6 +346,7 @@ def qkv_tile(
     }
 
 
+@planned
 def qkv_decode_encode(
     z_q: Tensor,
     z_k: Tensor,
@@ -391,13 +394,11 @@ def qkv_decode_encode(
         for image, z in zip(images or (None, None, None), (z_q, z_k, z_v), strict=True)
     ]
     if out is None:
-        out = z_q.new_empty(batch, tokens, heads, size, dtype=dtype).transpose(1, 2)
-    keys = z_q.new_empty(batch, groups, tokens, size, dtype=dtype) if keys is None else keys
-    values = torch.empty_like(keys) if values is None else values
+        out = empty(z_q, (batch, heads, tokens, size), dtype, by_tokens(heads, tokens, size))
+    keys = empty(z_q, (batch, groups, tokens, size), dtype) if keys is None else keys
+    values = empty(z_q, (batch, groups, tokens, size), dtype) if values is None else values
     check_cache(keys, values, sealing)
-    fresh_k, fresh_v = (
-        z_q.new_empty(batch, groups, tokens, size, dtype=dtype) if return_unsealed else None for _ in range(2)
-    )
+    fresh_k, fresh_v = (empty(z_q, (batch, groups, tokens, size), dtype) if return_unsealed else None for _ in range(2))
     target, all_heads = target_of(z_q.device), heads + 2 * groups
     heuristic = qkv_tile(batch * tokens, all_heads, size, dtype, sealing is not None, target)
     sizes = {"tokens": batch * tokens, "heads": all_heads, "head_dim": size}

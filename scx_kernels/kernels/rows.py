@@ -26,6 +26,7 @@ from scx_kernels.kernels.launch import (
     strides,
     target_of,
 )
+from scx_kernels.kernels.plans import empty, planned
 
 __all__ = ["inject_permute", "inject_tile", "strip_restore", "strip_tile"]
 
@@ -231,6 +232,7 @@ def strip_tile(features: int, dtype: torch.dtype, image: bool, target: Target) -
     return _row_tile(features, 4 if image else dtype.itemsize, 64, 4096, target)
 
 
+@planned
 def inject_permute(
     x: Tensor,
     row_index: Tensor | None,
@@ -258,7 +260,7 @@ def inject_permute(
     if noise is not None:
         noise = noise.expand(batch, encoded, features)
     if out is None:
-        out = x.new_empty(batch, encoded, features, dtype=x.dtype if noise is None else torch.float32)
+        out = empty(x, (batch, encoded, features), x.dtype if noise is None else torch.float32)
     head_dim = 0 if feature_index is None else feature_index.shape[2]
     target, width = target_of(x.device), head_dim or features
     heuristic = inject_tile(width, x.dtype, norm_weight is not None, noise is not None, target)
@@ -286,6 +288,7 @@ def inject_permute(
     return out
 
 
+@planned
 def strip_restore(
     z: Tensor,
     position: Tensor,
@@ -311,7 +314,7 @@ def strip_restore(
     if image is not None:
         image = image.expand(batch, encoded, features)
     if out is None:
-        out = z.new_empty(batch, tokens, features, dtype=dtype or z.dtype)
+        out = empty(z, (batch, tokens, features), dtype)
     target, sizes = target_of(z.device), {"rows": batch * tokens, "features": features}
     heuristic = strip_tile(features, z.dtype, image is not None, target)
     meta = choose_tile("strip_restore", heuristic, tile, target, z.dtype, **sizes)

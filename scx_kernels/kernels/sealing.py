@@ -6,16 +6,26 @@ costs no more than its own blocks. A thread computes a block and holds its data 
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.kernels.chacha import block_words, head_word, load_key, row_words, stripe, stripe_columns
 from scx_kernels.kernels.launch import Target, launch, strides, target_of
+from scx_kernels.kernels.plans import empty, planned
 from scx_kernels.sealing import Sealing, blocks_of, check_out, check_sealing, check_streams, patterns, row_format
 
-__all__ = ["encoding_of", "key_and_writes", "layer_and_head", "random_bits", "reseal", "seal", "seal_tile"]
+__all__ = [
+    "encoding_of",
+    "key_and_writes",
+    "layer_and_head",
+    "random_bits",
+    "reseal",
+    "reseal_into",
+    "seal",
+    "seal_into",
+    "seal_tile",
+]
 
 
 @triton.jit
@@ -158,7 +168,7 @@ def _launch(
 ) -> Tensor:
     check_out(x, out)
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = empty(x, x.shape)
     (batch, groups, tokens, size), blocks = x.shape, blocks_of(x.shape[3], x.element_size())
     meta = seal_tile(tokens * blocks, batch * groups, old is not None, target_of(x.device)) | (tile or {})
     launch(
@@ -180,6 +190,7 @@ def _launch(
     return out
 
 
+@planned
 def seal(
     x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = None, tile: dict[str, Any] | None = None
 ) -> Tensor:
@@ -203,12 +214,23 @@ def reseal(
     return _launch(x, new, old, is_value, out, tile)
 
 
+def seal_into(out: Tensor, x: Tensor | None, sealing: Sealing, *, is_value: bool) -> None:
+    """`seal` into `out`; x None: in place."""
+    seal(out if x is None else x, sealing, is_value=is_value, out=out)
+
+
+def reseal_into(out: Tensor, x: Tensor | None, old: Sealing, new: Sealing, *, is_value: bool) -> None:
+    """`reseal` into `out`; x None: in place."""
+    reseal(out if x is None else x, old, new, is_value=is_value, out=out)
+
+
+@planned
 def random_bits(
     key: Tensor, streams: Tensor, count: int, *, rounds: int = 20, tile: dict[str, Any] | None = None
 ) -> Tensor:
     """`scx_kernels.sealing.random_bits`; tile: overrides of `seal_tile`."""
     check_streams(key, streams, count, rounds)
-    out = torch.empty(len(streams), count, dtype=torch.int32, device=key.device)
+    out = empty(key, (len(streams), count))
     units = triton.cdiv(count, 16)
     meta = seal_tile(units, len(streams), False, target_of(key.device)) | (tile or {})
     launch(

@@ -1,0 +1,65 @@
+"""A driver for Triton that launches nothing: kernels are bound, compiled and sent off as for a GPU, which need not be
+here. What remains of a launch is the host's work."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+__all__ = ["NullDriver", "no_launches"]
+
+
+class _Utils:
+    """What Triton asks of a device: an H100's or H200's limits."""
+
+    def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
+        """Module, function, registers, spills, most threads of a block."""
+        return 1, 1, 64, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class NullDriver:
+    """Stands for one GPU of `arch`; `launches` counts what would have been launched."""
+
+    def __init__(self, arch: int = 90) -> None:
+        self.utils = _Utils()
+        self.launches = 0
+        self._target = GPUTarget("cuda", arch, 32)
+        driver_of_launches = self
+
+        class Launcher:
+            def __init__(self, source: Any, metadata: Any) -> None:
+                pass
+
+            def __call__(self, *args: Any) -> None:
+                driver_of_launches.launches += 1
+
+        self.launcher_cls = Launcher
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def no_launches(arch: int = 90) -> Iterator[NullDriver]:
+    """Within it Triton's active driver is one that launches nothing."""
+    null = NullDriver(arch)
+    driver.set_active(null)
+    try:
+        yield null
+    finally:
+        driver.set_active(None)  # found anew by whoever launches next
