@@ -14,8 +14,9 @@ PyTorch; "triton" takes the kernels for everything, also for CPU tensors, on whi
 Names, arguments and results are those of `scx_kernels.reference`, where they are documented.
 """
 
+import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial, wraps
 from importlib import import_module
@@ -80,17 +81,17 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _takes_triton(given: Sequence[Any]) -> bool:
+def _takes_triton(args: Sequence[Any], options: dict[str, Any]) -> bool:
     """Whether these arguments are for the kernels; the first tensor says on which device and in which dtype."""
-    first = given[0] if isinstance(given[0], Tensor) else next(_tensors(given))
-    if _backend == "reference" or first.dtype not in _KERNEL_DTYPES:
+    first = args[0] if args else next(_tensors(options.values()))
+    if first.dtype not in _KERNEL_DTYPES or _backend == "reference":
         return False
     if _backend == "auto" and not is_accelerator(first.device):
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(given)))
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in _tensors((*args, *options.values()))))
 
 
-def _tensors(given: Sequence[Any]) -> Iterator[Tensor]:
+def _tensors(given: Iterable[Any]) -> Iterator[Tensor]:
     for x in given:
         yield from (y for y in (x if isinstance(x, (list, tuple)) else (x,)) if isinstance(y, Tensor))
 
@@ -168,22 +169,30 @@ class Operator:
         """Call a function as launchers are called, with what the dispatcher gives, in the schema's order."""
         return function(**_unspelled(dict(zip(self._names, args, strict=False)) | options))
 
-    def __call__(self, first: Tensor, *args: Any, **options: Any) -> Any:
-        if _is_traced(first):
-            return self._operator(first, *args, **_spelled(options))
-        return self.launcher(first, *args, **options)
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if not args or _is_traced(args[0]):
+            return self._operator(*args, **_spelled(options))
+        return self.launcher(*args, **options)
 
 
-def operation(original: _Function) -> Callable[[Callable], _Function]:
+def operation(original: _Function, operator: Operator | None = None) -> Callable[[Callable], _Function]:
     """Give a function that runs on the kernels its public face: signature and documentation of the reference, which
-    takes the call where the kernels do not."""
+    takes the call where the kernels do not.
+
+    Args:
+        operator: its launcher takes the call just as it is where nobody traces it.
+    """
+    names = inspect.signature(original).parameters.keys()
 
     def decorate(on_kernels: Callable) -> _Function:
         @wraps(original)
         def call(*args: Any, **options: Any) -> Any:
-            if _takes_triton((*args, *options.values()) if options else args):
+            # Launchers take more than this; the reference raises for what nobody knows.
+            if not _takes_triton(args, options) or not options.keys() <= names:
+                return original(*args, **options)
+            if operator is None or not args or _is_traced(args[0]):
                 return on_kernels(*args, **options)
-            return original(*args, **options)
+            return operator.launcher(*args, **options)
 
         return cast(_Function, call)
 
@@ -215,7 +224,7 @@ _inject_permute = Operator(
 )
 
 
-@operation(reference.inject_permute)
+@operation(reference.inject_permute, _inject_permute)
 def inject_permute(*args: Any, **options: Any) -> Tensor:
     return _inject_permute(*args, **options)
 
@@ -233,7 +242,7 @@ _strip_restore = Operator(
 )
 
 
-@operation(reference.strip_restore)
+@operation(reference.strip_restore, _strip_restore)
 def strip_restore(*args: Any, **options: Any) -> Tensor:
     return _strip_restore(*args, **options)
 
@@ -327,7 +336,7 @@ def permuted_linears(
 ) -> tuple[Tensor, ...]:
     if not _is_large(x, row_index):
         side_by_side = _permuted_linears(x, list(weights), row_index, redundant, biases and list(biases))
-        return side_by_side.split([weight.shape[0] for weight in weights], dim=2)
+        return side_by_side.split_with_sizes([weight.shape[0] for weight in weights], dim=2)
     biases = checks.check_linears(x, weights, row_index, redundant, biases)
     rows = x if row_index is None else _inject_permute(x, row_index, redundant)
     return tuple(F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
@@ -397,7 +406,7 @@ _qkv_into_sealed_cache = Operator(
 )
 
 
-@operation(reference.qkv_decode_encode)
+@operation(reference.qkv_decode_encode, _qkv_decode_encode)
 def qkv_decode_encode(
     *args: Any, keys: Tensor | None = None, values: Tensor | None = None, offset: int = 0,
     offsets: Tensor | None = None, sealing: Sealing | None = None, return_unsealed: bool = False, **options: Any,
@@ -512,7 +521,7 @@ _attention_step = Operator(
 )
 
 
-@operation(reference.attention_step)
+@operation(reference.attention_step, _attention_step)
 def attention_step(*args: Any, **options: Any) -> Tensor:
     return _attention_step(*args, **options)
 
@@ -532,7 +541,7 @@ _unlock_in_place = Operator(
 )
 
 
-@operation(reference.unlock)
+@operation(reference.unlock, _unlock)
 def unlock(cache: Tensor, position: Tensor, *, in_place: bool = False) -> Tensor:
     if not in_place:
         return _unlock(cache, position)

@@ -46,7 +46,7 @@ _random_bits = Operator(
 )
 
 
-@operation(reference.seal)
+@operation(reference.seal, _seal)
 def seal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = None) -> Tensor:
     check_sealing(x, sealing)
     check_out(x, out)
@@ -56,12 +56,12 @@ def seal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = No
     return out
 
 
-@operation(reference.unseal)
+@operation(reference.unseal, _seal)
 def unseal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = None) -> Tensor:
     return seal(x, sealing, is_value=is_value, out=out)
 
 
-@operation(reference.reseal)
+@operation(reference.reseal, _reseal)
 def reseal(x: Tensor, old: Sealing, new: Sealing, *, is_value: bool, out: Tensor | None = None) -> Tensor:
     check_sealing(x, old, "old")
     check_sealing(x, new, "new")

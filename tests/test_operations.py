@@ -201,7 +201,7 @@ def test_encoded_model_on_the_kernels(prompt, family: str, dtype: torch.dtype) -
 def test_few_rows_and_many(monkeypatch) -> None:
     """A product of many rows is a gather and the vendor's product; a noisy one, or one of few rows, is the kernel."""
     called = []
-    monkeypatch.setattr(operations, "_takes_triton", lambda given: True)
+    monkeypatch.setattr(operations, "_takes_triton", lambda args, options: True)
     monkeypatch.setattr(operations, "_permuted_linear", lambda *args, **options: called.append("kernel"))
     monkeypatch.setattr(operations, "_inject_permute", lambda x, *args: called.append("gather") or x)
     weight = randn(4, 8)
@@ -216,7 +216,7 @@ def test_few_rows_and_many(monkeypatch) -> None:
 )
 def test_what_a_vendors_kernel_computes(monkeypatch, name: str) -> None:
     """On a GPU large products and plain attention go to the vendor; the permutations around them are the kernels'."""
-    monkeypatch.setattr(operations, "_takes_triton", lambda given: True)
+    monkeypatch.setattr(operations, "_takes_triton", lambda args, options: True)
     monkeypatch.setattr(operations, "_FEW_ROWS", 1)
     args, options = arguments(name)
     for absent in ("noise", "image", "window", "kv_start", "kv_length"):

@@ -851,8 +851,10 @@ def attention_step(
     sizes = {"sequences": batch * groups, "rows": rows, "keys": keys, "head_dim": size}
     meta = choose_tile("attention_step", heuristic, tile, target, q.dtype, variant, **sizes)
     splits = meta.pop("splits")
-    partial = empty(q, (batch, heads, tokens, splits, size), torch.float32)
-    row_max, row_sum = (empty(q, (batch, heads, tokens, splits), torch.float32) for _ in range(2))
+    parts = batch * heads * tokens * splits
+    partial, row_max, row_sum = empty(q, (parts * (size + 2),), torch.float32).split_with_sizes(
+        (parts * size, parts, parts)
+    )
     launch(
         _step_kernel,
         (batch * groups * splits, triton.cdiv(rows, meta["BLOCK_M"])),

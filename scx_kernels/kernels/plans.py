@@ -14,8 +14,8 @@ expanded; a pointer that a plan cannot account for raises.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
-from typing import Any, TypeVar, cast
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton
@@ -27,22 +27,28 @@ from scx_kernels.sealing import Sealing
 __all__ = ["LATE", "clear", "derive", "empty", "note", "planned", "plans_off"]
 
 LATE = ("layer", "first_head")
-"""Kernel parameters whose values are no part of a layout: a sealed cache's layers share their plans."""
-_LATE_LIMIT = 2**16  # what `check_sealing` allows; a value beyond it takes the way of the checks
+"""Kernel parameters whose values are no part of a layout: the layers of a sealed cache share their plans."""
+_LATE_LIMIT = 2**15  # values that any tensor may have; `check_sealing` decides of those beyond
 _ALIGNMENT = 16
-# Plans of an earlier length of a cache are of no more use.
+# Most plans are of one length of a cache, and of no more use when it has grown.
 _MOST_PLANS = 2048
 
 _Launcher = TypeVar("_Launcher", bound=Callable)
-_Maker = Callable[[Sequence[Tensor]], Tensor]
+_Maker = Callable[[list[Tensor]], Tensor]
 
 
-_Launch = tuple[Callable[..., None], list[Any], list[tuple[int, int, int]], list[tuple[int, int]]]
-"""How to launch; all arguments; which of them are addresses of which tensor, how far into it; which are late."""
+class _Launch(NamedTuple):
+    """One launch of a plan."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: list[Any]  # all that the kernel takes
+    pointers: list[tuple[int, int, int]]  # (place among them, number of the tensor, bytes into it)
+    late: list[tuple[int, int]]  # (place among them, number in LATE)
 
 
 class _Plan:
-    """What a launcher did: tensors it made, kernels it launched, and what it returned."""
+    """What a launcher did: tensors it made, kernels it launched, and what it returned (numbers of tensors)."""
 
     __slots__ = ("launches", "makers", "result")
 
@@ -52,20 +58,31 @@ class _Plan:
         self.result: int | tuple[int, ...]
 
     def run(self, tensors: list[Tensor], addresses: list[int], late: Sequence[int]) -> Any:
-        """Do it again, for tensors at these addresses; both lists are the plan's to extend."""
+        """Do it again for tensors at these addresses, to which it adds those that it makes."""
         for make in self.makers:
             made = make(tensors)
             tensors.append(made)
             addresses.append(made.data_ptr())
-        for launch, template, pointers, numbers in self.launches:
+        active = triton.runtime.driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        for compiled, grid, template, pointers, numbers in self.launches:
             arguments = template.copy()
             for place, tensor, offset in pointers:
                 arguments[place] = addresses[tensor] + offset
             for place, number in numbers:
                 arguments[place] = late[number]
-            launch(*arguments)
+            if _is_watched():
+                compiled[grid](*arguments, stream=stream)
+            else:
+                compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
         result = self.result
-        return tensors[result] if isinstance(result, int) else tuple([tensors[place] for place in result])
+        return tensors[result] if type(result) is int else tuple([tensors[place] for place in result])
+
+
+def _is_watched() -> bool:
+    """Whether a profiler waits for launches: Triton then prepares what it is told of them."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 class _Recording(threading.local):
@@ -77,22 +94,25 @@ class _Recording(threading.local):
     addresses: list[int]
 
     def source(self, x: Tensor, name: str) -> tuple[int, int]:
-        """Which tensor lies at x's address, and how many bytes before it: 0 for an argument, more within what was
-        made, whose memory is nobody else's."""
+        """The number of the tensor that lies at x's address, and how many bytes before it: 0 for an argument, more
+        within what was made, whose memory is nobody else's."""
         address, storage = x.data_ptr(), x.untyped_storage().data_ptr()
         if address in self.addresses:
             return self.addresses.index(address), 0
-        for place in range(self.given, len(self.tensors)):
-            if self.tensors[place].untyped_storage().data_ptr() == storage:
-                return place, address - self.addresses[place]
+        for number in range(self.given, len(self.tensors)):
+            if self.tensors[number].untyped_storage().data_ptr() == storage:
+                return number, address - self.addresses[number]
         raise RuntimeError(f"{name}: a plan knows no tensor at its address; make it with `empty` or `derive`")
 
-    def made(self, x: Tensor, make: _Maker) -> Tensor:
+    def number(self, x: Tensor) -> int:
+        """The number of a tensor that is an argument or was made."""
+        return next(number for number, known in enumerate(self.tensors) if known is x)
+
+    def made(self, x: Tensor, make: _Maker) -> None:
         if self.plan is not None:
             self.plan.makers.append(make)
             self.tensors.append(x)
             self.addresses.append(x.data_ptr())
-        return x
 
 
 _recording = _Recording()
@@ -120,45 +140,45 @@ def plans_off() -> Iterator[None]:
 def empty(
     like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, strides: Sequence[int] | None = None
 ) -> Tensor:
-    """An uninitialised tensor on `like`'s device, in its dtype if none is given, contiguous if no strides are."""
-    options = {"dtype": dtype or like.dtype, "device": like.device}
+    """An uninitialised tensor on the device of `like`, an argument, and in its dtype unless one is given; contiguous
+    unless strides are."""
+    shape = tuple(shape)
     if strides is None:
-        make = partial(torch.empty, tuple(shape), **options)
-    else:
-        make = partial(torch.empty_strided, tuple(shape), tuple(strides), **options)
-    return _recording.made(make(), lambda known: make())
+        strides, step = [], 1
+        for size in reversed(shape):
+            strides.insert(0, step)
+            step *= max(1, size)
+    strides, dtype = tuple(strides), dtype or like.dtype
+    made = like.new_empty_strided(shape, strides, dtype=dtype)
+    if _recording.plan is not None:
+        number = _recording.number(like)
+        _recording.made(made, lambda known: known[number].new_empty_strided(shape, strides, dtype=dtype))
+    return made
 
 
 def derive(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """`function(*tensors)`: a tensor computed from arguments, in memory of its own; a plan computes it again."""
-    result = function(*tensors)
-    if _recording.plan is None:
-        return result
-    places = [next(place for place, known in enumerate(_recording.tensors) if known is x) for x in tensors]
-    return _recording.made(result, lambda known: function(*[known[place] for place in places]))
+    made = function(*tensors)
+    if _recording.plan is not None:
+        numbers = [_recording.number(x) for x in tensors]
+        _recording.made(made, lambda known: function(*[known[number] for number in numbers]))
+    return made
 
 
 def note(kernel: Any, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    """Add a launch to the plan that is being made."""
-    plan = _recording.plan
-    if plan is None:
+    """Add a launch to the plan that is being made, if one is."""
+    if _recording.plan is None:
         return
-    names: list[str] = kernel.arg_names
-    values = dict(zip(names, args, strict=False)) | meta
-    template = [values[name] for name in names]
-    pointers, numbers = [], []
-    for place, (name, value) in enumerate(zip(names, template, strict=True)):
+    values = dict(zip(kernel.arg_names, args, strict=False)) | meta
+    arguments = [values[name] for name in kernel.arg_names]
+    pointers, late = [], []
+    for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
         if isinstance(value, Tensor):
             pointers.append((place, *_recording.source(value, name)))
+            arguments[place] = None
         elif name in LATE:
-            numbers.append((place, LATE.index(name)))
-    plan.launches.append((compiled[(*grid, 1, 1)[:3]], template, pointers, numbers))
-
-
-def _place(result: Any) -> int | tuple[int, ...]:
-    if isinstance(result, Tensor):
-        return next(place for place, x in enumerate(_recording.tensors) if x is result)
-    return tuple(cast(int, _place(part)) for part in result)
+            late.append((place, LATE.index(name)))
+    _recording.plan.launches.append(_Launch(compiled, (*grid, 1, 1)[:3], arguments, pointers, late))
 
 
 def _record(
@@ -170,15 +190,18 @@ def _record(
     _recording.tensors, _recording.addresses = tensors, addresses
     try:
         result = launcher(*args, **options)
-        plan.result = _place(result)
+        if isinstance(result, Tensor):
+            plan.result = _recording.number(result)
+        else:
+            plan.result = tuple(_recording.number(part) for part in result)
     finally:
         _recording.plan, _recording.tensors, _recording.addresses = None, [], []
     return result, plan
 
 
 def planned(launcher: _Launcher) -> _Launcher:
-    """Keep a launcher's plans. For tensors that share an address, by which a plan would tell them apart, and for
-    subclasses of tensors, which may have none, it runs as it is written."""
+    """Keep a launcher's plans. None is made of tensors that share an address, by which it would tell them apart, nor of
+    subclasses of tensors, which may have none."""
 
     @wraps(launcher)
     def call(*args: Any, **options: Any) -> Any:
@@ -187,8 +210,8 @@ def planned(launcher: _Launcher) -> _Launcher:
         tensors: list[Tensor] = []
         addresses: list[int] = []
         key: list[Any] = [launcher, *options]
-        late: Sequence[int] = (0,) * len(LATE)
-        pending = [*args, *options.values()]
+        late: Sequence[int] = (0, 0)
+        pending = [*args, *options.values()] if options else [*args]
         for value in pending:
             kind = type(value)
             if kind is Tensor or kind is Parameter:
@@ -196,27 +219,25 @@ def planned(launcher: _Launcher) -> _Launcher:
                 tensors.append(value)
                 addresses.append(address)
                 key += (value.shape, value.stride(), value.dtype, value.get_device(), address % _ALIGNMENT)
-            elif isinstance(value, Tensor):
-                return launcher(*args, **options)
+            elif kind is list or kind is tuple:
+                key.append(len(value))
+                pending += value
             elif kind is Sealing:
                 key.append(kind)
                 pending += (value.key, value.writes, value.rounds)
                 late = (value.layer, value.first_head)
-                if not (0 <= value.layer < _LATE_LIMIT and 0 <= value.first_head < _LATE_LIMIT // 2):
-                    key += late
-            elif kind is list or kind is tuple:
-                key.append(len(value))
-                pending += value
+                if not (0 <= late[0] < _LATE_LIMIT and 0 <= late[1] < _LATE_LIMIT):
+                    return launcher(*args, **options)
+            elif isinstance(value, (Tensor, dict)):  # who gives a tile, as a dict, tries it and does not serve with it
+                return launcher(*args, **options)
             else:
                 key.append(value)
-        try:
-            plan = _plans.get(layout := tuple(key))
-        except TypeError:  # a tile is a dict: whoever names one tries it, and does not serve with it
-            return launcher(*args, **options)
+        layout = tuple(key)
+        plan = _plans.get(layout)
+        if plan is not None:
+            return _on_device(tensors[0].get_device(), plan, tensors, addresses, late)
         if len(set(addresses)) < len(addresses):
             return launcher(*args, **options)
-        if plan is not None:
-            return _on_device(tensors[0], plan, tensors, addresses, late)
         result, plan = _record(launcher, args, options, tensors, addresses)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
@@ -226,9 +247,8 @@ def planned(launcher: _Launcher) -> _Launcher:
     return cast(_Launcher, call)
 
 
-def _on_device(first: Tensor, plan: _Plan, tensors: list[Tensor], addresses: list[int], late: Sequence[int]) -> Any:
-    """Kernels are launched on the current device, which need not be the tensors'."""
-    device = first.get_device()
+def _on_device(device: int, plan: _Plan, tensors: list[Tensor], addresses: list[int], late: Sequence[int]) -> Any:
+    """Kernels are launched on the current device, which need not be the tensors'; negative: they are on no GPU."""
     if device < 0 or device == torch.cuda.current_device():
         return plan.run(tensors, addresses, late)
     with torch.cuda.device(device):
