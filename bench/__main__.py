@@ -9,6 +9,7 @@ import sys
 import torch
 
 from bench.first_call import run_first_call
+from bench.host import run_host
 from bench.model import run_compiled, run_models, run_split
 from bench.model_cases import left_out
 from bench.operations import run_operations
@@ -42,6 +43,7 @@ def measure(run: Run, device: torch.device, everything: bool) -> bool:
         run_models(run, device, everything, SHARE_OF_MODELS)
         run_split(run, device, SHARE_OF_MODELS)
         run_first_call(run, on_cuda)
+        run_host(run, device)
         run_operations(run, device)
         run_compiled(run, device, everything)
     except KeyboardInterrupt:

@@ -205,10 +205,34 @@ def first_call_table(content: Content) -> Table | None:
     return Table("First call of a process", ("what", "who", "time"), tuple(rows)) if rows else None
 
 
+def host_tables(content: Content) -> Iterator[Table]:
+    """What the host does for a step of a model, and for an operation."""
+    steps, operations = [], []
+    for entry in of_suite(content, "host"):
+        name = entry["id"].split("/")[1]
+        if "status" in entry:
+            operations.append((name, entry["status"], *["–"] * 3))
+        elif "layers" in entry:
+            steps += [
+                (f"{name}, {entry['layers']} layers, hidden {entry['hidden']}", c["name"], time_text(c["ms"]["median"]),
+                 range_text(c["ratio"]))
+                for c in measured(entry)
+            ]  # fmt: skip
+        else:
+            public, bare, without = entry["contestants"]
+            times = [time_text(c["ms"]["median"]) for c in (public, bare, without)]
+            operations.append((name, *times, range_text(public["ratio"])))
+    if steps:
+        yield Table("Host time of a step", ("step", "who", "thread's CPU time", "over plain"), tuple(steps))
+    if operations:
+        header = ("operation", "public function", "launcher", "launcher without plans", "public over launcher")
+        yield Table("Host time of an operation", header, tuple(operations))
+
+
 def tables(content: Content, everything: bool = False) -> list[Table]:
     """The short tables, or all of them."""
     found = [headline_table(content), marks_table(content), *model_tables(content)]
-    found += [boundary_table(content), first_call_table(content)]
+    found += [boundary_table(content), first_call_table(content), *host_tables(content)]
     if everything:
         found += [cost_table(content), *operation_tables(content)]
     return [table for table in found if table is not None]

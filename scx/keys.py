@@ -468,7 +468,8 @@ class Session:
 
     def forget_keystream(self, owner: object) -> None:
         """Drop what is kept of the keystream of the rows that `owner` holds."""
-        self._kept.pop(owner, None)
+        if self._kept:
+            self._kept.pop(owner, None)
 
     def _streams(self, batch: int, step: int) -> list[StreamId]:
         return [(layer, sequence, step) for layer in range(self.shape.num_layers) for sequence in range(batch)]

@@ -9,8 +9,8 @@ import copy
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,8 +69,36 @@ class Slots:
         return {"keys": self.keys, "values": self.values, "offset": self.offset, "sealing": self.sealing}
 
 
+class Stored(NamedTuple):
+    """K and V as a layer stores them, (B, G, N, d), and how they are sealed, None if they are not."""
+
+    keys: Tensor
+    values: Tensor
+    sealing: ops.Sealing | None = None
+
+
 def _begins(x: Tensor, buffer: Tensor) -> bool:
     return x.data_ptr() == buffer.data_ptr()
+
+
+class WriteLog:
+    """Write numbers (B, capacity) of rows in the order of their slots, of which the first `filled` are given out.
+
+    It grows at its end only, so layers that the same passes filled share one: a token has the same number in all.
+    Whoever goes on from an earlier row takes a log of its own.
+    """
+
+    __slots__ = ("filled", "numbers")
+
+    def __init__(self, numbers: Tensor, filled: int) -> None:
+        self.numbers = numbers
+        self.filled = filled
+
+    def append(self, writes: Tensor) -> None:
+        """Fill the next slots with the numbers (B, S) of their rows."""
+        end = self.filled + writes.shape[1]
+        self.numbers[:, self.filled : end] = writes
+        self.filled = end
 
 
 class GrowingLayer(DynamicLayer):
@@ -113,12 +141,12 @@ class GrowingLayer(DynamicLayer):
         place = buffer[:, :, self._first :]
         return _begins(self.keys, place) and tokens <= place.shape[2]
 
-    def take_in(self, slots: Slots) -> tuple[Tensor, Tensor]:
+    def take_in(self, slots: Slots) -> Stored:
         """Count the tokens written into `slots` as the layer's. Returns all of its K and V."""
         filled = slots.offset + slots.tokens
         self.keys, self.values = slots.keys[:, :, :filled], slots.values[:, :, :filled]
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-        return self.keys, self.values
+        return Stored(self.keys, self.values)
 
 
 class SealedLayer(GrowingLayer):
@@ -130,35 +158,39 @@ class SealedLayer(GrowingLayer):
 
     writes: Tensor | None = None
     branch: str | None = None
-    _write_buffer: Tensor | None = None
+    _log: WriteLog | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_write_buffer": None}
+        return {**super().__getstate__(), "_log": None}
 
-    def number(self, slots: Slots, writes: Tensor) -> Tensor:
-        """Write the numbers (B, S) of the tokens that go into `slots` beside them. Returns those of all slots."""
+    def number(self, slots: Slots, writes: Tensor, shared: dict[Any, WriteLog]) -> Tensor:
+        """Write the numbers (B, S) of the tokens that go into `slots` beside them. Returns those of all slots.
+
+        Args:
+            shared: the logs that this pass has written so far; layers that were alike before it stay so.
+        """
         capacity, first, end = slots.keys.shape[2], self._first, slots.offset
-        held = None if end == first else self.writes
-        buffer = self._write_buffer
-        if buffer is None or buffer.shape[1] != capacity or held is None or not _begins(held, buffer[:, first:]):
-            buffer = writes.new_zeros(slots.keys.shape[0], capacity)
-            if held is not None:
-                buffer[:, first:end] = held
-            self._write_buffer = buffer
-        buffer[:, end : end + slots.tokens] = writes
-        return buffer
+        held, log = None if end == first else self.writes, self._log
+        goes_on = log is not None and held is not None and _begins(held, log.numbers[:, first:])
+        earlier = id(log) if goes_on else None if held is None else id(held)
+        alike = (earlier, capacity, first, end, writes.device)
+        self._log = shared.get(alike)
+        if self._log is None:
+            if log is None or not goes_on or log.filled != end or log.numbers.shape[1] != capacity:
+                log = WriteLog(writes.new_zeros(slots.keys.shape[0], capacity), end)
+                if held is not None:
+                    log.numbers[:, first:end] = held
+            log.append(writes)
+            self._log = shared[alike] = log
+        return self._log.numbers
 
-    def numbers(self, tokens: int | None = None) -> Tensor | None:
-        """Write numbers (B, tokens) of the newest tokens that `take_in` returned; default: of all that are held."""
-        if tokens is None or self.writes is None:
-            return self.writes
-        return self.writes[:, self.writes.shape[1] - tokens :]
-
-    def take_in(self, slots: Slots) -> tuple[Tensor, Tensor]:
+    def take_in(self, slots: Slots) -> Stored:
         """Count the tokens written into `slots` as the layer's. Returns all of its sealed K and V."""
-        if slots.sealing is not None:
-            self.writes = slots.sealing.writes[:, : slots.offset + slots.tokens]
-        return super().take_in(slots)
+        keys, values, _ = super().take_in(slots)
+        if slots.sealing is None:
+            return Stored(keys, values)
+        self.writes = slots.sealing.writes[:, : slots.offset + slots.tokens]
+        return Stored(keys, values, slots.sealing.at(self.writes))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         held, tokens = self.held_tokens, self.get_seq_length()
@@ -196,7 +228,7 @@ class SealedSlidingLayer(SealedLayer, DynamicSlidingWindowLayer):
             self._buffers = None  # a long prompt's, most of which the window has left
         return super().room(tokens, shape, like)
 
-    def take_in(self, slots: Slots) -> tuple[Tensor, Tensor]:
+    def take_in(self, slots: Slots) -> Stored:
         """Count the tokens written into `slots` as the layer's, and forget those that the next token will not see.
         Returns the sealed K and V that the new tokens may see."""
         if not self.is_initialized:
@@ -209,13 +241,8 @@ class SealedSlidingLayer(SealedLayer, DynamicSlidingWindowLayer):
         held = slice(self._first, end)
         self.keys, self.values = slots.keys[:, :, held], slots.values[:, :, held]
         self.writes = None if slots.sealing is None else slots.sealing.writes[:, held]
-        return slots.keys[:, :, seen], slots.values[:, :, seen]
-
-    def numbers(self, tokens: int | None = None) -> Tensor | None:
-        if tokens is None or self._write_buffer is None:
-            return self.writes
-        end = self._first + self.held_tokens
-        return self._write_buffer[:, end - tokens : end].clone()  # kernels are compiled for aligned addresses
+        sealing = None if slots.sealing is None else slots.sealing.at(slots.sealing.writes[:, seen])
+        return Stored(slots.keys[:, :, seen], slots.values[:, :, seen], sealing)
 
 
 def _without_room(layer: CacheLayerMixin) -> CacheLayerMixin:
@@ -268,6 +295,9 @@ class EncodedCache(DynamicCache):
     sequences: Tensor | None
     _session: Session | None
     _selected: dict[tuple[int, torch.device], FeatureKey]
+    # Of the pass that brought these numbers: the logs that hold them.
+    _logs_of: Tensor | None = None
+    _logs: dict[Any, WriteLog]
 
     def __init__(self, session: Session, layers: list[CacheLayerMixin]) -> None:
         sealed = session.settings.sealed_layers
@@ -291,12 +321,14 @@ class EncodedCache(DynamicCache):
         self.split_id = None
         self.sequences = None
         self._selected = {}
+        self._logs_of, self._logs = None, {}
 
     def __repr__(self) -> str:
         return f"EncodedCache(session={self.session_id}, layers={list(self.layer_indices)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layers": [_without_room(x) for x in self.layers], "_session": None, "_selected": {}}
+        of_the_process: dict[str, Any] = {"_session": None, "_selected": {}, "_logs_of": None, "_logs": {}}
+        return {**self.__dict__, "layers": [_without_room(x) for x in self.layers], **of_the_process}
 
     def __deepcopy__(self, memo: dict) -> "EncodedCache":
         twin = type(self).__new__(type(self))
@@ -377,12 +409,14 @@ class EncodedCache(DynamicCache):
             raise ValueError(f"writes: layer {layer_idx} is sealed and needs the numbers of its tokens")
         self._own(layer_idx, layer)
         slots = layer.room(tokens, shape, like)
-        numbers = layer.number(slots, writes.to(like.device))
+        if self._logs_of is not writes:
+            self._logs_of, self._logs = writes, {}
+        numbers = layer.number(slots, writes.to(like.device), self._logs)
         sealing = self.session.sealing(layer_idx, numbers, self.session.branch, layer)
         if sealing.kept is not None:
             rows = numbers[:, slots.offset - layer.held_tokens : slots.offset + tokens]
-            sealing.kept.cover(sealing._replace(writes=rows), shape[1], shape[2], like.dtype)
-        return replace(slots, sealing=sealing)
+            sealing.kept.cover(sealing.at(rows), shape[1], shape[2], like.dtype)
+        return Slots(slots.keys, slots.values, slots.offset, tokens, sealing)
 
     @contextmanager
     def restored_on_failure(self) -> Iterator[None]:
@@ -411,26 +445,20 @@ class EncodedCache(DynamicCache):
             layer.writes = writes
         layer.branch = branch
 
-    def sealing(self, layer_idx: int, device: torch.device, tokens: int | None = None) -> ops.Sealing | None:
-        """How the rows of a layer are sealed, for operations that read them on `device`; None if they are not.
-
-        Args:
-            tokens: how many of its newest rows are read, as `take_in` gave them; default: all that are held.
-        """
+    def sealing(self, layer_idx: int, device: torch.device) -> ops.Sealing | None:
+        """How the rows that a layer holds are sealed, for operations that read them on `device`; None if they are
+        not."""
         layer = self.layers[layer_idx]
-        if not isinstance(layer, SealedLayer) or layer.branch is None:
+        if not isinstance(layer, SealedLayer) or layer.branch is None or layer.writes is None:
             return None
-        writes = layer.numbers(tokens)
-        return None if writes is None else self.session.sealing(layer_idx, writes.to(device), layer.branch, layer)
+        return self.session.sealing(layer_idx, layer.writes.to(device), layer.branch, layer)
 
-    def take_in(self, layer_idx: int, slots: Slots) -> tuple[Tensor, Tensor]:
+    def take_in(self, layer_idx: int, slots: Slots) -> Stored:
         """Count the tokens written into `slots` as the layer's. Returns the layer's K and V, of all tokens that the new
         ones may see."""
         return self.layers[layer_idx].take_in(slots)
 
-    def append(
-        self, keys: Tensor, values: Tensor, layer_idx: int, writes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def append(self, keys: Tensor, values: Tensor, layer_idx: int, writes: Tensor | None = None) -> Stored:
         """Append feature-permuted K and V (B, G, S, d) to a layer, which seals them if it is sealed.
 
         Args:
@@ -439,13 +467,13 @@ class EncodedCache(DynamicCache):
         Returns: the layer's K and V as they are stored, of all tokens that the new ones may see.
         """
         if not isinstance(self.layers[layer_idx], SealedLayer):
-            return super().update(keys, values, layer_idx)
+            return Stored(*super().update(keys, values, layer_idx))
         batch, groups, tokens, size = keys.shape
         slots = self.room(layer_idx, tokens, (batch, groups, size), keys, writes)
         if slots is None or slots.sealing is None:
             raise ValueError(f"keys: expected them on {self.layers[layer_idx].keys.device}, where the layer lies")
         new = slice(slots.offset, slots.offset + tokens)
-        own = slots.sealing._replace(writes=slots.sealing.writes[:, new])
+        own = slots.sealing.at(slots.sealing.writes[:, new])
         slots.keys[:, :, new] = ops.seal(keys, own, is_value=False)
         slots.values[:, :, new] = ops.seal(values, own, is_value=True)
         return self.take_in(layer_idx, slots)

@@ -76,9 +76,25 @@ def backend(name: str) -> Iterator[None]:
         _backend = before
 
 
+# A plain global, as the backend is.
+_accelerators: tuple[str, ...] = ("cuda",)
+
+
 def is_accelerator(device: torch.device) -> bool:
     """Whether tensors on this device take the kernels, unless `backend` says otherwise."""
-    return device.type == "cuda"
+    return device.type in _accelerators
+
+
+@contextmanager
+def accelerator(kind: str) -> Iterator[None]:
+    """Take, within a `with` block and for the whole process, devices of this type for accelerators, such as "cpu": to
+    measure what launching costs the host where no GPU is. Triton needs a driver that does not launch, then."""
+    global _accelerators
+    before, _accelerators = _accelerators, (*_accelerators, kind)
+    try:
+        yield
+    finally:
+        _accelerators = before
 
 
 def _takes_triton(args: Sequence[Any], options: dict[str, Any]) -> bool:

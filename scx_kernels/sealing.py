@@ -93,6 +93,10 @@ class Sealing(NamedTuple):
     first_head: int = 0
     kept: "KeptKeystream | None" = None
 
+    def at(self, writes: Tensor) -> "Sealing":
+        """How other rows of the same tensor are sealed, those with these write numbers (B, N)."""
+        return Sealing(self.key, writes, self.layer, self.rounds, self.first_head, self.kept)
+
     def __repr__(self) -> str:
         return f"Sealing(layer={self.layer}, rounds={self.rounds}, writes={tuple(self.writes.shape)})"
 

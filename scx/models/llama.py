@@ -91,7 +91,7 @@ class EncodedAttention(nn.Module):
         keys = scx_step.layer_keys(self.layer_idx, device)
         feature_key = scx_step.feature_key(self.layer_idx, device)
         cos, sin = position_embeddings
-        slots, opens_sealed = None, False
+        slots, sealing, opens_sealed = None, None, False
         if past_key_values is not None:
             like, shape = self.q_proj.weight, feature_key.key.shape
             slots = past_key_values.room(self.layer_idx, cos.shape[1], shape, like, scx_step.writes)
@@ -116,16 +116,15 @@ class EncodedAttention(nn.Module):
         )
         if past_key_values is not None and slots is not None:
             stored = past_key_values.take_in(self.layer_idx, slots)
-            k, v = (k, v) if opens_sealed else stored
+            k, v, sealing = (k, v, None) if opens_sealed else stored
         elif past_key_values is not None:
-            q, k, v, attention_mask = _meet_cache(past_key_values, self.layer_idx, q, k, v, attention_mask, scx_step)
-
-        output_index = scx_step.feature_key(self.layer_idx, q.device).output
-        output_key = scx_step.layer_keys(self.layer_idx, q.device).output
-        sealing = None
-        if past_key_values is not None and not opens_sealed:
-            sealing = past_key_values.sealing(self.layer_idx, q.device, k.shape[2])
-        rows, weights = self._attend(q, k, v, attention_mask, output_index, output_key, sealing, **kwargs)
+            q, k, v, sealing, attention_mask = _meet_cache(
+                past_key_values, self.layer_idx, q, k, v, attention_mask, scx_step
+            )
+        if q.device != device:
+            feature_key = scx_step.feature_key(self.layer_idx, q.device)
+            keys = scx_step.layer_keys(self.layer_idx, q.device)
+        rows, weights = self._attend(q, k, v, attention_mask, feature_key.output, keys.output, sealing, **kwargs)
         return self.o_proj(rows.to(device)), weights
 
     def _head_norms(self) -> dict[str, Any]:
@@ -185,7 +184,7 @@ class EncodedAttention(nn.Module):
 
 def _meet_cache(
     cache: EncodedCache, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, step: Step
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, ops.Sealing | None, Tensor | None]:
     """Append k and v where the layer's cache lies, and bring the queries there: a row moves, the cache does not."""
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if layer is not None and layer.is_initialized and layer.keys is not None:
@@ -193,8 +192,7 @@ def _meet_cache(
         if device != q.device:
             q, k, v = q.to(device), k.to(device), v.to(device)
             mask = None if mask is None else mask.to(device)
-    k, v = cache.append(k, v, layer_idx, step.writes)
-    return q, k, v, mask
+    return q, *cache.append(k, v, layer_idx, step.writes), mask
 
 
 class EncodedDecoderLayer(nn.Module):

@@ -283,7 +283,8 @@ def append(layer: GrowingLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     slots = layer.room(tokens, (batch, groups, size), k)
     slots.keys[:, :, slots.offset : slots.offset + tokens] = k
     slots.values[:, :, slots.offset : slots.offset + tokens] = v
-    return layer.take_in(slots)
+    keys, values, _ = layer.take_in(slots)
+    return keys, values
 
 
 def sliding_window(attention: Any) -> int | None:
