@@ -31,6 +31,7 @@ __all__ = [
     "attention_step",
     "backend",
     "inject_permute",
+    "is_accelerator",
     "noise_image",
     "permuted_linear",
     "permuted_linears",
@@ -70,13 +71,18 @@ def backend(name: str) -> Iterator[None]:
         _backend = before
 
 
+def is_accelerator(device: torch.device) -> bool:
+    """Whether tensors of this device take the kernels: CUDA's and ROCm's, both of which PyTorch calls "cuda"."""
+    return device.type == "cuda"
+
+
 def _takes_triton(*given: Any) -> bool:
     """Whether these arguments are for the kernels; the first tensor says on which device and in which dtype."""
     tensors = [y for x in given for y in (x if isinstance(x, (list, tuple)) else (x,)) if isinstance(y, Tensor)]
     first = tensors[0]
     if _backend == "reference" or first.dtype not in _KERNEL_DTYPES:
         return False
-    if _backend == "auto" and first.device.type != "cuda":
+    if _backend == "auto" and not is_accelerator(first.device):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 

@@ -105,7 +105,8 @@ def reseal(x: Tensor, old: Sealing, new: Sealing, *, is_value: bool, out: Tensor
 
 @wraps(reference.random_bits)
 def random_bits(key: Tensor, streams: Tensor, count: int, *, rounds: int = 20) -> Tensor:
-    if operations._backend != "triton" and (operations._backend == "reference" or key.device.type != "cuda"):
+    chosen = operations._backend
+    if chosen == "reference" or (chosen == "auto" and not operations.is_accelerator(key.device)):
         return reference.random_bits(key, streams, count, rounds=rounds)
     check_streams(key, streams, count, rounds)
     return _random_bits(key, streams, count, rounds)
