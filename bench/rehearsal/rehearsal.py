@@ -75,7 +75,6 @@ class Rehearsal:
         self._asked = {}
         with torch.no_grad(), self._device(has_values) as device:
             model = self._on_device(setting, plain)
-            self._attempt(f"{setting.name}, encoding", lambda: None)
             options = dict(setting.placement)
             secure = options.pop("secure_device", None)
             with encoded_llama(model, SCXKeyGenerator.for_model(model, **setting.keys), secure, **options):
@@ -86,17 +85,18 @@ class Rehearsal:
                     if not may_wait:
                         self._check_waits(device.waits)
         if warms_up:
-            self._check_warm_up(setting)
+            self._check_warm_up(setting, plain)
 
-    def _check_warm_up(self, setting: Setting) -> None:
+    def _check_warm_up(self, setting: Setting, plain: Any | None) -> None:
+        """What the requests asked for, the warm-up of such a model must have asked for."""
         asked, self._asked = self._asked, {}
-        with torch.no_grad(), self._device(has_values=False):
-            model = self._on_device(setting, None)
+        with torch.no_grad(), self._device(plain is not None):
+            model = self._on_device(setting, plain)
             options = dict(setting.placement)
             secure = options.pop("secure_device", None)
             with encoded_llama(model, SCXKeyGenerator.for_model(model, **setting.keys), secure, **options):
                 self._attempt(f"{setting.name}, warm-up", lambda: warm_up(model))
-        for variant, where in asked.items():
+        for variant, where in asked.items():  # told at most once a variant, by the first request that met it
             if variant not in self._asked:
                 what = f"not warmed up: sm_{variant.target.arch} {variant.describe()}"
                 self.failures.append(Failure(where, what))

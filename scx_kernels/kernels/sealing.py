@@ -102,7 +102,8 @@ def _seal_kernel(
         tl.store(out_rows[:, None] + columns.to(tl.int64) * stride_od, x ^ bits.to(x.dtype, bitcast=True), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["streams_ptr"])
+# How much is drawn changes from request to request: one compiled kernel serves every length.
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["streams_ptr"])
 def _random_kernel(
     # Pointers
     key_ptr,
