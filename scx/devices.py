@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from scx_kernels.operations import is_accelerator
+
 __all__ = ["CPU", "upload"]
 
 CPU = torch.device("cpu")
@@ -10,6 +12,6 @@ CPU = torch.device("cpu")
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """x on `device`. From the host to a GPU it goes out of pinned memory, so that neither side waits for the other."""
-    if x.device.type == "cpu" and device.type == "cuda":
+    if x.device.type == "cpu" and is_accelerator(device):
         x = x.pin_memory()
-    return x.to(device, non_blocking=device.type == "cuda")
+    return x.to(device, non_blocking=is_accelerator(device))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import scx_kernels as ops
 from scx.devices import CPU, upload
+from scx_kernels.operations import is_accelerator
 
 __all__ = ["KEY_BYTES", "KeyStream", "Secret", "StreamId", "derive"]
 
@@ -97,9 +98,11 @@ class KeyStream:
         for stream in streams:
             if not all(0 <= number < _LIMIT for number in stream):
                 raise ValueError(f"stream {stream} is outside the 32-bit counters")
-        if device.type == "cuda":
+        if not len(streams) or not count:
+            return torch.empty(len(streams), count, dtype=dtype, device=device)
+        if is_accelerator(device):
             key = upload(ops.key_words(self._key(purpose)), device)
-            names = upload(torch.tensor(streams, dtype=torch.int64).view(-1, 3), device)
+            names = upload(torch.tensor(streams, dtype=torch.int64), device)
             return ops.random_bits(key, names, count * dtype.itemsize // 4).view(dtype)
         return self._bits_of_the_library(purpose, streams, count, dtype).to(device)
 
@@ -113,8 +116,6 @@ class KeyStream:
             nonce = struct.pack("<4I", 0, layer, sequence, step)
             cipher = Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
             cipher.update_into(zeros, view[row * width : (row + 1) * width])
-        if not drawn:
-            return torch.empty((len(streams), count), dtype=dtype)
         return torch.frombuffer(drawn, dtype=dtype).view(len(streams), count)
 
     def permutations(

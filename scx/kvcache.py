@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import scx_kernels as ops
+from scx.devices import upload
 from scx.encoding import FeatureKey
 from scx.keys import Session
 
@@ -375,7 +376,7 @@ class EncodedCache(DynamicCache):
             return self.session.feature_key(layer, device)
         key = self._selected.get((layer, device))
         if key is None:
-            key = self.session.feature_key(layer, device).select(self.sequences.to(device))
+            key = self.session.feature_key(layer, device).select(upload(self.sequences, device))
             self._selected[layer, device] = key
         return key
 

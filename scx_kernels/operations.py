@@ -81,7 +81,8 @@ _accelerators: tuple[str, ...] = ("cuda",)
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Whether tensors on this device take the kernels, unless `backend` says otherwise."""
+    """Whether tensors on this device take the kernels, unless `backend` says otherwise: CUDA's and ROCm's, which
+    PyTorch calls "cuda" as well."""
     return device.type in _accelerators
 
 
@@ -149,6 +150,8 @@ def _unspelled(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 _library = torch.library.Library("scx_kernels", "DEF")
+OPERATORS: dict[str, "Operator"] = {}
+"""Every operator by its name."""
 
 
 class Operator:
@@ -169,11 +172,12 @@ class Operator:
         self._names = [argument.split("=")[0].split()[-1] for argument in schema[1 : schema.index(") ->")].split(",")]
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         # On CPU tensors, too: the interpreter runs there.
-        _library.impl(name, lambda *args, **options: self._call(self.launcher, args, options), _EVERY_BACKEND)
+        _library.impl(name, lambda *args, **options: self.launcher(**self.arguments(args, options)), _EVERY_BACKEND)
         torch.library.register_fake(
-            f"scx_kernels::{name}", lambda *args, **options: self._call(shape_rule, args, options), lib=_library
+            f"scx_kernels::{name}", lambda *args, **options: shape_rule(**self.arguments(args, options)), lib=_library
         )
         self._operator = getattr(torch.ops.scx_kernels, name).default
+        OPERATORS[name] = self
 
     @cached_property
     def launcher(self) -> Callable[..., Any]:
@@ -181,9 +185,9 @@ class Operator:
         launcher: Callable[..., Any] = getattr(import_module(f"scx_kernels.kernels.{self.module}"), self.name)
         return launcher
 
-    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Call a function as launchers are called, with what the dispatcher gives, in the schema's order."""
-        return function(**_unspelled(dict(zip(self._names, args, strict=False)) | options))
+    def arguments(self, args: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+        """The launcher's arguments, from those that the dispatcher gives in the schema's order and spelling."""
+        return _unspelled(dict(zip(self._names, args, strict=False)) | options)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if not args or _is_traced(args[0]):

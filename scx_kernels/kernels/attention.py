@@ -238,7 +238,10 @@ def _store_heads(
 
 
 # What changes from request to request is not specialised: one compiled kernel serves every length.
-@triton.jit(do_not_specialize=["S", "N", "R", "stride_pb", "stride_wb", "layer", "first_head"])
+@triton.jit(
+    do_not_specialize=["S", "N", "R", "stride_pb", "stride_wb", "layer", "first_head"],
+    do_not_specialize_on_alignment=["kv_start_ptr", "kv_length_ptr", "output_index_ptr", "position_ptr", "writes_ptr"],
+)
 def _attention_kernel(
     # Pointers
     q_ptr,
@@ -303,6 +306,7 @@ def _attention_kernel(
     HAS_LENGTH: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_POSITION: tl.constexpr,
+    HAS_REDUNDANT: tl.constexpr,  # without redundant rows there is no pointer to them
     ENCODING: tl.constexpr,
     ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
@@ -326,7 +330,7 @@ def _attention_kernel(
 
     if block < 0:
         # Programs past the queries carry redundant rows to their places, this head's columns of them.
-        if HAS_POSITION:
+        if HAS_REDUNDANT:
             decoy = (-1 - block).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             in_rows = decoy < R
             place = tl.load(position_ptr + b * stride_pb + (S + decoy) * stride_ps, mask=in_rows, other=0)
@@ -420,7 +424,18 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["S", "N", "splits", "stride_pb", "stride_wb", "layer", "first_head"])
+@triton.jit(
+    do_not_specialize=["S", "N", "splits", "stride_pb", "stride_wb", "layer", "first_head"],
+    do_not_specialize_on_alignment=[
+        "kv_start_ptr",
+        "kv_length_ptr",
+        "position_ptr",
+        "writes_ptr",
+        "partial_ptr",
+        "max_ptr",
+        "sum_ptr",
+    ],
+)
 def _step_kernel(
     # Pointers
     q_ptr,
@@ -566,7 +581,10 @@ def _step_kernel(
     _store_heads(partial_rows, acc, tail, None, in_rows, 0, 1, HEAD_DIM, False, BLOCK_D, BLOCK_TAIL)
 
 
-@triton.jit(do_not_specialize=["S", "splits"])
+@triton.jit(
+    do_not_specialize=["S", "splits"],
+    do_not_specialize_on_alignment=["partial_ptr", "max_ptr", "sum_ptr", "output_index_ptr"],
+)
 def _combine_kernel(
     # Pointers
     partial_ptr,
@@ -800,6 +818,7 @@ def attention(
         HAS_LENGTH=kv_length is not None,
         HAS_INDEX=output_index is not None,
         HAS_POSITION=position is not None,
+        HAS_REDUNDANT=redundant is not None,
         **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(q, k, v, redundant),
         device=q.device,

@@ -110,7 +110,10 @@ def _finish_tile(
 
 
 # What changes from request to request is not specialised: one compiled kernel serves every length.
-@triton.jit(do_not_specialize=["M", "T", "tokens", "out_rows", "stride_jb", "stride_sb"])
+@triton.jit(
+    do_not_specialize=["M", "T", "tokens", "out_rows", "stride_jb", "stride_sb"],
+    do_not_specialize_on_alignment=["row_index_ptr", "scatter_ptr"],
+)
 def _matmul_kernel(
     # Pointers
     x_ptr,
@@ -280,7 +283,7 @@ def _matmul_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "T", "out_rows", "stride_sb"])
+@triton.jit(do_not_specialize=["M", "T", "out_rows", "stride_sb"], do_not_specialize_on_alignment=["scatter_ptr"])
 def _sum_splits_kernel(
     # Pointers
     partial_ptr,

@@ -165,7 +165,10 @@ def _encode_heads(
 
 
 # What changes from request to request is not specialised: one compiled kernel serves every length.
-@triton.jit(do_not_specialize=["S", "offset", "stride_pb", "stride_wb", "layer", "first_head"])
+@triton.jit(
+    do_not_specialize=["S", "offset", "stride_pb", "stride_wb", "layer", "first_head"],
+    do_not_specialize_on_alignment=["position_ptr", "query_ptr", "key_ptr", "value_ptr", "offset_ptr", "writes_ptr"],
+)
 def _qkv_kernel(
     # Pointers
     z_q_ptr,

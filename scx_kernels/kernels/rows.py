@@ -37,7 +37,10 @@ def _load_rows(pointers, offsets, stride, mask):
 
 
 # What changes from request to request is not specialised: one compiled kernel serves every length.
-@triton.jit(do_not_specialize=["T", "N", "stride_ib"])
+@triton.jit(
+    do_not_specialize=["T", "N", "stride_ib"],
+    do_not_specialize_on_alignment=["row_index_ptr", "feature_index_ptr"],
+)
 def _inject_kernel(
     # Pointers
     x_ptr,
@@ -152,7 +155,7 @@ def _inject_kernel(
         tl.store(out_rows[:, None] + part[None, :] * stride_od, narrow(x, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_pb"])
+@triton.jit(do_not_specialize=["rows", "S", "stride_pb"], do_not_specialize_on_alignment=["position_ptr"])
 def _strip_kernel(
     # Pointers
     z_ptr,

@@ -39,7 +39,10 @@ def _words(
     return row_words(load_key(key_ptr), writes[:, None], block[:, None], word14, word15.to(tl.uint32), BLOCKS, ROUNDS)
 
 
-@triton.jit(do_not_specialize=["layer", "first_head", "word15", "old_layer", "old_first_head"])
+@triton.jit(
+    do_not_specialize=["layer", "first_head", "word15", "old_layer", "old_first_head"],
+    do_not_specialize_on_alignment=["writes_ptr", "old_writes_ptr"],
+)
 def _seal_kernel(
     # Pointers
     x_ptr,
@@ -109,7 +112,8 @@ def _seal_kernel(
         tl.store(out_rows[:, None] + columns.to(tl.int64) * stride_od, x ^ bits.to(x.dtype, bitcast=True), mask=mask)
 
 
-@triton.jit
+# How much is drawn changes from request to request: one compiled kernel serves every length.
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["streams_ptr"])
 def _random_kernel(
     # Pointers
     key_ptr,

@@ -24,7 +24,7 @@ SCRATCH_BYTES = 64 * 2**20
 
 
 # Lengths change from request to request: one compiled kernel serves them all.
-@triton.jit(do_not_specialize=["S", "stride_pb"])
+@triton.jit(do_not_specialize=["S", "stride_pb"], do_not_specialize_on_alignment=["position_ptr"])
 def _take_rows_kernel(
     # Pointers
     cache_ptr,

@@ -1,0 +1,507 @@
+"""A stand-in for a GPU: tensors that say they lie on "cuda:0" and compute on the CPU.
+
+Within `StandInDevice`, whatever asks for "cuda" gets `StandIn` tensors, so that code takes its branches for a GPU
+truthfully. What real hardware refuses is refused here: an operator given tensors of both sides, values that are read as
+if they lay in the host's memory. Where the host would wait for the device is noted.
+
+It is no simulation: orders of execution, streams and memory are not those of a GPU. Values are the CPU's.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["CUDA", "StandIn", "StandInDevice", "Wait", "backing_of", "mapped", "package_frames"]
+
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+
+_COPIES = (aten._to_copy.default, aten.copy_.default)
+# Whose result's size, or the value itself, the host has to know.
+_WAITING = {
+    "_local_scalar_dense", "_unique", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nonzero",
+    "nonzero_numpy", "unique_consecutive", "unique_dim",
+}  # fmt: skip
+# Their index tensors may lie on the CPU; a mask among them is counted first.
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+
+
+class StandIn(torch.Tensor):
+    """A tensor on the stand-in device. `backing` holds its values, or on the "meta" device only its shape."""
+
+    backing: Tensor
+
+    @staticmethod
+    def __new__(cls, backing: Tensor) -> "StandIn":
+        wrapper: StandIn = torch.Tensor._make_wrapper_subclass(
+            cls,
+            backing.size(),
+            strides=backing.stride(),
+            storage_offset=backing.storage_offset(),
+            dtype=backing.dtype,
+            device=CUDA,
+            requires_grad=backing.requires_grad,
+        )
+        wrapper.backing = backing.detach()
+        return wrapper
+
+    def __init__(self, backing: Tensor) -> None: ...
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _current().dispatch(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"StandIn(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """x with its tensors and other leaves replaced; lists and tuples of them are what operators take and give."""
+    if isinstance(x, tuple):
+        return tuple(mapped(function, y) for y in x)
+    if isinstance(x, list):
+        return [mapped(function, y) for y in x]
+    return function(x)
+
+
+def backing_of(x: Any) -> Any:
+    """What computes in a stand-in tensor's place; anything else as it is."""
+    return x.backing if isinstance(x, StandIn) else x
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The host waits for the device. `frames` are the package's functions that asked for it, outermost first, as
+    (file, line, name); `is_ours` says whether they did, or transformers called by them."""
+
+    operation: str
+    frames: tuple[tuple[str, int, str], ...]
+    is_ours: bool
+
+
+def package_frames() -> tuple[tuple[str, int, str], ...]:
+    """Where in the package execution is, outermost first: (file from the root, line, qualified name)."""
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename.replace("\\", "/")
+        for root in ("/scx/", "/scx_kernels/"):
+            if root in path and "/bench/" not in path:
+                name = root[1:] + path.rsplit(root, 1)[1]
+                frames.append((name, frame.f_lineno, frame.f_code.co_qualname))
+                break
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(reversed(frames))
+
+
+def _is_ours() -> bool:
+    """Whether the innermost frame that is neither PyTorch's nor the stand-in's is this package's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename.replace("\\", "/")
+        if "/torch/" not in path and "/bench/rehearsal/" not in path and "/contextlib.py" not in path:
+            return "/transformers/" not in path
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+class _Devices(TorchFunctionMode):
+    """Gives "cuda" its index, which C++ would ask a driver for, and answers for what wrappers have no memory for."""
+
+    def __init__(self, owner: "StandInDevice") -> None:
+        super().__init__()
+        self.owner = owner
+        self.replaced: dict[Any, Callable[..., Any]] = {
+            torch.Tensor.tolist: self._tolist,
+            torch.Tensor.pin_memory: owner.pin,
+            torch.Tensor.is_pinned: owner.is_pinned,
+            torch.Tensor.data_ptr: self._data_ptr,
+            torch.Tensor.numpy: self._numpy,
+            torch.tensor: self._tensor,
+            torch.Tensor.__getitem__: self._getitem,
+            torch.Tensor.__setitem__: self._setitem,
+            torch.Tensor.copy_: self._copy_,
+            torch.Tensor.contiguous: self._contiguous,
+            torch.Tensor.__invert__: _on_stand_ins(torch.Tensor.__invert__, torch.bitwise_not),
+            torch.Tensor.nonzero: _on_stand_ins(torch.Tensor.nonzero, aten.nonzero.default),
+            torch.Tensor.__bool__: _on_stand_ins(torch.Tensor.__bool__, lambda x: bool(x.item())),
+            torch.Tensor.__int__: _on_stand_ins(torch.Tensor.__int__, lambda x: int(x.item())),
+            torch.Tensor.__index__: _on_stand_ins(torch.Tensor.__index__, lambda x: x.item()),
+            torch.Tensor.__float__: _on_stand_ins(torch.Tensor.__float__, lambda x: float(x.item())),
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tuple(map(_indexed, args)), {name: _indexed(x) for name, x in (kwargs or {}).items()}
+        instead = self.replaced.get(func)
+        return func(*args, **kwargs) if instead is None else instead(*args, **kwargs)
+
+    def _tolist(self, x: Tensor) -> Any:
+        return x.cpu().tolist() if isinstance(x, StandIn) else torch.Tensor.tolist(x)
+
+    def _numpy(self, x: Tensor, **options: Any) -> Any:
+        if isinstance(x, StandIn):
+            raise TypeError("can't convert a cuda:0 tensor to numpy; copy it to host memory first")
+        return torch.Tensor.numpy(x, **options)
+
+    def _data_ptr(self, x: Tensor) -> int:
+        if not isinstance(x, StandIn):
+            return torch.Tensor.data_ptr(x)
+        # One number for each memory, beginning where allocators begin it, and the same for all of its views.
+        memory: int = x.backing.untyped_storage()._cdata
+        return memory * 512 + x.storage_offset() * x.element_size()
+
+    def _tensor(self, data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        made = torch.tensor(data, **options)
+        return made if device is None else made.to(device)
+
+    # In C++ the methods from here on, and those above, ask the driver for a device, even where all that follows is
+    # dispatched.
+
+    def _contiguous(self, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        if not isinstance(x, StandIn):
+            return torch.Tensor.contiguous(x, memory_format=memory_format)
+        return x if x.is_contiguous(memory_format=memory_format) else x.clone(memory_format=memory_format)
+
+    def _copy_(self, x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        if not isinstance(x, StandIn) and not isinstance(source, StandIn):
+            return torch.Tensor.copy_(x, source, non_blocking)
+        copied: Tensor = self.owner.dispatch(aten.copy_.default, (x, source, non_blocking), {})
+        return copied
+
+    def _getitem(self, x: Tensor, index: Any) -> Tensor:
+        index = mapped(_with_numbers, index)
+        if not isinstance(x, StandIn):
+            _check_index_of_cpu(index)
+            return torch.Tensor.__getitem__(x, index)
+        self.owner.note_masks(index)
+        taken: Tensor = x.backing[mapped(self.owner.inside, index)]
+        return StandIn(taken)
+
+    def _setitem(self, x: Tensor, index: Any, value: Any) -> None:
+        index = mapped(_with_numbers, index)
+        if not isinstance(x, StandIn):
+            _check_index_of_cpu(index)
+            value = self.owner.to_host(value) if isinstance(value, StandIn) else value
+            return torch.Tensor.__setitem__(x, index, value)
+        self.owner.note_masks(index)
+        if isinstance(value, Tensor) and not isinstance(value, StandIn):
+            if value.dim() and any(isinstance(i, Tensor) for i in _parts(index)):
+                raise RuntimeError("Expected all tensors to be on the same device, but found cuda:0 and cpu!")
+            self.owner.note("copy to the device")
+        x.backing[mapped(self.owner.inside, index)] = self.owner.inside(value)
+        return None
+
+
+def _on_stand_ins(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    def function(x: Tensor, *args: Any, **options: Any) -> Any:
+        return (instead if isinstance(x, StandIn) else original)(x, *args, **options)
+
+    return function
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return tuple(index) if isinstance(index, (tuple, list)) else (index,)
+
+
+def _with_numbers(part: Any) -> Any:
+    """A slice whose bounds are tensors, with their values."""
+    if not isinstance(part, slice):
+        return part
+    bounds = (part.start, part.stop, part.step)
+    return slice(*(x.item() if isinstance(x, StandIn) else x for x in bounds))
+
+
+def _check_index_of_cpu(index: Any) -> None:
+    if any(isinstance(i, StandIn) for i in _parts(index)):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+
+
+def _indexed(x: Any) -> Any:
+    if isinstance(x, torch.device):
+        return CUDA if x.type == "cuda" else x
+    return CUDA if isinstance(x, str) and x == "cuda" else x
+
+
+class _Event:
+    """Stands in for a CUDA event: everything before it is done."""
+
+    def __init__(self, owner: "StandInDevice") -> None:
+        self.owner = owner
+
+    def synchronize(self) -> None:
+        self.owner.note("Event.synchronize")
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream:
+    def __init__(self, owner: "StandInDevice") -> None:
+        self.owner = owner
+
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event(self.owner)
+
+    def synchronize(self) -> None:
+        self.owner.note("Stream.synchronize")
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+
+_devices: list["StandInDevice"] = []
+
+
+def _current() -> "StandInDevice":
+    if not _devices:
+        raise RuntimeError("a stand-in tensor was used outside of its device")
+    return _devices[-1]
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, owner: "StandInDevice") -> None:
+        super().__init__()
+        self.owner = owner
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.owner.dispatch(func, args, kwargs or {})
+
+
+class StandInDevice:
+    """The stand-in device, as a context; one at a time.
+
+    Args:
+        run_operator: called for every operator of the package on stand-in tensors, with the device, the operator and
+            its arguments; gives its results. Default: it is refused.
+        has_values: False: tensors made on the device have shapes alone, and a value that is read is 1.
+
+    Attributes:
+        waits: where the host waited for the device, in order.
+    """
+
+    def __init__(
+        self, run_operator: Callable[["StandInDevice", Any, Any, Any], Any] | None = None, *, has_values: bool = True
+    ) -> None:
+        self.run_operator = run_operator
+        self.backing_device = CPU if has_values else torch.device("meta")
+        self.waits: list[Wait] = []
+        self._pinned: dict[int, StorageWeakRef] = {}
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "StandInDevice":
+        if _devices:
+            raise RuntimeError("another stand-in device is in use")
+        with contextlib.ExitStack() as stack:
+            torch._C._ensureCUDADeviceGuardSet()  # in a build without CUDA, one that does nothing
+            _devices.append(self)
+            stack.callback(_devices.remove, self)
+            stack.enter_context(self._cuda_functions())
+            stack.enter_context(self.resumed())
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        """For code that `run_operator` calls: PyTorch suspends a device's modes while it is asked."""
+        with _Devices(self), _Operators(self):
+            yield
+
+    @contextlib.contextmanager
+    def _cuda_functions(self) -> Iterator[None]:
+        """What is used of `torch.cuda`. Modules make new parameters where they change dtype: a wrapper cannot."""
+        stand_ins = {
+            "_lazy_init": lambda: None,
+            "current_device": lambda: 0,
+            "current_stream": lambda device=None: _Stream(self),
+            "synchronize": lambda device=None: self.note("torch.cuda.synchronize"),
+            "Event": lambda **options: _Event(self),
+        }
+        before = {name: getattr(torch.cuda, name) for name in stand_ins}
+        overwrote = torch.__future__.get_overwrite_module_params_on_conversion()
+        for name, function in stand_ins.items():
+            setattr(torch.cuda, name, function)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            yield
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrote)
+            for name, function in before.items():
+                setattr(torch.cuda, name, function)
+
+    def note(self, operation: str) -> None:
+        """The host waits here."""
+        self.waits.append(Wait(operation, package_frames(), _is_ours()))
+
+    def pin(self, x: Tensor, *_: Any) -> Tensor:
+        """x in page-locked memory, from and to which copies go while the host goes on."""
+        if isinstance(x, StandIn):
+            raise RuntimeError(f"cannot pin {x.type()}: only dense CPU tensors can be pinned")
+        return x if self.is_pinned(x) else self._lock(x.clone(memory_format=torch.contiguous_format))
+
+    def is_pinned(self, x: Tensor, *_: Any) -> bool:
+        """Whether x lies in page-locked memory."""
+        if isinstance(x, StandIn):
+            return False
+        found = self._pinned.get(x.untyped_storage()._cdata)
+        return found is not None and not found.expired()
+
+    def _lock(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        self._pinned[storage._cdata] = StorageWeakRef(storage)
+        return x
+
+    def inside(self, x: Any) -> Any:
+        """What computes in x's place: of a stand-in its backing; of a CPU tensor that meets stand-ins without values,
+        its shape."""
+        if isinstance(x, StandIn):
+            return x.backing
+        without_values = self.backing_device.type == "meta"
+        return x.to("meta") if without_values and isinstance(x, Tensor) and x.dim() else x
+
+    def to_host(self, x: StandIn) -> Tensor:
+        """x on the CPU; the host waits."""
+        self.note("copy to the host")
+        return torch.ones_like(x.backing, device=CPU) if x.backing.is_meta else x.backing.clone()
+
+    def note_masks(self, index: Any) -> None:
+        """The host waits where a mask among these indices has to be counted."""
+        if any(isinstance(i, StandIn) and i.dtype in (torch.bool, torch.uint8) for i in _parts(index)):
+            self.note("index by a mask")
+
+    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operator: on the CPU for stand-ins, as it is for tensors that are on the CPU."""
+        tensors = _tensors_in(args, kwargs)
+        stand_ins = [x for x in tensors if isinstance(x, StandIn)]
+        if func in _COPIES and (stand_ins or kwargs.get("device") == CUDA):
+            return self._copy(func, args, kwargs)
+        device = kwargs.get("device")
+        locks = device is None or torch.device(device).type == "cpu"
+        if kwargs.get("pin_memory"):
+            made = self._lock(func(*args, **{**kwargs, "pin_memory": False})) if locks else None
+            if made is None:
+                raise RuntimeError("Only dense CPU tensors can be pinned")
+            return made
+        if not stand_ins and (device is None or torch.device(device).type != "cuda"):
+            return func(*args, **kwargs)
+        if func.namespace == "scx_kernels":
+            _check_one_side(func, tensors, ())
+            if self.run_operator is None:
+                raise NotImplementedError(f"{func}: nobody was named to run the package's operators")
+            return self.run_operator(self, func, args, kwargs)
+        name = func._schema.name.partition("::")[2]
+        _check_one_side(func, tensors, _tensors_in(args[1:2], {}) if name in _INDEXING else ())
+        self._note_waits(name, args)
+        return self._compute(func, args, kwargs, name)
+
+    def _compute(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:
+        known: dict[int, StandIn] = {}
+
+        def unwrap(x: Any) -> Any:
+            if isinstance(x, StandIn):
+                known[id(x.backing)] = x
+            return self.inside(x)
+
+        args, kwargs = mapped(unwrap, args), {key: mapped(unwrap, x) for key, x in kwargs.items()}
+        if kwargs.get("device") is not None:
+            kwargs["device"] = self.backing_device
+        if name == "_local_scalar_dense" and args[0].is_meta:
+            return torch.ones((), dtype=args[0].dtype).item()
+        if name in ("equal", "is_nonzero") and args[0].is_meta:
+            return True
+
+        def wrap(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            found = known.get(id(x))
+            if found is None:
+                return StandIn(x)
+            if found.shape != x.shape or found.dtype != x.dtype:
+                raise NotImplementedError(f"{func} changes the shape of a stand-in in place")
+            return found
+
+        return mapped(wrap, func(*args, **kwargs))
+
+    def _note_waits(self, name: str, args: Any) -> None:
+        if name in _INDEXING:
+            self.note_masks(args[1])
+        repeats = name == "repeat_interleave" and isinstance(args[0], StandIn) and len(args) == 1
+        if name in _WAITING or repeats:
+            self.note(name)
+
+    def _copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Copies are what may lead from one side to the other."""
+        if func is aten.copy_.default:
+            target, source = args[0], args[1]
+            waits_not = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            self._note_copy(source, isinstance(target, StandIn), waits_not, target)
+            self._written(backing_of(target), backing_of(source))
+            return target
+        (source,) = args
+        device = kwargs.get("device")
+        to_stand_in = isinstance(source, StandIn) if device is None else torch.device(device).type == "cuda"
+        options = {name: x for name, x in kwargs.items() if name not in ("device", "non_blocking", "pin_memory")}
+        x = backing_of(source)
+        if to_stand_in:
+            self._note_copy(source, True, kwargs.get("non_blocking", False), None)
+            device_of = x.device if isinstance(source, StandIn) else self.backing_device
+            return StandIn(func(x, device=device_of, **options))
+        copied = func(x, device=CPU, **options) if not x.is_meta else torch.ones_like(x, device=CPU, **options)
+        self._note_copy(source, False, kwargs.get("non_blocking", False), copied)
+        return copied
+
+    def _written(self, target: Tensor, source: Tensor) -> None:
+        if not target.is_meta and source.is_meta:
+            target.fill_(1)
+        elif not target.is_meta:
+            target.copy_(source)
+
+    def _note_copy(self, source: Tensor, to_stand_in: bool, non_blocking: bool, target: Tensor | None) -> None:
+        from_stand_in = isinstance(source, StandIn)
+        if from_stand_in and to_stand_in:
+            return
+        host = source if not from_stand_in else target
+        if not source.numel():
+            return
+        if not (non_blocking and host is not None and self.is_pinned(host)):
+            self.note("copy to the device" if to_stand_in else "copy to the host")
+
+
+def _tensors_in(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    found = []
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            found += [y for y in x if isinstance(y, Tensor)]
+    return found
+
+
+def _check_one_side(func: Any, tensors: list[Tensor], indices: Any) -> None:
+    """PyTorch's rule: operands lie on one device. A tensor of no dimensions on the CPU is a number to operators that
+    work element by element; an accelerator's tensor may be indexed by the CPU's."""
+    numbers = torch.Tag.pointwise in func.tags or bool(indices) or "index_put" in func.name()
+    allowed = {id(x) for x in indices if tensors and isinstance(tensors[0], StandIn)}
+    strangers = [
+        x for x in tensors if not isinstance(x, StandIn) and id(x) not in allowed and not (numbers and x.dim() == 0)
+    ]
+    if strangers and any(isinstance(x, StandIn) for x in tensors):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+            f"(when checking {func.name()}, given shapes {[tuple(x.shape) for x in tensors]})"
+        )
