@@ -23,23 +23,37 @@ class _Utils:
         return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
 
 
+class _Launcher:
+    """What a compiled kernel is launched by. Triton keeps it with the kernel for the life of the process, so a kernel
+    that was compiled here is told to the driver of its day, and refuses one that would launch."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.name: str = metadata.name
+
+    def __call__(self, *args: Any) -> None:
+        active = driver.active
+        if not isinstance(active, NullDriver):
+            raise RuntimeError(f"{self.name} was compiled under a driver that launches nothing; use another process")
+        x, y, z, _, _, _, _, entered, left, *arguments = args
+        active.launched(self.name, (x, y, z), arguments)
+        for hook in (entered, left):
+            if hook is not None:
+                hook(None)
+
+
 class NullDriver:
     """Stands for one GPU of `arch`; `launches` counts what would have been launched."""
+
+    launcher_cls = _Launcher
 
     def __init__(self, arch: int = 90) -> None:
         self.utils = _Utils()
         self.launches = 0
         self._target = GPUTarget("cuda", arch, 32)
-        driver_of_launches = self
 
-        class Launcher:
-            def __init__(self, source: Any, metadata: Any) -> None:
-                pass
-
-            def __call__(self, *args: Any) -> None:
-                driver_of_launches.launches += 1
-
-        self.launcher_cls = Launcher
+    def launched(self, name: str, grid: tuple[int, int, int], arguments: list[Any]) -> None:
+        """A kernel of this name would have been launched, with all its arguments."""
+        self.launches += 1
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -55,9 +69,9 @@ class NullDriver:
 
 
 @contextmanager
-def no_launches(arch: int = 90) -> Iterator[NullDriver]:
-    """Within it Triton's active driver is one that launches nothing."""
-    null = NullDriver(arch)
+def no_launches(null: NullDriver | None = None) -> Iterator[NullDriver]:
+    """Within it Triton's active driver is one that launches nothing: the given one, or one for sm_90."""
+    null = null or NullDriver()
     driver.set_active(null)
     try:
         yield null

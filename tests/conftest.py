@@ -15,7 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on CPU tensors
+    # Read when triton is imported: kernels run on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tiny import VOCABULARY, tiny_model
 from transformers import PreTrainedModel

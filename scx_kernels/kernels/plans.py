@@ -102,11 +102,14 @@ class _Recording(threading.local):
         for number in range(self.given, len(self.tensors)):
             if self.tensors[number].untyped_storage().data_ptr() == storage:
                 return number, address - self.addresses[number]
-        raise RuntimeError(f"{name}: a plan knows no tensor at its address; make it with `empty` or `derive`")
+        raise RuntimeError(f"{name}: a plan knows no such tensor; make it with `empty` or `derive`, of arguments")
 
     def number(self, x: Tensor) -> int:
         """The number of a tensor that is an argument or was made."""
-        return next(number for number, known in enumerate(self.tensors) if known is x)
+        for number, known in enumerate(self.tensors):
+            if known is x:
+                return number
+        raise RuntimeError("a plan knows no such tensor: make it with `empty` or `derive`, of arguments")
 
     def made(self, x: Tensor, make: _Maker) -> None:
         if self.plan is not None:
