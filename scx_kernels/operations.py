@@ -484,6 +484,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    softmax_scale: float,
+    mask: Tensor | None = None,
     is_causal: bool = False,
     window: int | None = None,
     kv_start: Tensor | None = None,
@@ -492,22 +494,21 @@ def attention(
     row_index: Tensor | None = None,
     redundant: Tensor | None = None,
     sealing: Sealing | None = None,
-    **options: Any,
 ) -> Tensor:
     # PyTorch's fused backends hold whole prompts better; what they would need a mask for is the kernel's.
     limited = window is not None or kv_start is not None or kv_length is not None
     # A sealed cache must not lie unsealed in memory, where they would need it.
     if _backend == "triton" or sealing is not None or limited or (is_causal and q.shape[2] != k.shape[2]):
         return _attention(
-            q, k, v, is_causal=is_causal, window=window, kv_start=kv_start, kv_length=kv_length,
-            output_index=output_index, row_index=row_index, redundant=redundant, sealing=sealing, **options,
+            q, k, v, softmax_scale=softmax_scale, mask=mask, is_causal=is_causal, window=window, kv_start=kv_start,
+            kv_length=kv_length, output_index=output_index, row_index=row_index, redundant=redundant, sealing=sealing,
         )  # fmt: skip
-    out = reference.attention(q, k, v, is_causal=is_causal, **options)
+    checks.check_attention(
+        q, k, v, softmax_scale, mask, is_causal, window, kv_start, kv_length, output_index, row_index, redundant
+    )
+    out = reference.grouped_attention(q, k, v, softmax_scale, mask, is_causal)
     if output_index is None and row_index is None:
         return out
-    checks.check_attention(
-        q, k, v, 1.0, None, False, None, None, None, output_index, row_index, redundant
-    )  # fmt: skip
     # The permutations ride on the next pass over the rows.
     rows = _inject_permute(out.transpose(1, 2).flatten(2), row_index, redundant, feature_index=output_index)
     return rows if row_index is not None else rows.unflatten(2, (q.shape[1], -1)).transpose(1, 2)

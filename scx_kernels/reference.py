@@ -39,6 +39,7 @@ __all__ = [
     "accumulation_dtype",
     "attention",
     "attention_step",
+    "grouped_attention",
     "inject_permute",
     "noise_image",
     "permute_features",
@@ -393,7 +394,7 @@ def _end_of_keys(kv_start: Tensor | None, kv_length: Tensor | None, keys: int) -
     return (kv_length if kv_start is None else kv_start + kv_length).clamp(max=keys)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
     """PyTorch's attention with grouped heads; a query that sees no key gives zeros."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and mask is not None:
@@ -452,7 +453,7 @@ def attention(
         last = torch.arange(keys - tokens, keys, device=q.device)[None]
         seen = _seen_keys(last, keys, is_causal, window, kv_start, _end_of_keys(kv_start, kv_length, keys))
         mask = seen if mask is None else mask & seen if mask.dtype == torch.bool else mask.where(seen, -torch.inf)
-    out = _sdpa(q, k, v, softmax_scale, mask, is_causal and mask is None)
+    out = grouped_attention(q, k, v, softmax_scale, mask, is_causal and mask is None)
     if row_index is None:
         return out if output_index is None else permute_features(out, output_index)
     return inject_permute(out.transpose(1, 2).flatten(2), row_index, redundant, feature_index=output_index)
@@ -507,7 +508,7 @@ def attention_step(
         own = torch.arange(tokens, device=q.device) - tokens
         last = own[None] + (keys if end is None else end[:, None])
         mask = _seen_keys(last, keys, True, window, kv_start, end)
-    out = _sdpa(q, k, v, softmax_scale, mask, False)
+    out = grouped_attention(q, k, v, softmax_scale, mask, False)
     return out if output_index is None else permute_features(out, output_index)
 
 
