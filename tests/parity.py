@@ -64,6 +64,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
 
 
+def assert_same_bits(got: Tensor, expected: Tensor) -> None:
+    assert got.shape == expected.shape
+    assert same_bits(got, expected)
+
+
 def run_kernel(
     launcher: Callable[..., Any],
     *args: Any,
