@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,8 +134,10 @@ class Replay:
     """A captured call: `results` are what it gave, and hold what it gives from its inputs' present values after every
     `replay()`. On a GPU that is a CUDA graph; elsewhere a stand-in calls again, which rehearses the tests of graphs."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
-        """The call runs three times: twice to compile and to draw memory, once into the graph."""
+    def __init__(self, call: Callable[[], Any], inputs: Any = ()) -> None:
+        """The call runs three times: twice to compile and to draw memory, once into the graph.
+
+        inputs: any nest of tensors that its results may be, for a call that writes into what it is given."""
         self._call, self._graph = call, None
         with as_users_run():
             for _ in range(2):
@@ -144,10 +147,12 @@ class Replay:
                 self._graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self._graph):
                     self.results = tensors(call())
+        given = {x.data_ptr() for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+        self._fresh = [x for x in self.results if x.data_ptr() not in given]
 
     def replay(self) -> None:
-        """Into results full of NaN: what the graph does not write is seen."""
-        for x in self.results:
+        """Into fresh results full of NaN: what the graph does not write is seen."""
+        for x in self._fresh:
             x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
         if self._graph is not None:
             self._graph.replay()
