@@ -9,8 +9,8 @@ from parity import DEVICE, integers, permutations, randn
 import scx_kernels as ops
 
 
-def sealed_by(rows: int, layer: int = 1) -> ops.Sealing:
-    return ops.Sealing(ops.key_words(bytes(range(32)), DEVICE), ops.WriteCounter().take(2, rows, DEVICE), layer, 8)
+def sealed_by(batch: int, rows: int, layer: int = 1) -> ops.Sealing:
+    return ops.Sealing(ops.key_words(bytes(range(32)), DEVICE), ops.WriteCounter().take(batch, rows, DEVICE), layer, 8)
 
 
 def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[tuple, dict]:
@@ -42,7 +42,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[tuple, dic
             caches = {key: torch.zeros(2, 2, 9, 16, dtype=dtype, device=rows[0].device) for key in ("keys", "values")}
             options |= {**caches, "offset": 3}
         if name == "qkv into a sealed cache":
-            options |= {"sealing": sealed_by(9), "return_unsealed": True}
+            options |= {"sealing": sealed_by(2, 9), "return_unsealed": True}
         return (*rows, *tables, *(permutations(2, n, 16) for n in (4, 2, 2))), options
     q, k, v = (randn(2, n, 5, 16, dtype=dtype) for n in (4, 2, 2))
     if name == "attention_step":
@@ -64,17 +64,17 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[tuple, dic
 
 def sealed_arguments(name: str, dtype: torch.dtype) -> tuple[tuple, dict]:
     """Those of `SEALED_NAMES`."""
-    own, x = sealed_by(5), randn(2, 2, 5, 16, dtype=dtype)
+    own, x = sealed_by(1, 5), randn(1, 1, 5, 16, dtype=dtype)
     if name == "random_bits":
         return (own.key, integers(1, 2, 3, 4, 5, 6).view(2, 3), 37), {"rounds": 8}
     if name == "seal":
         return (x, own), {"is_value": True}
     if name == "reseal":
-        return (x, own, sealed_by(5, layer=2)), {"is_value": False}
-    q, v = randn(2, 4, 5, 16, dtype=dtype), randn(2, 2, 5, 16, dtype=dtype)
+        return (x, own, sealed_by(1, 5, layer=2)), {"is_value": False}
+    q, v = randn(1, 2, 5, 16, dtype=dtype), randn(1, 1, 5, 16, dtype=dtype)
     stored = ops.seal(x, own, is_value=False), ops.seal(v, own, is_value=True)
     if name.startswith("attention_step"):
-        return (q[:, :, :1], *stored), {"softmax_scale": 0.25, "kv_length": integers(4, 3), "sealing": own}
+        return (q[:, :, :1], *stored), {"softmax_scale": 0.25, "kv_length": integers(4), "sealing": own}
     return (q, *stored), {"softmax_scale": 0.25, "is_causal": True, "sealing": own}
 
 

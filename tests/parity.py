@@ -135,12 +135,12 @@ class Replay:
     `replay()`. On a GPU that is a CUDA graph; elsewhere a stand-in calls again, which rehearses the tests of graphs."""
 
     def __init__(self, call: Callable[[], Any], inputs: Any = ()) -> None:
-        """The call runs three times: twice to compile and to draw memory, once into the graph.
+        """On a GPU the call runs three times: twice to compile and to draw memory, once into the graph.
 
         inputs: any nest of tensors that its results may be, for a call that writes into what it is given."""
         self._call, self._graph = call, None
         with as_users_run():
-            for _ in range(2):
+            for _ in range(2 if DEVICE.type == "cuda" else 1):
                 self.results = tensors(call())
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
