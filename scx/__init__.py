@@ -1,5 +1,14 @@
 """SCX: stateless KV-cache encoding for confidential transformer serving."""
 
+from importlib.util import find_spec
+
+if missing := [name for name in ("cryptography", "safetensors", "transformers") if find_spec(name) is None]:
+    raise ImportError(
+        f"scx needs {' and '.join(missing)}, not installed here: `python -m pip install {' '.join(missing)}`, or put "
+        "the wheels on PYTHONPATH. Its operations alone, `import scx_kernels`, do without.",
+        name=missing[0],
+    )
+
 from scx.cachefile import load_kvcache, save_kvcache
 from scx.container import FileRefusedError
 from scx.keyfile import load_keys, save_keys

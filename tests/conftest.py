@@ -1,10 +1,16 @@
-"""Shared by all tests: small models, and uninitialised memory that shows."""
+"""Shared by all tests: small models, uninitialised memory that shows, and what happens where a package is missing.
+
+`--tiles production` has kernels take the tiles of their own heuristics where a test forces small ones; `--repeats N`
+runs each kernel N times on the same inputs and demands the same bits (`parity.run_kernel`).
+"""
 
 import hashlib
 import itertools
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; deterministic products need it
 
@@ -18,15 +24,53 @@ if not torch.cuda.is_available():
     # Read when triton is imported: kernels run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tiny import VOCABULARY, tiny_model
-from transformers import PreTrainedModel
+import parity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kernels")
+    group.addoption("--tiles", choices=("small", "production"), default="small", help="tiles of parity tests")
+    group.addoption("--repeats", type=int, default=1, metavar="N", help="runs of a kernel that must agree bit by bit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    parity.MODE = parity.Mode(config.getoption("tiles"), config.getoption("repeats"))
+    # Of the poison below, on a GPU: only the filling is wanted, not the advice.
+    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation")
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {parity.MODE.tiles} tiles, repeats: {parity.MODE.repeats}, on {parity.DEVICE}"
+
+
+class PatientModule(pytest.Module):
+    """A test file that is skipped, and says for what, where its imports miss one of `parity.PACKAGES`."""
+
+    def collect(self) -> list[pytest.Item | pytest.Collector]:
+        try:
+            return list(super().collect())
+        except self.CollectError as failed:
+            package = parity.missing_package(failed.__cause__)
+            if package is None:
+                raise
+            pytest.skip(f"{self.path.name} waits for the package {package}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return PatientModule.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan() -> Iterator[None]:
-    """Random inputs repeat, and every fresh buffer is filled with NaN, so that a row nobody wrote is seen."""
+    """Random inputs repeat, and every fresh buffer is filled with NaN, so that a row nobody wrote is seen.
+
+    PyTorch fills only where it also takes deterministic algorithms. Some of those read the host's memory, which a graph
+    and the sync-error mode forbid: `parity.as_users_run` leaves them."""
     torch.manual_seed(7)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=parity.DEVICE.type == "cuda")
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
@@ -45,17 +89,20 @@ def _keys_repeat(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return parity.DEVICE
 
 
 @pytest.fixture
-def llama() -> PreTrainedModel:
+def llama() -> "PreTrainedModel":
+    from tiny import tiny_model
+
     return tiny_model()
 
 
 @pytest.fixture
 def prompt(device: torch.device) -> Callable[..., torch.Tensor]:
     """Random tokens (batch, length), never the padding token."""
+    from tiny import VOCABULARY
 
     def draw(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -5,34 +5,10 @@ import math
 import parity
 import pytest
 import torch
-from parity import assert_close, by_dtype, inverse, nans, permutations, randn
+from parity import assert_close, by_dtype, integers, inverse, nans, permutations, randn, run_kernel
+from plain_attention import plain_attention, seen_keys
 
 from scx_kernels.kernels import attention as kernels
-
-
-def seen_keys(batch, tokens, keys, *, causal, window=None, start=None, end=None, aligned_to_end=False):
-    """(B, 1, S, N) bool: which key a query sees, spelled out."""
-    start = torch.zeros(batch, dtype=torch.int64) if start is None else start
-    end = torch.full((batch,), keys) if end is None else end
-    key = torch.arange(keys)[None, None]
-    last = torch.arange(tokens)[None, :, None] + ((end[:, None, None] - tokens) if aligned_to_end else keys - tokens)
-    seen = (key >= start[:, None, None]) & (key < end[:, None, None])
-    if causal:
-        seen = seen & (key <= last)
-    if window is not None:
-        seen = seen & (key > last - window)
-    return seen.expand(batch, tokens, keys)[:, None].to(parity.DEVICE)
-
-
-def plain_attention(q, k, v, mask, scale, output_index=None):
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q * scale) @ k.transpose(-1, -2)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    out = scores.softmax(-1).nan_to_num(0) @ v
-    if output_index is None:
-        return out
-    return out.gather(-1, output_index[:, :, None].expand(out.shape))
 
 
 def check(got, q, k, v, mask, scale, output_index=None):
@@ -69,7 +45,8 @@ def test_attention(dtype, shape, causal, indexed):
     q, k, v = qkv(shape, dtype)
     index = permutations(batch, heads, size) if indexed else None
     out = nans(batch, heads, tokens, size, dtype=dtype, layout="sliced")
-    got = kernels.attention(q, k, v, softmax_scale=0.3, is_causal=causal, output_index=index, out=out, tile=SMALL)
+    options = {"softmax_scale": 0.3, "is_causal": causal, "output_index": index, "out": out}
+    got = run_kernel(kernels.attention, q, k, v, **options, tile=SMALL)
     check(got, q, k, v, seen_keys(batch, tokens, keys, causal=causal), 0.3, index)
 
 
@@ -77,7 +54,8 @@ def test_attention(dtype, shape, causal, indexed):
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
 def test_attention_strides(dtype, layout):
     q, k, v = qkv((2, 2, 1, 19, 37, 64), dtype, layout)
-    got = kernels.attention(q, k, v, softmax_scale=0.2, is_causal=True, tile=SMALL, force_int64=True)
+    options = {"softmax_scale": 0.2, "is_causal": True, "force_int64": True}
+    got = run_kernel(kernels.attention, q, k, v, **options, tile=SMALL)
     check(got, q, k, v, seen_keys(2, 19, 37, causal=True), 0.2)
 
 
@@ -86,7 +64,8 @@ def test_attention_strides(dtype, layout):
 @pytest.mark.parametrize(("tokens", "keys"), [(50, 50), (20, 61)])
 def test_attention_window(dtype, window, tokens, keys):
     q, k, v = qkv((1, 2, 1, tokens, keys, 16), dtype)
-    got = kernels.attention(q, k, v, softmax_scale=0.3, is_causal=True, window=window, tile=SMALL)
+    options = {"softmax_scale": 0.3, "is_causal": True, "window": window}
+    got = run_kernel(kernels.attention, q, k, v, **options, tile=SMALL)
     check(got, q, k, v, seen_keys(1, tokens, keys, causal=True, window=window), 0.3)
 
 
@@ -97,14 +76,14 @@ def test_attention_lengths(dtype, causal, window):
     if window and not causal:
         window = None
     q, k, v = qkv((3, 2, 1, 37, 37, 32), dtype)
-    start, length = torch.tensor([0, 5, 20]), torch.tensor([37, 32, 3])
+    start, length = integers(0, 5, 20), integers(37, 32, 3)
     for b in range(3):  # what lies outside a sequence's keys must not be touched, whatever it is
         for x in (k, v):
             x[b, :, : start[b]] = math.nan
             x[b, :, start[b] + length[b] :] = math.nan
-    got = kernels.attention(
-        q, k, v, softmax_scale=0.3, is_causal=causal, window=window, tile=SMALL,
-        kv_start=start.to(parity.DEVICE), kv_length=length.to(parity.DEVICE),
+    got = run_kernel(
+        kernels.attention, q, k, v, softmax_scale=0.3, is_causal=causal, window=window, tile=SMALL,
+        kv_start=start, kv_length=length,
     )  # fmt: skip
     mask = seen_keys(3, 37, 37, causal=causal, window=window, start=start, end=start + length)
     check(got, q, k.nan_to_num(0), v.nan_to_num(0), mask, 0.3)
@@ -117,7 +96,7 @@ def test_attention_mask(dtype, kind, keys):
     q, k, v = qkv((2, 2, 2, 21, keys, 32), dtype)
     mask = torch.rand(2, 1, 21, keys, device=parity.DEVICE) < 0.5
     mask = mask if kind == "bool" else randn(1, 2, 21, keys, dtype=dtype)
-    got = kernels.attention(q, k, v, softmax_scale=0.3, mask=mask, tile=SMALL)
+    got = run_kernel(kernels.attention, q, k, v, softmax_scale=0.3, mask=mask, tile=SMALL)
     check(got, q, k, v, mask, 0.3)
 
 
@@ -131,8 +110,8 @@ def test_attention_into_the_next_order(dtype, size, decoys):
     row_index = permutations(batch, tokens + decoys)
     index = permutations(batch, heads, size)
     out = nans(batch, tokens + decoys, heads * size, dtype=dtype, layout="sliced")
-    got = kernels.attention(
-        q, k, v, softmax_scale=0.3, is_causal=True, output_index=index, row_index=row_index,
+    got = run_kernel(
+        kernels.attention, q, k, v, softmax_scale=0.3, is_causal=True, output_index=index, row_index=row_index,
         redundant=redundant, out=out, tile=SMALL,
     )  # fmt: skip
     rows = got.gather(1, inverse(row_index)[:, :, None].expand(got.shape))
@@ -154,7 +133,8 @@ def test_step(dtype, shape, splits, indexed):
     index = permutations(batch, heads, size) if indexed else None
     out = nans(batch, heads, tokens, size, dtype=dtype, layout="sliced")
     tile = {"splits": splits, "BLOCK_M": 16, "BLOCK_N": 16}
-    got = kernels.attention_step(q, k, v, softmax_scale=0.3, output_index=index, out=out, tile=tile)
+    options = {"softmax_scale": 0.3, "output_index": index, "out": out}
+    got = run_kernel(kernels.attention_step, q, k, v, **options, tile=tile)
     check(got, q, k, v, seen_keys(batch, tokens, keys, causal=True), 0.3, index)
 
 
@@ -165,7 +145,7 @@ def test_step(dtype, shape, splits, indexed):
 def test_step_lengths(dtype, permuted, window, layout):
     batch, tokens, keys, decoys = 3, 2, 60, 9
     q, k, v = qkv((batch, 4, 2, tokens, keys, 32), dtype, layout)
-    start, length = torch.tensor([0, 7, 30]), torch.tensor([60, 41, 2])
+    start, length = integers(0, 7, 30), integers(60, 41, 2)
     for b in range(batch):
         for x in (k, v):
             x[b, :, : start[b]] = math.nan
@@ -177,9 +157,9 @@ def test_step_lengths(dtype, permuted, window, layout):
         garbage = torch.full((batch, 2, decoys, 32), math.nan, dtype=dtype, device=parity.DEVICE)
         take = row_index[:, None, :, None].expand(batch, 2, keys + decoys, 32)
         cache_k, cache_v = (torch.cat([x, garbage], 2).gather(2, take) for x in (k, v))
-    got = kernels.attention_step(
-        q, cache_k, cache_v, softmax_scale=0.3, window=window, position=position,
-        kv_start=start.to(parity.DEVICE), kv_length=length.to(parity.DEVICE),
+    got = run_kernel(
+        kernels.attention_step, q, cache_k, cache_v, softmax_scale=0.3, window=window, position=position,
+        kv_start=start, kv_length=length,
         tile={"splits": 3, "BLOCK_N": 16}, force_int64=layout == "transposed",
     )  # fmt: skip
     mask = seen_keys(
@@ -206,7 +186,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="softmax_scale"):
         kernels.attention_step(q, k, v, softmax_scale=0.0)
     with pytest.raises(TypeError, match="kv_length"):
-        kernels.attention_step(q, k, v, softmax_scale=1.0, kv_length=torch.ones(1))
+        kernels.attention_step(q, k, v, softmax_scale=1.0, kv_length=randn(1))
     with pytest.raises(ValueError, match="output_index"):
         kernels.attention(q, k, v, softmax_scale=1.0, output_index=permutations(1, 2, 15))
     with pytest.raises(ValueError, match="redundant: needs row_index"):

@@ -3,7 +3,7 @@
 import parity
 import pytest
 import torch
-from parity import assert_close, by_dtype, nans, permutations, randn
+from parity import assert_close, by_dtype, nans, permutations, randn, run_kernel
 from torch.nn import functional as F
 
 from scx_kernels import reference
@@ -45,7 +45,7 @@ def test_product(dtype, tile, shape, layout):
     args = inputs(shape, dtype, layout, bias=layout != "sliced")
     batch, tokens, decoys, _, columns = shape
     out = nans(batch, tokens + decoys, columns, dtype=dtype, layout=layout)
-    got = product.permuted_linear(*args, out=out, tile=tile, force_int64=layout == "sliced")
+    got = run_kernel(product.permuted_linear, *args, out=out, tile=tile, force_int64=layout == "sliced")
     check(got, *args, None, None)
 
 
@@ -57,9 +57,9 @@ def test_noise(dtype, tile, cancelled):
     args = inputs(shape, dtype)
     noise = 8 * randn(17, 100)
     image = reference.noise_image(noise[None].double(), args[1].double())[0].float() if cancelled else None
-    got = product.permuted_linear(*args, noise=noise, image=image, tile=tile)
+    got = run_kernel(product.permuted_linear, *args, noise=noise, image=image, tile=tile)
     rows = reference.inject_permute(args[0], args[2], args[3], noise=noise)
-    before = product.permuted_linear(rows, args[1], None, None, args[4], image=image, tile=tile)
+    before = run_kernel(product.permuted_linear, rows, args[1], None, None, args[4], image=image, tile=tile)
     assert torch.equal(got, before), "noise added in the load or in a pass before it"
     assert got.dtype == (dtype if cancelled else torch.float32)
     if dtype == torch.float32 or not cancelled:
@@ -75,7 +75,7 @@ def test_two_terms_beat_one():
     noise = 8 * randn(17, 128)
     image = reference.noise_image(noise[None].double(), args[1].double())[0].float()
     out = nans(1, 17, 33, dtype=torch.float32)
-    product.permuted_linear(*args, noise=noise, image=image, out=out)
+    run_kernel(product.permuted_linear, *args, noise=noise, image=image, out=out)
     exact = plain(*parity.wide(*args, None, None))
     one = (
         F.linear(
@@ -93,7 +93,7 @@ def test_two_terms_beat_one():
 def test_strip_at_the_store(dtype, tile):
     args = inputs((2, 13, 4, 64, 40), dtype)
     out = nans(2, 13, 40, dtype=dtype, layout="transposed")
-    got = product.permuted_linear(*args, scatter_index=args[2], out_rows=13, out=out, tile=tile)
+    got = run_kernel(product.permuted_linear, *args, scatter_index=args[2], out_rows=13, out=out, tile=tile)
     exact = F.linear(*parity.wide(args[0], args[1], args[4]))
     assert_close(got, F.linear(args[0], args[1], args[4]), exact)
 
@@ -107,7 +107,7 @@ def test_several_weights(dtype, tile, biased, widths):
     x, _, row_index, redundant, _ = inputs((2, 9, 4, 64, 1), dtype)
     weights = [randn(width, 64, dtype=dtype) for width in widths]
     biases = [randn(width, dtype=dtype) for width in widths] if biased else None
-    got = product.permuted_linears(x, weights, row_index, redundant, biases, tile=tile)
+    got = run_kernel(product.permuted_linears, x, weights, row_index, redundant, biases, tile=tile)
     parts = got.split(widths, dim=2)
     for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         check(part, x, weight, row_index, redundant, biases[number] if biases else None)
@@ -116,7 +116,7 @@ def test_several_weights(dtype, tile, biased, widths):
 def test_several_weights_of_different_strides():
     x, _, row_index, redundant, _ = inputs((1, 5, 2, 24, 1), torch.float32)
     weights = [randn(8, 24), randn(12, 24, layout="transposed")]
-    parts = product.permuted_linears(x, weights, row_index, redundant).split([8, 12], dim=2)
+    parts = run_kernel(product.permuted_linears, x, weights, row_index, redundant).split([8, 12], dim=2)
     for part, weight in zip(parts, weights, strict=True):
         check(part, x, weight, row_index, redundant, None)
 
@@ -124,13 +124,13 @@ def test_several_weights_of_different_strides():
 def test_redundant_rows_with_another_stride():
     args = inputs((2, 9, 3, 48, 20), torch.float32)
     args[3] = randn(2, 3, 48, layout="transposed")
-    check(product.permuted_linear(*args), *args, None, None)
+    check(run_kernel(product.permuted_linear, *args), *args, None, None)
 
 
 def test_float32_is_float32():
     args = inputs((1, 70, 0, 256, 32), torch.float32)
     args[0], args[1] = args[0] + 1e-5, args[1] + 1e-5
-    check(product.permuted_linear(*args), *args, None, None)
+    check(run_kernel(product.permuted_linear, *args), *args, None, None)
 
 
 def test_empty():

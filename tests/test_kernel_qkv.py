@@ -3,7 +3,7 @@
 import parity
 import pytest
 import torch
-from parity import assert_close, by_dtype, nans, permutations, randn
+from parity import assert_close, by_dtype, integers, nans, permutations, randn, run_kernel
 
 from scx_kernels import reference
 from scx_kernels.kernels import qkv
@@ -26,7 +26,7 @@ def arguments(shape, dtype, layout, z_dtype=None):
         z_q, z_k, z_v = (
             randn(batch, encoded, n * size, dtype=z_dtype or dtype, layout=layout) for n in (heads, groups, groups)
         )
-    angle = 10 * torch.randn(batch if layout == "plain" else 1, tokens, size // 2).repeat(1, 1, 2)
+    angle = 10 * randn(batch if layout == "plain" else 1, tokens, size // 2).repeat(1, 1, 2)
     position = permutations(batch, encoded)[:, :tokens]
     indices = [permutations(batch, n, size) for n in (heads, groups, groups)]
     return [z_q, z_k, z_v, position, angle.cos().to(dtype), angle.sin().to(dtype), *indices]
@@ -61,14 +61,16 @@ def test_qkv(dtype, shape, layout, option):
     options = {"images": images, "q_norm": norms[0], "k_norm": norms[1], "eps": 1e-5, "dtype": dtype}
     out = nans(batch, heads, tokens, size, dtype=dtype, layout=layout)
     caches = [nans(batch, groups, tokens + 5, size, dtype=dtype, layout=layout) for _ in range(2)]
-    got = qkv.qkv_decode_encode(*args, **options, out=out, keys=caches[0], values=caches[1], offset=3)
+    slots = {"keys": caches[0], "values": caches[1], "offset": 3}
+    got = run_kernel(qkv.qkv_decode_encode, *args, **options, out=out, **slots)
     for name, g, p, e in zip("qkv", got, plain, exact, strict=True):
         if name != "q":
             assert g[:, :, :3].isnan().all(), "wrote before the offset"
             assert g[:, :, 3 + tokens :].isnan().all(), "wrote behind the tokens"
             g = g[:, :, 3 : 3 + tokens]
         assert_close(g, p, e)
-    again = qkv.qkv_decode_encode(*args, **options, tile={"BLOCK_S": 2, "HEADS": 2}, force_int64=True)
+    small = {"BLOCK_S": 2, "HEADS": 2}
+    again = run_kernel(qkv.qkv_decode_encode, *args, **options, tile=small, force_int64=True)
     for a, p, e in zip(again, plain, exact, strict=True):
         assert_close(a, p, e)
 
@@ -79,15 +81,16 @@ def test_rows_in_token_order(dtype):
     args = arguments((2, 3, 0, 2, 1, 16), dtype, "plain")
     args[3] = None
     exact = reference.qkv_decode_encode(*(x if x is None else parity.wide(x)[0] for x in args))
-    for g, p, e in zip(qkv.qkv_decode_encode(*args), reference.qkv_decode_encode(*args), exact, strict=True):
+    got = run_kernel(qkv.qkv_decode_encode, *args)
+    for g, p, e in zip(got, reference.qkv_decode_encode(*args), exact, strict=True):
         assert_close(g, p, e)
 
 
 def test_an_offset_for_each_sequence():
     args = arguments((2, 2, 1, 2, 1, 16), torch.float32, "plain")
     caches = [nans(2, 1, 8, 16, dtype=torch.float32) for _ in range(2)]
-    offset = torch.tensor([1, 5], device=parity.DEVICE)
-    qkv.qkv_decode_encode(*args, keys=caches[0], values=caches[1], offsets=offset)
+    offset = integers(1, 5)
+    run_kernel(qkv.qkv_decode_encode, *args, keys=caches[0], values=caches[1], offsets=offset)
     _, *expected = reference.qkv_decode_encode(*args)
     by_reference = [nans(2, 1, 8, 16, dtype=torch.float32) for _ in range(2)]
     reference.qkv_decode_encode(*args, keys=by_reference[0], values=by_reference[1], offsets=offset)
@@ -110,11 +113,11 @@ def test_bad_arguments_are_named():
         qkv.qkv_decode_encode(*args[:3], args[3].int(), *args[4:])
     with pytest.raises(ValueError, match="z_k"):
         qkv.qkv_decode_encode(args[0], args[1].half(), *args[2:])
-    caches = {"keys": torch.empty(1, 1, 4, 16), "values": torch.empty(1, 1, 4, 16)}
+    caches = {"keys": randn(1, 1, 4, 16), "values": randn(1, 1, 4, 16)}
     with pytest.raises(ValueError, match="offset: expected 0..0"):
         qkv.qkv_decode_encode(*args, **caches, offset=1)
     with pytest.raises(ValueError, match="values"):
-        qkv.qkv_decode_encode(*args, **caches | {"values": torch.empty(1, 1, 3, 16)})
+        qkv.qkv_decode_encode(*args, **caches | {"values": randn(1, 1, 3, 16)})
     with pytest.raises(ValueError, match="give both or neither"):
         qkv.qkv_decode_encode(*args, keys=caches["keys"])
     with pytest.raises(ValueError, match="need keys and values"):

@@ -3,7 +3,7 @@
 import parity
 import pytest
 import torch
-from parity import assert_close, by_dtype, inverse, nans, permutations, randn
+from parity import assert_close, by_dtype, inverse, nans, permutations, randn, run_kernel
 
 from scx_kernels import reference
 from scx_kernels.kernels import rows
@@ -28,14 +28,13 @@ def test_inject(dtype, layout, shape, norm, noisy):
         return reference.inject_permute(x, row_index, redundant, norm_weight=weight, eps=1e-5, noise=noise)
 
     out = nans(batch, tokens + decoys, features, dtype=torch.float32 if noisy else dtype, layout=layout)
-    got = rows.inject_permute(x, row_index, redundant, norm_weight=weight, eps=1e-5, noise=noise, out=out)
+    options = {"norm_weight": weight, "eps": 1e-5, "noise": noise}
+    got = run_kernel(rows.inject_permute, x, row_index, redundant, **options, out=out)
     assert got is out
     exact = plain(*parity.wide(x, redundant, weight, noise))
     assert_close(got, plain(x, redundant, weight, noise), exact, dtype)
     narrow = {"BLOCK_D": 32, "BLOCK_M": 2}
-    again = rows.inject_permute(
-        x, row_index, redundant, norm_weight=weight, eps=1e-5, noise=noise, tile=narrow, force_int64=True
-    )
+    again = run_kernel(rows.inject_permute, x, row_index, redundant, **options, tile=narrow, force_int64=True)
     assert_close(again, plain(x, redundant, weight, noise), exact, dtype)
 
 
@@ -50,7 +49,8 @@ def test_inject_with_features_reordered(dtype, layout, decoys, heads, size):
     row_index, feature_index = permutations(2, 5 + decoys), permutations(2, heads, size)
     expected = reference.inject_permute(x, row_index, redundant, feature_index=feature_index)
     out = nans(2, 5 + decoys, heads * size, dtype=dtype, layout=layout)
-    got = rows.inject_permute(x, row_index, redundant, feature_index=feature_index, out=out, tile={"BLOCK_M": 2})
+    options = {"feature_index": feature_index, "out": out}
+    got = run_kernel(rows.inject_permute, x, row_index, redundant, **options, tile={"BLOCK_M": 2})
     assert torch.equal(got, expected)
 
 
@@ -60,9 +60,8 @@ def test_rows_that_stay_as_they_lie(dtype):
     x, weight, noise = randn(2, 3, 40, dtype=dtype), randn(40, dtype=dtype), randn(3, 40)
     for options in ({"norm_weight": weight}, {"norm_weight": weight, "noise": noise}, {"noise": noise}):
         exact = reference.inject_permute(x.double(), None, **{k: v.double() for k, v in options.items()})
-        assert_close(
-            rows.inject_permute(x, None, **options), reference.inject_permute(x, None, **options), exact, dtype
-        )
+        got = run_kernel(rows.inject_permute, x, None, **options)
+        assert_close(got, reference.inject_permute(x, None, **options), exact, dtype)
 
 
 @by_dtype
@@ -82,31 +81,29 @@ def test_strip(dtype, layout, shape, residue, noisy):
         return reference.strip_restore(z.to(dtype), position, residual)
 
     out = nans(batch, tokens, features, dtype=dtype, layout=layout)
-    got = rows.strip_restore(z, position, residual, image=image, out=out)
+    got = run_kernel(rows.strip_restore, z, position, residual, image=image, out=out)
     exact = plain(*parity.wide(z, residual, image), torch.float64)
     assert_close(got, plain(z, residual, image, dtype), exact)
-    again = rows.strip_restore(
-        z, position, residual, image=image, dtype=dtype, tile={"BLOCK_D": 32, "BLOCK_M": 2}, force_int64=True
-    )
+    options = {"image": image, "dtype": dtype, "force_int64": True}
+    again = run_kernel(rows.strip_restore, z, position, residual, **options, tile={"BLOCK_D": 32, "BLOCK_M": 2})
     assert torch.equal(again, got)
 
 
 def test_strip_onto_its_residual():
     z, residual, position = randn(2, 9, 40), randn(2, 6, 40), permutations(2, 9)[:, :6]
     expected = reference.strip_restore(z, position, residual)
-    assert torch.equal(rows.strip_restore(z, position, residual, out=residual), expected)
+    assert torch.equal(run_kernel(rows.strip_restore, z, position, residual, out=residual), expected)
 
 
 def test_round_trip_is_exact():
     x, row_index = randn(2, 6, 48, dtype=torch.bfloat16), permutations(2, 8)
-    encoded = rows.inject_permute(x, row_index, randn(2, 2, 48, dtype=torch.bfloat16))
-    assert torch.equal(rows.strip_restore(encoded, inverse(row_index)[:, :6]), x)
+    encoded = run_kernel(rows.inject_permute, x, row_index, randn(2, 2, 48, dtype=torch.bfloat16))
+    assert torch.equal(run_kernel(rows.strip_restore, encoded, inverse(row_index)[:, :6]), x)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
 def test_empty(shape):
-    x = torch.empty(shape)
-    index = torch.empty(shape[:2], dtype=torch.int64)
+    x, index = randn(*shape), permutations(*shape[:2])
     assert rows.inject_permute(x, index).shape == shape
     assert rows.strip_restore(x, index).shape == shape
 

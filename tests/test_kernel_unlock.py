@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import by_dtype, inverse, nans, permutations, randn
+from parity import by_dtype, inverse, nans, permutations, randn, run_kernel
 
 from scx_kernels import reference
 from scx_kernels.kernels.unlock import unlock
@@ -18,7 +18,7 @@ def test_out_of_place(dtype, layout, shape):
     cache, position = randn(batch, groups, encoded, size, dtype=dtype, layout=layout), permutations(batch, encoded)
     position = position[:, :tokens]
     out = nans(batch, groups, tokens, size, dtype=dtype, layout=layout)
-    got = unlock(cache, position, out=out, tile={"BLOCK_S": 4}, force_int64=layout == "sliced")
+    got = run_kernel(unlock, cache, position, out=out, tile={"BLOCK_S": 4}, force_int64=layout == "sliced")
     assert got is out
     assert torch.equal(got, reference.unlock(cache, position))
 
@@ -30,7 +30,8 @@ def test_in_place(dtype, layout, scratch_bytes):
     """Whatever the scratch buffer holds, one head or several, the cache's first rows become the tokens in order."""
     cache, position = randn(2, 3, 12, 64, dtype=dtype, layout=layout), permutations(2, 12)[:, :9]
     expected = reference.unlock(cache, position)
-    got = unlock(cache, position, in_place=True, scratch_bytes=scratch_bytes)
+    options = {"in_place": True, "scratch_bytes": scratch_bytes, "writes": ("cache",)}
+    got = run_kernel(unlock, cache=cache, position=position, **options)
     assert got.data_ptr() == cache.data_ptr()
     assert torch.equal(got, expected)
     assert torch.equal(cache[:, :, :9], expected)
@@ -41,7 +42,7 @@ def test_undoes_a_token_permutation():
     plain, redundant, row_index = randn(2, 3, 6, 16), randn(2, 3, 4, 16), permutations(2, 10)
     index = row_index[:, None, :, None].expand(2, 3, 10, 16)
     encoded = torch.cat((plain, redundant), dim=2).gather(2, index)
-    assert torch.equal(unlock(encoded, inverse(row_index)[:, :6]), plain)
+    assert torch.equal(run_kernel(unlock, encoded, inverse(row_index)[:, :6]), plain)
 
 
 def test_empty():

@@ -1,9 +1,11 @@
 """Operations on a sealed cache: what they give is, bit by bit, what they give on the cache unsealed."""
 
+from functools import partial
+
 import parity
 import pytest
 import torch
-from parity import by_dtype, nans, permutations, randn
+from parity import assert_same_bits, by_dtype, integers, nans, permutations, randn, run_kernel
 from torch import Tensor
 
 import scx_kernels
@@ -15,20 +17,13 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4}
 
 def sealed_by(batch: int, rows: int, rounds: int = 8) -> Sealing:
     """Numbers of a cache that was cropped and reordered: in no order."""
-    numbers = WriteCounter(3).take(batch, 3 * rows)
-    place = torch.rand(batch, 3 * rows).argsort(1)[:, :rows]
-    writes = numbers.gather(1, place).to(parity.DEVICE)
+    numbers = WriteCounter(3).take(batch, 3 * rows, parity.DEVICE)
+    writes = numbers.gather(1, permutations(batch, 3 * rows)[:, :rows])
     return Sealing(key_words(bytes(range(32)), parity.DEVICE), writes, 5, rounds, first_head=2)
 
 
 def sealed(k: Tensor, v: Tensor, own: Sealing) -> tuple[Tensor, Tensor]:
     return sealing.seal(k, own, is_value=False), sealing.seal(v, own, is_value=True)
-
-
-def assert_same_bits(got: Tensor, expected: Tensor) -> None:
-    integer = torch.int32 if got.element_size() == 4 else torch.int16
-    assert got.dtype == expected.dtype
-    assert torch.equal(got.contiguous().view(integer), expected.contiguous().view(integer))
 
 
 CASES = [  # batch, query heads, key/value heads, queries, keys, head size, options of `attention`
@@ -56,8 +51,11 @@ def test_attention(dtype, case):
     options = {"softmax_scale": 0.3, **tensors(options, batch, tokens, keys)}
     own = sealed_by(batch, keys)
     stored = sealed(k, v, own)
-    expected = attention.attention(q, k, v, **options, tile=SMALL)
-    assert_same_bits(attention.attention(q, *stored, **options, sealing=own, tile=SMALL), expected)
+    hidden, target = "window" in options or "mask" in options, launch.target_of(q.device)
+    production = attention.attention_tile(tokens, size, dtype, hidden, True, target)
+    tile = SMALL if parity.MODE.tiles == "small" else production
+    expected = attention.attention(q, k, v, **options, tile=tile)  # of other tiles, sums in another order
+    assert_same_bits(run_kernel(attention.attention, q, *stored, **options, sealing=own, tile=tile), expected)
     plain = reference.attention(q, k, v, **options)
     assert_same_bits(reference.attention(q, *stored, **options, sealing=own), plain)
 
@@ -83,14 +81,15 @@ def test_attention_step(dtype, case):
     if permuted:
         options["position"] = permutations(batch, capacity)[:, : capacity - 4]
     if lengths:
-        options["kv_length"] = torch.tensor([capacity - 9, 6][:batch], device=parity.DEVICE)
-        options["kv_start"] = torch.tensor([2, 1][:batch], device=parity.DEVICE)
+        options["kv_length"] = integers(*[capacity - 9, 6][:batch])
+        options["kv_start"] = integers(*[2, 1][:batch])
     if lengths and not permuted:
         for stored_rows in stored:
             stored_rows[:, :, capacity - 4 :] = float("nan")
     tile = SMALL | {"splits": splits}
-    expected = attention.attention_step(q, k, v, **options, tile=tile)
-    got = attention.attention_step(q, *stored, **options, sealing=own, tile=tile, force_int64=splits == 1)
+    expected = run_kernel(attention.attention_step, q, k, v, **options, tile=tile)
+    sealed_options = {**options, "sealing": own, "force_int64": splits == 1}
+    got = run_kernel(attention.attention_step, q, *stored, **sealed_options, tile=tile)
     assert not got.isnan().any()
     assert_same_bits(got, expected)
     plain = reference.attention_step(q, k, v, **options)
@@ -120,7 +119,7 @@ def test_short_caches_are_spread_over_the_machine():
 
 def qkv_arguments(batch: int, tokens: int, heads: int, groups: int, size: int, dtype: torch.dtype) -> list:
     z = [randn(batch, tokens + 2, n * size, dtype=dtype) for n in (heads, groups, groups)]
-    angle = torch.randn(1, tokens, size // 2).repeat(1, 1, 2).to(parity.DEVICE)
+    angle = randn(1, tokens, size // 2).repeat(1, 1, 2)
     position = permutations(batch, tokens + 2)[:, :tokens]
     index = [permutations(batch, n, size) for n in (heads, groups, groups)]
     return [*z, position, angle.cos().to(dtype), angle.sin().to(dtype), *index]
@@ -135,10 +134,8 @@ def test_qkv_seals_what_it_stores(dtype, slots, groups, size):
     capacity = 3 if slots == "fresh" else 7
     own = sealed_by(2, capacity)
     start = [0, 0] if slots == "fresh" else [2, 2] if slots == "offset" else [1, 4]
-    options = {} if slots == "fresh" else {"offset": 2} if slots == "offset" else {"offsets": torch.tensor(start)}
-    if slots == "offsets":
-        options["offsets"] = options["offsets"].to(parity.DEVICE)
-    for function in (qkv.qkv_decode_encode, reference.qkv_decode_encode):
+    options = {} if slots == "fresh" else {"offset": 2} if slots == "offset" else {"offsets": integers(*start)}
+    for function in (partial(run_kernel, qkv.qkv_decode_encode), reference.qkv_decode_encode):
         given = [dict(options), dict(options)]
         if slots != "fresh":
             for one in given:
@@ -179,9 +176,10 @@ def test_qkv_returns_what_it_seals(dtype, slots, size, tile):
     stored without it."""
     args = qkv_arguments(2, 3, 2, 2, size, dtype)
     own = sealed_by(2, 7)
-    where = {"offset": 2} if slots == "offset" else {"offsets": torch.tensor([1, 4], device=parity.DEVICE)}
-    for function in (qkv.qkv_decode_encode, reference.qkv_decode_encode):
-        options = {"tile": tile, "force_int64": tile is not None} if function is qkv.qkv_decode_encode else {}
+    where = {"offset": 2} if slots == "offset" else {"offsets": integers(1, 4)}
+    by_kernel = partial(run_kernel, qkv.qkv_decode_encode)
+    for function in (by_kernel, reference.qkv_decode_encode):
+        options = {"tile": tile, "force_int64": tile is not None} if function is by_kernel else {}
         caches = [[nans(2, 2, 7, size, dtype=dtype, layout="transposed") for _ in range(2)] for _ in range(2)]
         expected = function(*args, **options)
         function(*args, **options, **where, keys=caches[0][0], values=caches[0][1], sealing=own)
@@ -210,7 +208,7 @@ def test_a_sealed_cache_is_unlocked_as_patterns(dtype):
     own, position = sealed_by(2, 30), permutations(2, 30)[:, :20]
     stored, _ = sealed(k, v, own)
     moved = own._replace(writes=own.writes.gather(1, position))
-    for function in (reference.unlock, unlock.unlock):
+    for function in (reference.unlock, partial(run_kernel, unlock.unlock)):
         got = function(stored, position)
         assert_same_bits(sealing.unseal(got, moved, is_value=False), function(k, position))
 
@@ -241,7 +239,11 @@ def test_public_names_take_a_sealed_cache():
 def test_operators_with_a_seal_are_registered_soundly():
     own = sealed_by(1, 4)
     q, k, v = (randn(1, 1, n, 16) for n in (1, 4, 4))
-    spelled = {"seal_key": own.key, "seal_writes": own.writes, "seal_numbers": [own.layer, own.rounds, own.first_head]}
+    spelled = {
+        "sealing_key": own.key,
+        "sealing_writes": own.writes,
+        "sealing_numbers": [own.layer, own.rounds, own.first_head],
+    }
     torch.library.opcheck(
         torch.ops.scx_kernels.attention_step, (q, k, v, 0.2), spelled, test_utils=("test_schema", "test_faketensor")
     )
