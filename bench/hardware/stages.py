@@ -1,0 +1,54 @@
+"""The stages: what each is about, where its work is, and how long it may take. The order is the order of the run: what
+would make later figures worthless comes first, and what is measured is never the first call of a process."""
+
+import os
+from dataclasses import dataclass
+
+__all__ = ["SECONDS", "STAGES", "Stage"]
+
+SECONDS = 480.0
+"""Of all stages' limits together."""
+CORES = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: in lines, table and `--only`.
+        module: whose `run(work)` does it.
+        seconds: its limit.
+        about: a few words.
+        parts: processes that share its cases on a GPU machine; a rehearsal has one.
+        anywhere: needs no GPU.
+        is_last: runs whatever else was asked for, in time that is kept for it.
+        needs: stages that must have run for its figures to say something.
+    """
+
+    name: str
+    module: str
+    seconds: float
+    about: str
+    parts: int = 1
+    anywhere: bool = False
+    is_last: bool = False
+    needs: tuple[str, ...] = ()
+
+
+def _stage(name: str, seconds: float, about: str, **options: object) -> Stage:
+    return Stage(name, f"bench.hardware.{name}", seconds, about, **options)  # type: ignore[arg-type]
+
+
+STAGES = (
+    _stage("ceilings", 30, "versions, bandwidth of a copy, rate of a product, cost of a launch"),
+    _stage("operations", 60, "every operation against the reference, and 50 repeats bit for bit", parts=min(4, CORES)),
+    _stage("compilation", 40, "kernels of the later stages, compiled side by side", parts=min(12, CORES)),
+    _stage("blocks", 45, "two blocks at full width against the plain model"),
+    _stage("parity", 75, "the test suite's parity, by dtype and tiles, over all cores"),
+    _stage("sanitizer", 45, "memory and race checks of every operation", parts=2),
+    _stage("marks", 55, "operations by graph replay, host and device time apart", needs=("ceilings",)),
+    _stage("models", 85, "whole models beside plain transformers"),
+    _stage("profiles", 25, "where the time of a prefill and of a token goes"),
+    _stage("report", 15, "tables and pictures", anywhere=True, is_last=True),
+)
