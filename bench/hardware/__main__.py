@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench.hardware.lines import FAILED, LATE, LEFT_OUT, PASSED, Line, ended_cases, read
+from bench.hardware.lines import FAILED, LATE, LEFT_OUT, PASSED, Line, read
 from bench.hardware.process import NO_GPU
 from bench.hardware.runner import Runner
 from bench.hardware.stages import SECONDS, STAGES, Stage
@@ -87,14 +87,13 @@ def run(folder: Path, stages: tuple[Stage, ...], runner: Runner) -> int:
     except KeyboardInterrupt:
         interrupted = True
     lines = runner.read()
-    text = table(lines)
+    text = table(lines, ["A rehearsal: no figure here says anything about a GPU."] if runner.rehearsal else [])
     (folder / "table.txt").write_text(text + "\n")
     print(f"\n{text}", flush=True)
     if interrupted:
         return 130
     states = [line["state"] for line in lines if "case" not in line]
-    failed = FAILED in states or LATE in states or PASSED not in states
-    return 1 if failed or any(ended_cases(lines, stage.name, (FAILED, LATE)) for stage in stages) else 0
+    return 1 if FAILED in states or LATE in states or PASSED not in states else 0
 
 
 def lacks_gpu(lines: list[Line]) -> bool:

@@ -1,9 +1,9 @@
 """Stage: two blocks at Llama-3-8B's width under SCX beside the same two plain: logits of a prompt, of tokens one by one
 and of a later turn, and what `generate` writes.
 
-Logits may be as far from the plain model's as `bench.model.allowed_error` says, in the token where they are farthest: a
-few times as far as its own eager attention is from its sdpa attention. Generated tokens are equal; or else, at the first
-that is not, the plain model has both within that distance: its own two attentions might disagree there."""
+Logits may be as far from the plain model's as `bench.model.allowed_error` says, in the token where they are farthest:
+a few times as far as its own eager attention is from its sdpa attention. Generated tokens are equal; or else, at the
+first that is not, the plain model has both within that distance: its own two attentions might disagree there."""
 
 import functools
 from collections.abc import Iterator

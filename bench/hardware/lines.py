@@ -1,5 +1,5 @@
-"""Lines of JSON that say how a run stands. Each is on the disk before the next step is taken, so that whoever is killed,
-or loses the machine, keeps what was said.
+"""Lines of JSON that say how a run stands. Each is on the disk before the next step is taken, so that whoever is
+killed, or loses the machine, keeps what was said.
 
 A line is of a case (`stage`, `case`, `part`, `state`) or of a whole stage (without `case`). States: "begun", and then
 one of ENDED.

@@ -1,5 +1,5 @@
-"""Stage: the operations that the kernels' marks are about, beside their rivals: device time by graph replays on rotating
-inputs, and the host's time of a call apart from it."""
+"""Stage: the operations that the kernels' marks are about, beside their rivals: device time by graph replays on
+rotating inputs, and the host's time of a call apart from it."""
 
 from functools import partial
 from typing import Any

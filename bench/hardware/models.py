@@ -91,4 +91,6 @@ def headline(case: ModelCase, entry: dict[str, Any]) -> str:
         is_plain = contestant["name"] == PLAIN.name
         figure = f"{contestant['ms']['median']:.4g} ms" if is_plain else f"{contestant['ratio']['median']:.3f}"
         told.append(f"{contestant['name']} {figure}")
+    if not told:
+        told = sorted({contestant["status"] for contestant in entry["contestants"]})
     return f"{case.kind}, {case.batch} × {case.context:,}: {'; '.join(told)}"

@@ -1,5 +1,5 @@
-"""Stage: the tests that hold kernels and models against references, on this device: kernels with small tiles, which make
-many programs of little data, then with the tiles that they have in earnest; each dtype by itself, side by side."""
+"""Stage: the tests that hold kernels and models against references, on this device: kernels with small tiles, which
+make many programs of little data, then with the tiles that they have in earnest; each dtype by itself, side by side."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""A stage's process: `python -m bench.hardware.process MODULE ...` imports the stage's module and calls its `run(work)`.
+"""A stage's process: `python -m bench.hardware.process MODULE ...` imports a stage's module and calls its `run(work)`.
 
 It ends with 0 however its cases ended; with BROKEN where the GPU answers no more and a fresh process must go on; with
 anything else where a case took the process with it. The runner then says so and begins again after that case.
@@ -7,6 +7,7 @@ anything else where a case took the process with it. The runner then says so and
 import argparse
 import faulthandler
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -20,7 +21,13 @@ EVERYTHING = "everything"
 NO_GPU = "needs a GPU"
 
 
-def _needs_a_gpu() -> None:
+def _check_needs(packages: str, anywhere: bool) -> None:
+    """Raises LeftOut for what is missing here."""
+    for name in packages.split(","):
+        if importlib.util.find_spec(name) is None:
+            raise LeftOut(f"needs {name}")
+    if anywhere:
+        return
     import torch
 
     if not torch.cuda.is_available():
@@ -39,13 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", type=Path)
     parser.add_argument("--rehearsal", action="store_true")
     parser.add_argument("--anywhere", action="store_true", help="the stage needs no GPU")
+    parser.add_argument("--packages", default="sys", help="without which nothing of it runs")
     given = vars(parser.parse_args(arguments))
-    module, anywhere = given.pop("module"), given.pop("anywhere")
+    module, anywhere, packages = (given.pop(name) for name in ("module", "anywhere", "packages"))
     work = Work(given.pop("stage"), Lines(given.pop("lines")), given.pop("until"), **given)
     faulthandler.enable()
     try:
-        if not (work.rehearsal or anywhere):
-            _needs_a_gpu()
+        _check_needs(packages, anywhere or work.rehearsal)
         importlib.import_module(module).run(work)
     except Exception as error:  # of the import, or between cases
         state, figures = judged(error)

@@ -65,9 +65,7 @@ def mark_lines(content: Content) -> list[str]:
             missed = sum(not one.is_enough for one in found)
             span = f"{found[0].fraction:.2f} to {found[-1].fraction:.2f}, {missed} of {len(found)} sizes below"
             lines.append(f"{mark.name}: {span} {mark.least:g} of {mark.limit}")
-    host = [
-        c["host_us"]["median"] for e in content["cases"] for c in measured(e) if c["kind"] == "scx" and "host_us" in c
-    ]
-    if host:
+    own = (c for entry in content["cases"] for c in measured(entry) if c["kind"] == "scx")
+    if host := [c["host_us"]["median"] for c in own if "host_us" in c]:
         lines.append(f"host's time of an operation: {min(host):.0f} to {max(host):.0f} µs")
     return lines

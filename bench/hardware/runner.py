@@ -47,15 +47,13 @@ class Log:
     """The output of all processes, in one file; a flood of it is cut in the middle."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "ab", buffering=0)
-        self._lock = threading.Lock()
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, text: bytes) -> None:
-        with self._lock:
-            self._file.write(text)
+        os.write(self._file, text)
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 class Part:
@@ -107,7 +105,7 @@ class Part:
 
     def close(self) -> None:
         """After its end: write what was held back. What is left in the pipe of a process that is not ours is lost."""
-        self._reader.join(1.0)
+        self._reader.join(0.5)
         if self._dropped:
             self._log.write(f"\n[... {self._dropped:,} bytes of output left out ...]\n".encode())
         if self._held:
@@ -206,6 +204,7 @@ class _Watched:
         command += ["--again", str(runner.again)] if runner.again else []
         command += ["--rehearsal"] if runner.rehearsal else []
         command += ["--anywhere"] if self.stage.anywhere else []
+        command += ["--packages", ",".join(self.stage.packages)] if self.stage.packages else []
         environment = {**os.environ, **runner.environment, MARK: self.mark, "PYTHONUNBUFFERED": "1"}
         if self.count > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.count))
@@ -232,7 +231,7 @@ class _Watched:
         if self.parts:
             for part in self.parts:
                 part.signal(signal.SIGTERM)
-            end = time.monotonic() + GRACE - 0.5
+            end = time.monotonic() + GRACE - 1
             while time.monotonic() < end and any(part.process.poll() is None for part in self.parts):
                 time.sleep(0.02)
         for part in self.parts:
@@ -240,7 +239,10 @@ class _Watched:
         for process in marked(self.mark):
             _kill(process)
         for part in self.parts:
-            part.process.wait()
+            try:
+                part.process.wait(0.4)
+            except subprocess.TimeoutExpired:  # it hangs in the GPU's driver, where no signal reaches it
+                self.log.write(f"\n[process {part.process.pid} cannot be ended]\n".encode())
             part.close()
             lines = read(self.runner.lines.path, self.offset)
             case = open_case(lines, self.stage.name, part.number)

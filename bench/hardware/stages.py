@@ -24,6 +24,7 @@ class Stage:
         anywhere: needs no GPU.
         is_last: runs whatever else was asked for, in time that is kept for it.
         needs: stages that must have run for its figures to say something.
+        packages: without which nothing of it runs; others are missed, and named, case by case.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Stage:
     anywhere: bool = False
     is_last: bool = False
     needs: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ("torch", "triton")
 
 
 def _stage(name: str, seconds: float, about: str, **options: object) -> Stage:
@@ -41,14 +43,14 @@ def _stage(name: str, seconds: float, about: str, **options: object) -> Stage:
 
 
 STAGES = (
-    _stage("ceilings", 30, "versions, bandwidth of a copy, rate of a product, cost of a launch"),
+    _stage("ceilings", 30, "versions, bandwidth of a copy, rate of a product, cost of a launch", packages=("torch",)),
     _stage("operations", 60, "every operation against the reference, and 50 repeats bit for bit", parts=min(4, CORES)),
     _stage("compilation", 40, "kernels of the later stages, compiled side by side", parts=min(12, CORES)),
     _stage("blocks", 45, "two blocks at full width against the plain model"),
-    _stage("parity", 75, "the test suite's parity, by dtype and tiles, over all cores"),
+    _stage("parity", 75, "the test suite's parity, by dtype and tiles, over all cores", parts=min(4, CORES)),
     _stage("sanitizer", 45, "memory and race checks of every operation", parts=2),
     _stage("marks", 55, "operations by graph replay, host and device time apart", needs=("ceilings",)),
     _stage("models", 85, "whole models beside plain transformers"),
     _stage("profiles", 25, "where the time of a prefill and of a token goes"),
-    _stage("report", 15, "tables and pictures", anywhere=True, is_last=True),
+    _stage("report", 15, "tables and pictures", anywhere=True, is_last=True, packages=("torch",)),
 )

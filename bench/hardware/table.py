@@ -11,11 +11,11 @@ MOST_HEADLINES = 28
 WIDTH = 150
 
 
-def table(lines: list[Line]) -> str:
+def table(lines: list[Line], notes: Iterable[str] = ()) -> str:
     """A row for each stage, then the figures that matter most, then what went wrong."""
     stages = [line for line in lines if "case" not in line]
     cases = [line for line in lines if "case" in line]
-    rows = [*_stage_rows(stages), ""]
+    rows = [*_stage_rows(stages), "", *notes]
     rows += _at_most(MOST_HEADLINES, [text for line in cases for text in line.get("headlines", ())], "in results.md")
     wrong = [f"{_title(line)}: {line.get('cause', '')}" for line in _wrong(cases)]
     rows += _at_most(MOST_LINES - 1 - len(rows), wrong, "in stages.jsonl")
@@ -23,7 +23,8 @@ def table(lines: list[Line]) -> str:
 
 
 def _stage_rows(stages: Iterable[Line]) -> Iterator[str]:
-    yield f"{'stage':<12} {'state':<9} {'passed':>6} {'failed':>6} {'late':>5} {'left out':>8} {'seconds':>8} {'limit':>6}"
+    counts = f"{'passed':>6} {'failed':>6} {'late':>5} {'left out':>8}"
+    yield f"{'stage':<12} {'state':<9} {counts} {'seconds':>8} {'limit':>6}"
     for line in stages:
         counts = line.get("cases", {})
         numbers = [counts.get(state, 0) for state in (PASSED, FAILED, LATE, LEFT_OUT)]

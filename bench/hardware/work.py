@@ -93,11 +93,11 @@ class Work:
         if self.left() < least:
             self._say(name, LEFT_OUT, cause=f"no time: {max(0.0, self.left()):.0f} s left, it needs {least:.0f}")
             return
-        limit = min(limit, self.left())
         self._say(name, BEGUN, limit=round(limit, 1))
         start = time.monotonic()
-        # A call that never comes back from the GPU's driver holds Python's lock, so no signal handler would run.
-        faulthandler.dump_traceback_later(limit, exit=True)
+        if limit < self.left():
+            # A call that never comes back from the GPU's driver holds Python's lock: no signal handler would run.
+            faulthandler.dump_traceback_later(limit, exit=True)
         try:
             figures, state = run() or {}, PASSED
         except Exception as error:
