@@ -71,6 +71,10 @@ def case_hangs(work):
 def hangs(work):
     work.case("hangs", lambda: time.sleep(60))
 
+def runs_out(work):
+    work.case("short", lambda: None)
+    work.case("long", lambda: None, least=60)
+
 def is_deaf(work):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     work.case("hangs", lambda: time.sleep(60))
@@ -116,7 +120,18 @@ def stage(name: str, seconds: float = 20.0, **options: Any) -> Stage:
 def ran(planted: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run of every planted stage, one after the other."""
     folder = tmp_path_factory.mktemp("results")
-    names = ("fine", "wrong", "dies", "dies_at_once", "breaks", "floods", "case_hangs", *HANGING, "leaves_a_child")
+    names = (
+        "fine",
+        "wrong",
+        "dies",
+        "dies_at_once",
+        "breaks",
+        "floods",
+        "case_hangs",
+        *HANGING,
+        "leaves_a_child",
+        "runs_out",
+    )
     stages = [stage(name, 4.5 if name in HANGING else 20.0) for name in names]
     stages += [Stage("absent", "no_such_package_here.part", 20.0, "", anywhere=True, packages=())]
     stages += [Stage("misspelt", "bench.hardware.no_such_module", 20.0, "", anywhere=True, packages=())]
@@ -182,6 +197,13 @@ def test_a_stage_that_hangs_is_ended(ran: SimpleNamespace, name: str) -> None:
     assert ran.cases[name, "hangs"]["cause"] == "the stage's time was up"
 
 
+def test_a_case_without_time_is_not_begun(ran: SimpleNamespace) -> None:
+    """And the stage counts as unfinished."""
+    assert ran.of["runs_out"]["state"] == LATE
+    assert ran.of["runs_out"]["cases"] == {PASSED: 1, FAILED: 0, LATE: 1, LEFT_OUT: 0}
+    assert ran.cases["runs_out", "long"]["cause"].startswith("no time")
+
+
 def test_what_a_stage_leaves_behind_is_ended(ran: SimpleNamespace, planted: SimpleNamespace) -> None:
     """Children in its session and in one of their own, which hold the pipe of its output."""
     assert ran.of["leaves_a_child"]["state"] == PASSED
@@ -243,7 +265,7 @@ def test_later_stages_have_what_is_left(planted: SimpleNamespace, tmp_path: Path
 
 
 def test_only_what_failed_runs_again(planted: SimpleNamespace, tmp_path: Path) -> None:
-    stages = (stage("fine"), stage("half_right"))
+    stages = (stage("fine", is_whole=True), stage("half_right", needs=("fine",)))
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
@@ -251,11 +273,11 @@ def test_only_what_failed_runs_again(planted: SimpleNamespace, tmp_path: Path) -
     (planted.folder / "MENDED").touch()
     again = first / "stages.jsonl"
     kept = command.chosen(stages, [], read(again))
-    assert [stage.name for stage in kept] == ["half_right"]
+    assert [stage.name for stage in kept] == ["fine", "half_right"]
     run = Runner(second, 60.0, again=again, environment=planted.environment)
     run.run(kept)
     ended = {line["case"]: line["state"] for line in run.read() if "case" in line}
-    assert ended == {"bad": PASSED}
+    assert ended == {"one": PASSED, "two": PASSED, "bad": PASSED}, "what others need is measured anew"
 
 
 def test_an_interruption_is_written(planted: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

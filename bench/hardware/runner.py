@@ -201,7 +201,7 @@ class _Watched:
         command = [sys.executable, "-m", "bench.hardware.process", self.stage.module]
         command += ["--stage", self.stage.name, "--lines", str(runner.lines.path), "--since", str(runner.since)]
         command += ["--until", str(self.until - GRACE), "--part", str(number), "--parts", str(self.count)]
-        command += ["--again", str(runner.again)] if runner.again else []
+        command += ["--again", str(runner.again)] if runner.again and not self.stage.is_whole else []
         command += ["--rehearsal"] if runner.rehearsal else []
         command += ["--anywhere"] if self.stage.anywhere else []
         command += ["--packages", ",".join(self.stage.packages)] if self.stage.packages else []
@@ -274,10 +274,10 @@ def verdict(lines: list[Line], stage: str, was_late: bool) -> tuple[str, dict[st
     for state in ENDED:
         counts[state] = len(ended_cases(lines, stage, (state,)))
     state = PASSED
-    if was_late:
-        state = LATE
-    elif counts[FAILED] + counts[LATE]:
+    if counts[FAILED]:
         state = FAILED
+    elif was_late or counts[LATE]:
+        state = LATE
     elif not counts[PASSED]:
         state = LEFT_OUT
     told: dict[str, Any] = {"cases": dict(counts)}

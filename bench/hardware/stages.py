@@ -23,6 +23,7 @@ class Stage:
         parts: processes that share its cases on a GPU machine; a rehearsal has one.
         anywhere: needs no GPU.
         is_last: runs whatever else was asked for, in time that is kept for it.
+        is_whole: run again, it is run as a whole: other figures are read beside its own.
         needs: stages that must have run for its figures to say something.
         packages: without which nothing of it runs; others are missed, and named, case by case.
     """
@@ -34,6 +35,7 @@ class Stage:
     parts: int = 1
     anywhere: bool = False
     is_last: bool = False
+    is_whole: bool = False
     needs: tuple[str, ...] = ()
     packages: tuple[str, ...] = ("torch", "triton")
 
@@ -43,7 +45,7 @@ def _stage(name: str, seconds: float, about: str, **options: object) -> Stage:
 
 
 STAGES = (
-    _stage("ceilings", 30, "versions, bandwidth of a copy, rate of a product, cost of a launch", packages=("torch",)),
+    _stage("ceilings", 30, "versions, bandwidth, rates, cost of a launch", is_whole=True, packages=("torch",)),
     _stage("operations", 60, "every operation against the reference, and 50 repeats bit for bit", parts=min(4, CORES)),
     _stage("compilation", 40, "kernels of the later stages, compiled side by side", parts=min(12, CORES)),
     _stage("blocks", 45, "two blocks at full width against the plain model"),
@@ -52,5 +54,5 @@ STAGES = (
     _stage("marks", 55, "operations by graph replay, host and device time apart", needs=("ceilings",)),
     _stage("models", 85, "whole models beside plain transformers"),
     _stage("profiles", 25, "where the time of a prefill and of a token goes"),
-    _stage("report", 15, "tables and pictures", anywhere=True, is_last=True, packages=("torch",)),
+    _stage("report", 15, "tables and pictures", anywhere=True, is_last=True, is_whole=True, packages=("torch",)),
 )

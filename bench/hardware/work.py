@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.hardware.lines import BEGUN, FAILED, LEFT_OUT, PASSED, Lines, ended_cases, read
+from bench.hardware.lines import BEGUN, FAILED, LATE, LEFT_OUT, PASSED, Lines, ended_cases, read
 
 __all__ = ["BROKEN", "CaseFailed", "LeftOut", "Work", "cause_of", "judged"]
 
@@ -91,7 +91,7 @@ class Work:
             return
         self._done.add(name)
         if self.left() < least:
-            self._say(name, LEFT_OUT, cause=f"no time: {max(0.0, self.left()):.0f} s left, it needs {least:.0f}")
+            self._say(name, LATE, cause=f"no time: {max(0.0, self.left()):.0f} s left, it needs {least:.0f}")
             return
         self._say(name, BEGUN, limit=round(limit, 1))
         start = time.monotonic()
