@@ -16,16 +16,8 @@ from typing import Any
 from bench.hardware.work import CaseFailed, LeftOut, Work
 
 ROOT = Path(__file__).parents[2]
-KERNELS = (
-    "test_kernel_rows.py",
-    "test_kernel_product.py",
-    "test_kernel_qkv.py",
-    "test_kernel_attention.py",
-    "test_kernel_unlock.py",
-    "test_sealed_cache.py",
-    "test_sealing.py",
-)
-OPERATIONS = ("test_operations.py", "test_hardware.py", "test_tiles.py")
+KERNELS = (*sorted(path.name for path in (ROOT / "tests").glob("test_kernel_*.py")), "test_sealed_cache.py")
+OPERATIONS = ("test_operations.py", "test_sealing.py", "test_hardware.py", "test_tiles.py")
 MODELS = ("test_model_parity.py", "test_sealed_model.py", "test_memory.py")
 DTYPES = ("bfloat16", "float16", "float32", "none")
 NO_TESTS = 5

@@ -86,8 +86,10 @@ class Part:
     def _keep(self, chunk: bytes) -> None:
         kept, rest = chunk[: self._room], chunk[self._room :]
         self._room -= len(kept)
-        if kept:
+        try:
             self._log.write(kept)
+        except OSError:  # a full disk; the process must not wait for whoever reads it
+            self._dropped += len(kept)
         if rest:
             self._last.append(rest)
             self._held += len(rest)

@@ -61,6 +61,7 @@ class Teller:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.waiting: set[str] = set()
+        self.told: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -73,6 +74,10 @@ class Teller:
             self.waiting.add(str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr))
 
     def _tell(self, name: str, text: str) -> None:
+        """Once: a file that cannot be collected fails in every worker."""
+        if name in self.told:
+            return
+        self.told.add(name)
         option = self.config.getoption
         tiles = f" ({option('tiles')} tiles)" if option("tiles", None) else ""
         about = {"stage": option("stage"), "case": f"{name}{tiles}", "part": option("part")}
