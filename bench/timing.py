@@ -66,7 +66,7 @@ def time_calls(
     if device.type == "cuda":
         calls = [partial(function, given) for given in inputs]
         ms, timed_by = device_times(calls, device, milliseconds)
-        return Times(ms, timed_by, host_times(calls, device))
+        return Times(ms, timed_by, host_times(calls, device, milliseconds, statistics.median(ms)))
     call = rotating(function, inputs)
     times: list[float] = []
     call()

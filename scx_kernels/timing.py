@@ -23,6 +23,7 @@ LEAST_CALLS = 16
 LONG = 1.0
 """Milliseconds of a call from which each input is taken once in a graph."""
 REPLAYS = (5, 200)
+SERIES = (3, 16)
 CALLS_UNASKED = 8
 """Calls made without waiting when the host's time is taken: few enough that no launch waits in a full queue."""
 
@@ -65,17 +66,25 @@ def event_times(calls: Sequence[Call], milliseconds: float) -> list[float]:
     return _between_events(list(itertools.islice(itertools.cycle(calls), count)))
 
 
-def host_times(calls: Sequence[Call], device: torch.device, measurements: int = 16) -> list[float]:
-    """Microseconds of the calling thread's processor time a call, the device working meanwhile and not waited for."""
+def host_times(calls: Sequence[Call], device: torch.device, milliseconds: float, call_ms: float) -> list[float]:
+    """Microseconds of the calling thread's processor time a call, the device working meanwhile and not waited for.
+
+    Args:
+        milliseconds: of the device's time to spend, about, and at least three calls.
+        call_ms: the device's time of a call.
+    """
+    affordable = milliseconds / max(call_ms, 1e-3)
+    unasked = max(1, min(CALLS_UNASKED, int(affordable / SERIES[0])))
+    series = max(SERIES[0], min(SERIES[1], int(affordable / unasked)))
     turn = itertools.cycle(calls)
     found = []
     with _uncollected():
-        for _ in range(measurements):
+        for _ in range(series):
             torch.cuda.synchronize(device)
             start = time.thread_time_ns()
-            for _ in range(CALLS_UNASKED):
+            for _ in range(unasked):
                 next(turn)()
-            found.append((time.thread_time_ns() - start) / 1e3 / CALLS_UNASKED)
+            found.append((time.thread_time_ns() - start) / 1e3 / unasked)
     torch.cuda.synchronize(device)
     return found
 
@@ -142,8 +151,7 @@ def _between_events(calls: Sequence[Call]) -> list[float]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Python's garbage collector runs before and not within."""
-    gc.collect()
+    """Python's garbage collector does not run within."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -107,7 +107,16 @@ def test_the_hosts_time_is_not_in_the_devices(machine: Machine) -> None:
     times, timed_by = device_times(calls, DEVICE, 5.0)
     assert timed_by == "graph"
     assert times == pytest.approx([0.01] * len(times))
-    assert host_times(calls, DEVICE) == pytest.approx([250.0] * 16)
+    assert host_times(calls, DEVICE, 5.0, 0.01) == pytest.approx([250.0] * 16)
+
+
+def test_long_calls_are_few(machine: Machine) -> None:
+    """Of 60 ms each, three are made for the host's time; of 1 ms, as many as fit."""
+    made: list[int] = []
+    for call_ms, count in ((60.0, 3), (1.0, 12), (0.01, 128)):
+        made.clear()
+        host_times([lambda: made.append(1)], DEVICE, 12.0, call_ms)
+        assert len(made) == count
 
 
 def test_a_graph_holds_every_input_equally(machine: Machine) -> None:

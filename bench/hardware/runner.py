@@ -1,6 +1,7 @@
 """Stages as processes: each part in a session of its own, watched until it ends or its limit comes, then removed with
 everything it started."""
 
+import io
 import os
 import signal
 import subprocess
@@ -44,20 +45,25 @@ LAST_BYTES = 50_000
 
 
 class Log:
-    """The output of all processes, in one file; a flood of it is cut in the middle."""
+    """The output of all processes, in one file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = io.FileIO(path, "a")
 
-    def write(self, text: bytes) -> None:
-        os.write(self._file, text)
+    def write(self, text: bytes) -> bool:
+        """Whether it could be written: on a full disk, or once the run is over, it is not, and nobody waits for it."""
+        try:
+            self._file.write(text)
+        except (OSError, ValueError):
+            return False
+        return True
 
     def close(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
 
 class Part:
-    """A process of a stage, leader of its own session, and the thread that reads what it prints."""
+    """A process of a stage, leader of its own session, and the thread that reads what it prints, and cuts a flood."""
 
     def __init__(
         self, number: int, command: list[str], environment: dict[str, str], log: Log, room: int, offset: int
@@ -80,15 +86,14 @@ class Part:
         self._reader.start()
 
     def _read(self, pipe: IO[bytes]) -> None:
-        while chunk := os.read(pipe.fileno(), 65_536):
-            self._keep(chunk)
+        with pipe:
+            while chunk := os.read(pipe.fileno(), 65_536):
+                self._keep(chunk)
 
     def _keep(self, chunk: bytes) -> None:
         kept, rest = chunk[: self._room], chunk[self._room :]
         self._room -= len(kept)
-        try:
-            self._log.write(kept)
-        except OSError:  # a full disk; the process must not wait for whoever reads it
+        if not self._log.write(kept):
             self._dropped += len(kept)
         if rest:
             self._last.append(rest)
@@ -152,7 +157,7 @@ class Runner:
 
     def _run_within(self, stage: Stage, left: float, log: Log) -> None:
         if left < LEAST:
-            self._say(stage, LEFT_OUT, 0.0, cause=f"no time: {max(0.0, left):.0f} s left")
+            self._say(stage, LATE, 0.0, cause=f"left out, no time: {max(0.0, left):.0f} s left")
             return
         if not self.rehearsal and not stage.anywhere and self._lacks_gpu():
             self._say(stage, LEFT_OUT, 0.0, cause=NO_GPU)

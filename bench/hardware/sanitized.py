@@ -8,12 +8,10 @@ import torch
 
 from bench.contest import SCX, TRITON, Case, moved
 from bench.hardware.operations import by_kernels
+from bench.hardware.sanitizer import TITLE
 from bench.hardware.sizes import device_of, sanitized_cases
 from bench.operation_cases import OPERATIONS
 
-__all__ = ["TITLE"]
-
-TITLE = "operation: "
 CPU = torch.device("cpu")
 
 

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.hardware.sanitized import TITLE
 from bench.hardware.work import CaseFailed, LeftOut, Work
 
-__all__ = ["complaints", "run"]
+__all__ = ["TITLE", "complaints", "run"]
 
 ROOT = Path(__file__).parents[2]
+TITLE = "operation: "
+"""Before an operation's name, in the output of the process that is watched."""
 TOOL = "compute-sanitizer"
 CHECKS = ("memcheck", "racecheck")
 COMPLAINED = 86

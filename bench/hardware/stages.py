@@ -24,7 +24,7 @@ class Stage:
         anywhere: needs no GPU.
         is_last: runs whatever else was asked for, in time that is kept for it.
         is_whole: run again, it is run as a whole: other figures are read beside its own.
-        needs: stages that must have run for its figures to say something.
+        needs: stages that run before it, whatever was asked for: what they measured or compiled is used.
         packages: without which nothing of it runs; others are missed, and named, case by case.
     """
 
@@ -44,15 +44,16 @@ def _stage(name: str, seconds: float, about: str, **options: object) -> Stage:
     return Stage(name, f"bench.hardware.{name}", seconds, about, **options)  # type: ignore[arg-type]
 
 
+COMPILED = ("compilation",)
 STAGES = (
     _stage("ceilings", 30, "versions, bandwidth, rates, cost of a launch", is_whole=True, packages=("torch",)),
     _stage("operations", 60, "every operation against the reference, and 50 repeats bit for bit", parts=min(4, CORES)),
-    _stage("compilation", 40, "kernels of the later stages, compiled side by side", parts=min(12, CORES)),
-    _stage("blocks", 45, "two blocks at full width against the plain model"),
+    _stage("compilation", 40, "kernels of later stages, side by side", is_whole=True, parts=min(12, CORES)),
+    _stage("blocks", 45, "two blocks at full width against the plain model", needs=COMPILED),
     _stage("parity", 75, "the test suite's parity, by dtype and tiles, over all cores", parts=min(4, CORES)),
-    _stage("sanitizer", 45, "memory and race checks of every operation", parts=2),
-    _stage("marks", 55, "operations by graph replay, host and device time apart", needs=("ceilings",)),
-    _stage("models", 85, "whole models beside plain transformers"),
+    _stage("sanitizer", 40, "memory and race checks of every operation", parts=2, needs=COMPILED),
+    _stage("marks", 65, "operations by graph replay, host and device time apart", needs=("ceilings", *COMPILED)),
+    _stage("models", 80, "whole models beside plain transformers", needs=COMPILED),
     _stage("profiles", 25, "where the time of a prefill and of a token goes"),
     _stage("report", 15, "tables and pictures", anywhere=True, is_last=True, is_whole=True, packages=("torch",)),
 )
