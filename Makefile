@@ -65,9 +65,11 @@ bench: $(READY)
 bench-results: $(READY)
 	$(RUN) -m bench --keep --only "$(ONLY)" $(BENCH)
 
-# For a machine with a GPU: parity of every kernel on it, a memory check, and its benchmarks, in about 8 minutes.
+# For a machine with a GPU: everything that waits for one, in at most 8 minutes, into a new folder:
+# make hardware VENV= OUT=folder, and then ONLY=marks for some stages, AGAIN=folder/stages.jsonl for what did not pass,
+# BENCH=--dry-run for a rehearsal on any machine.
 hardware: $(READY)
-	$(RUN) -m bench.hardware $(BENCH)
+	$(RUN) -m bench.hardware "$(OUT)" --only "$(ONLY)" --again "$(AGAIN)" $(BENCH)
 
 # What became slower: make bench-compare OLD=bench/results/MACHINE.json NEW=bench/latest/MACHINE.json
 bench-compare: $(READY)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import scx_kernels as ops
-from bench.shapes import SHAPES, Shape
+from bench.shapes import SHAPES, SMALL_SHAPES, Shape
 
 __all__ = [
     "BOUND",
@@ -29,6 +29,7 @@ __all__ = [
     "copied",
     "copy_of",
     "gathered",
+    "moved",
     "permutations",
     "randn",
     "rows_from",
@@ -58,7 +59,7 @@ class Case:
 
     @property
     def shape(self) -> Shape:
-        return SHAPES[self.model]
+        return SMALL_SHAPES[self.model] if self.model in SMALL_SHAPES else SHAPES[self.model]
 
     @property
     def rows(self) -> int:
@@ -139,6 +140,11 @@ def wide(inputs: Inputs) -> Inputs:
 def copied(inputs: Inputs) -> Inputs:
     """The same inputs in memory of their own."""
     return _each(inputs, Tensor.clone)
+
+
+def moved(inputs: Inputs, device: torch.device) -> Inputs:
+    """The same inputs on another device."""
+    return _each(inputs, lambda x: x.to(device))
 
 
 def randn(case: Case, device: torch.device, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -28,7 +28,7 @@ from bench.timing import TransferCounter, peak_memory, spread_twice, synchronize
 from scx import EncodedCache, SCXKeyGenerator, encode_llama, record_transcript
 from scx.smollm2 import smollm2_path
 
-__all__ = ["Field", "load", "measure", "run_compiled", "run_models", "run_split"]
+__all__ = ["Field", "allowed_error", "load", "measure", "run_compiled", "run_models", "run_split"]
 
 STEPS = 4
 PROMPT = 8
@@ -163,6 +163,12 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return difference.item() if got.isfinite().all() else float("inf")
 
 
+def allowed_error(eager_error: float, dtype: torch.dtype, is_noisy: bool) -> float:
+    """How far logits may be from the plain model's, by how far its own eager attention is from its sdpa attention."""
+    growth = NOISE_GROWTH if is_noisy and dtype == torch.float32 else 1  # half precision adds noise in float32
+    return AGREEMENT * growth * eager_error + ROUNDING[dtype]
+
+
 def inspect(field: Field, workload: Workload) -> dict[str, Any]:
     """Logits of a first turn, and memory and transfers of a second: first-call costs stay out of them."""
     logits = workload.run(workload.prepare())
@@ -206,8 +212,7 @@ def compare(field: Field, contestant: Contestant, logits: Tensor, expected: Tens
     if contestant is EAGER and math.isfinite(error):
         field.eager_error = max(field.eager_error, error)
     is_noisy = bool(contestant.keys and contestant.keys.get("alp"))
-    growth = NOISE_GROWTH if is_noisy and logits.dtype == torch.float32 else 1  # half precision adds noise in float32
-    allowed = AGREEMENT * growth * field.eager_error + ROUNDING[logits.dtype]
+    allowed = allowed_error(field.eager_error, logits.dtype, is_noisy)
     if contestant.kind == "scx" and not error <= allowed:
         return error, f"failed: logits differ by {error:.2g} of their size, allowed {allowed:.2g}"
     return error, None

@@ -17,7 +17,7 @@ from bench.contest import BOUND, RIVAL, TRITON, Case, Contestant, Inputs, Operat
 from bench.operation_cases import OPERATIONS, cases
 from bench.run import Run, attempt
 from bench.sealed_cases import key_of
-from bench.timing import peak_memory, rotating, spread_twice, time_calls
+from bench.timing import Times, peak_memory, rotating, spread_twice, time_calls
 
 __all__ = ["check", "measure", "measure_ceilings", "run_operations"]
 
@@ -126,16 +126,17 @@ def _time_all(
 ) -> list[dict[str, Any]]:
     """Each contestant's times, in two rounds, and its memory; or why it has none."""
     memory: dict[str, int] = {}
-    series: dict[str, list[list[float]]] = {}
+    series: dict[str, list[Times]] = {}
     for _ in range(2):
         for contestant in contestants:
-            name, call = contestant.name, rotating(contestant.call, inputs)
+            name, call = contestant.name, contestant.call
             if problems[name] is not None:
                 continue
             with contestant.within():
                 if name not in memory:
-                    memory[name], problems[name] = attempt(lambda call=call: peak_memory(call, device))
-                times, problem = attempt(lambda call=call: time_calls(call, device, milliseconds))
+                    turn = rotating(call, inputs)
+                    memory[name], problems[name] = attempt(lambda turn=turn: peak_memory(turn, device))
+                times, problem = attempt(lambda call=call: time_calls(call, inputs, device, milliseconds))
             problems[name] = problems[name] or problem
             series.setdefault(name, []).append(times)
     entries = []
@@ -144,9 +145,17 @@ def _time_all(
         if problems[contestant.name] is not None:
             entries.append({**entry, "status": problems[contestant.name]})
         else:
-            times = spread_twice(*series[contestant.name])
-            entries.append({**entry, "ms": times, "memory_bytes": memory[contestant.name]})
+            memory_bytes = memory[contestant.name]
+            entries.append({**entry, **_figures(*series[contestant.name]), "memory_bytes": memory_bytes})
     return entries
+
+
+def _figures(first: Times, second: Times) -> dict[str, Any]:
+    """What an entry says of a contestant's two series."""
+    found = {"ms": spread_twice(first.ms, second.ms), "timed_by": second.timed_by}
+    if first.host_us is not None and second.host_us is not None:
+        found["host_us"] = spread_twice(first.host_us, second.host_us)
+    return found
 
 
 def measure_ceilings(device: torch.device, dtypes: Iterable[str], rounds: Iterable[int] = ()) -> dict[str, Any]:
@@ -157,7 +166,7 @@ def measure_ceilings(device: torch.device, dtypes: Iterable[str], rounds: Iterab
     size = 8192 if device.type == "cuda" else 1024
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-        times = time_calls(lambda a=a, b=b: a @ b, device, 100)
+        times = time_calls(lambda b, a=a: a @ b, [b], device, 100)
         found["product_tflop_s"][dtype] = _rate(2 * size**3 / 1e12, times)
     return found
 
@@ -166,7 +175,7 @@ def _copy_rate(device: torch.device) -> float:
     size = (1 << 30) if device.type == "cuda" else (1 << 27)
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return _rate(2 * size / 1e9, time_calls(lambda: target.copy_(source), device, 100))
+    return _rate(2 * size / 1e9, time_calls(target.copy_, [source], device, 100))
 
 
 def _keystream_rate(device: torch.device, rounds: int) -> float:
@@ -174,14 +183,14 @@ def _keystream_rate(device: torch.device, rounds: int) -> float:
     streams, key = torch.arange(192, device=device).view(64, 3), key_of(device)
     count = (1 << 20) if device.type == "cuda" else (1 << 14)
 
-    def draw() -> Tensor:
+    def draw(streams: Tensor) -> Tensor:
         return ops.random_bits(key, streams, count, rounds=rounds)
 
-    return _rate(4 * len(streams) * count / 1e9, time_calls(draw, device, 100))
+    return _rate(4 * len(streams) * count / 1e9, time_calls(draw, [streams], device, 100))
 
 
-def _rate(amount: float, milliseconds: list[float]) -> float:
-    return amount / (torch.tensor(milliseconds).median().item() / 1e3)
+def _rate(amount: float, times: Times) -> float:
+    return amount / (torch.tensor(times.ms).median().item() / 1e3)
 
 
 def run_operations(run: Run, device: torch.device, share: float = 1.0) -> None:

@@ -47,6 +47,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def host_text(contestant: Entry) -> str:
+    """The host's time of a call, where it was measured: not on a CPU, nor in older files."""
+    return time_text(contestant["host_us"]["median"] / 1e3) if "host_us" in contestant else "–"
+
+
 def range_text(spread: dict[str, float]) -> str:
     return f"{spread['median']:.3f} ({spread['q20']:.3f}–{spread['q80']:.3f})"
 
@@ -76,8 +81,9 @@ def headline_table(content: Content) -> Table | None:
         name, shape = f"{entry['operation']}, {size_of(entry)}", f"{entry['model']}, {entry['dtype']}"
         speed = (time_text(own["ms"]["median"]), f"{value:.3g} {unit}", f"{100 * fraction:.0f} %")
         beside = ("–", "–") if rival is None else (rival["name"], number(ratio(entry, own)))
-        rows.append((name, shape, *speed, *beside, size_text(own["memory_bytes"])))
-    header = ("operation, tokens", "shape", "SCX", "rate", "of ceiling", "best rival", "SCX / rival", "peak memory")
+        rows.append((name, shape, *speed, *beside, size_text(own["memory_bytes"]), host_text(own)))
+    speed, beside = ("SCX", "rate", "of ceiling"), ("best rival", "SCX / rival")
+    header = ("operation, tokens", "shape", *speed, *beside, "peak memory", "host")
     return Table("Operations", header, tuple(rows)) if rows else None
 
 
@@ -100,13 +106,23 @@ def marks_table(content: Content) -> Table | None:
 
 def operation_tables(content: Content) -> Iterator[Table]:
     """Every case and contestant, a table for each operation."""
-    header = ("shape", "tokens", "who", "time (20–80 %)", "rate", "of ceiling", "over best rival", "peak memory")
+    header = (
+        "shape",
+        "tokens",
+        "who",
+        "time (20–80 %)",
+        "rate",
+        "of ceiling",
+        "over best rival",
+        "peak memory",
+        "host",
+    )
     by_name: dict[str, list[tuple[str, ...]]] = {}
     for entry in of_suite(content, "operations"):
         rows = by_name.setdefault(entry["operation"], [])
         place = (f"{entry['model']}, {entry['dtype']}", size_of(entry))
         if "status" in entry:
-            rows.append((*place, "everybody", entry["status"], *["–"] * 4))
+            rows.append((*place, "everybody", entry["status"], *["–"] * 5))
         rows.extend((*place, *_contestant_row(content, entry, contestant)) for contestant in entry["contestants"])
     for name, rows in by_name.items():
         yield Table(name, header, tuple(rows))
@@ -114,12 +130,15 @@ def operation_tables(content: Content) -> Iterator[Table]:
 
 def _contestant_row(content: Content, entry: Entry, contestant: Entry) -> tuple[str, ...]:
     if "status" in contestant:
-        return (contestant["name"], contestant["status"].replace("|", "/"), *["–"] * 4)
+        return (contestant["name"], contestant["status"].replace("|", "/"), *["–"] * 5)
     value, unit, fraction = rate(content, entry, contestant)
     ms = contestant["ms"]
     spread = f"{time_text(ms['median'])} ({time_text(ms['q20'])}–{time_text(ms['q80'])})"
+    if contestant.get("timed_by") == "events":  # no graph can hold it: the host's time may be in it
+        spread += ", by events"
     speed = (f"{value:.3g} {unit}", f"{100 * fraction:.0f} %")
-    return (contestant["name"], spread, *speed, number(ratio(entry, contestant)), size_text(contestant["memory_bytes"]))
+    cost = (size_text(contestant["memory_bytes"]), host_text(contestant))
+    return (contestant["name"], spread, *speed, number(ratio(entry, contestant)), *cost)
 
 
 # Whole models.

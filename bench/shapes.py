@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SHAPES", "Shape"]
+__all__ = ["SHAPES", "SMALL_SHAPES", "Shape"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +54,12 @@ SHAPES = {
         Shape("SmolLM2", 576, 9, 3, 64, 1536, 30, 49_152),
     )
 }
+
+SMALL_SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("narrow", 1024, 8, 2, 128, 3584, 2, 4096),  # Llama-3-8B's heads, and tiles, with a quarter of the columns
+        Shape("rehearsal", 64, 4, 2, 16, 96, 2, 96),
+    )
+}
+"""Shapes that are checked and never measured."""

@@ -5,12 +5,16 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from scx_kernels.timing import device_times, host_times
 
 QUANTILES = (0.2, 0.5, 0.8)
 
@@ -40,22 +44,37 @@ def rotating(function: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[
     return lambda: function(next(turn))
 
 
-def time_calls(call: Callable[[], Any], device: torch.device, milliseconds: float) -> list[float]:
-    """Milliseconds of each of several calls, about `milliseconds` altogether and at least three.
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of a call in each of several measurements, and how they were taken.
 
-    On CUDA between events, the L2 cache emptied before each call (`triton.testing.do_bench`).
+    `timed_by`: "graph", replays of a CUDA graph; "events", single calls that no graph can hold, with the host's time in
+    them where that is the longer; "clock", on a CPU. `host_us`: microseconds of processor time of the thread that
+    calls; None on a CPU, where that thread computes as well.
     """
-    if device.type == "cuda":
-        from triton.testing import do_bench
 
-        return do_bench(call, warmup=milliseconds / 4, rep=milliseconds, return_mode="all")
+    ms: list[float]
+    timed_by: str
+    host_us: list[float] | None = None
+
+
+def time_calls(
+    function: Callable[[Any], Any], inputs: Sequence[Any], device: torch.device, milliseconds: float
+) -> Times:
+    """Time a function for about `milliseconds` altogether, and at least three times, on one of `inputs` after the
+    other."""
+    if device.type == "cuda":
+        calls = [partial(function, given) for given in inputs]
+        ms, timed_by = device_times(calls, device, milliseconds)
+        return Times(ms, timed_by, host_times(calls, device, milliseconds, statistics.median(ms)))
+    call = rotating(function, inputs)
     times: list[float] = []
     call()
     while len(times) < 3 or sum(times) < milliseconds:
         start = time.perf_counter()
         call()
         times.append(1e3 * (time.perf_counter() - start))
-    return times
+    return Times(times, "clock")
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:

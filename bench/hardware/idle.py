@@ -1,0 +1,20 @@
+"""A kernel that does nothing: what its launch takes is the cost of launching."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scx_kernels.kernels.launch import launch
+
+__all__ = ["idle"]
+
+
+@triton.jit
+def _idle_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.arange(0, BLOCK)
+
+
+def idle(x: Tensor) -> None:
+    """One program of one warp, on x's device, that reads and writes nothing."""
+    launch(_idle_kernel, (1,), x, device=torch.device(x.device), BLOCK=16, num_warps=1)

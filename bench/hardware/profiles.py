@@ -1,0 +1,57 @@
+"""Stage: where the time goes: PyTorch's profiler over one prefill and one token of an encoded model, as two tables."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from bench.hardware.sizes import device_of, two_blocks
+from bench.hardware.work import Work
+from scx import SCXKeyGenerator, encode_llama
+
+FILE = "profiles.txt"
+PROMPT, REHEARSED_PROMPT = 1024, 9
+ROWS = 30
+WARM = 3
+
+
+def run(work: Work) -> None:
+    torch.manual_seed(0)
+    device, shape = device_of(work.rehearsal), two_blocks(work.rehearsal)
+    with torch.device(device):
+        model = LlamaForCausalLM(shape.config()).eval().to(torch.float32 if work.rehearsal else torch.bfloat16)
+    encode_llama(model, SCXKeyGenerator.for_model(model, redundant_num=100, alp=True))
+    ids = torch.randint(3, shape.vocabulary, (1, REHEARSED_PROMPT if work.rehearsal else PROMPT), device=device)
+    for kind in ("prefill", "token"):
+        work.case(kind, partial(profiled, work, kind, model, ids), limit=20)
+
+
+@torch.no_grad()
+def profiled(work: Work, kind: str, model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Append the table of a prefill, or of one token after it, once nothing of it happens for the first time."""
+    cache: Any = None
+    for _ in range(WARM):
+        out = model(ids, logits_to_keep=1)
+        for _ in range(WARM if kind == "token" else 0):
+            out = model(ids[:, :1], past_key_values=out.past_key_values)
+        cache = out.past_key_values
+    on_cuda = ids.is_cuda
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    if on_cuda:
+        torch.cuda.synchronize()
+    with profile(activities=activities) as seen:
+        if kind == "prefill":
+            model(ids, logits_to_keep=1)
+        else:
+            model(ids[:, :1], past_key_values=cache)
+        if on_cuda:
+            torch.cuda.synchronize()
+    order = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    table = seen.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
+    blocks = model.config.num_hidden_layers
+    with open(work.folder / FILE, "a") as file:
+        file.write(f"{kind}, {ids.shape[1]} tokens, {blocks} blocks, 100 redundant rows, noise\n{table}\n")
+    return {"file": FILE}

@@ -1,0 +1,79 @@
+"""Stage: every operation once under compute-sanitizer, which finds what lies outside of its memory (memcheck) and what
+meets in shared memory without a barrier (racecheck). A rehearsal runs the same operations without the tool."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.hardware.work import CaseFailed, LeftOut, Work
+
+__all__ = ["TITLE", "complaints", "run"]
+
+ROOT = Path(__file__).parents[2]
+TITLE = "operation: "
+"""Before an operation's name, in the output of the process that is watched."""
+TOOL = "compute-sanitizer"
+CHECKS = ("memcheck", "racecheck")
+COMPLAINED = 86
+PREFIX = "========= "
+COMPLAINTS = ("Invalid", "Error:", "Misaligned", "Warning: Race", "Out-of-bounds")
+
+
+def run(work: Work) -> None:
+    for check in work.share(CHECKS[:1] if work.rehearsal else CHECKS):
+        work.case(check, partial(sanitize, check, work), limit=work.left(), least=8)
+
+
+def sanitize(check: str, work: Work) -> dict[str, Any]:
+    """Raises: LeftOut where the tool is missing, CaseFailed with what it found."""
+    tool = shutil.which(TOOL)
+    if tool is None and not work.rehearsal:
+        raise LeftOut(f"needs {TOOL}")
+    command = [sys.executable, "-m", "bench.hardware.sanitized", *(["--rehearsal"] if work.rehearsal else [])]
+    if tool is not None and not work.rehearsal:
+        command = [tool, "--tool", check, "--error-exitcode", str(COMPLAINED), "--report-api-errors", "no", *command]
+    # Each tensor in memory of its own: inside the allocator's blocks a step too far meets the next tensor unnoticed.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        late = False
+        try:
+            left = work.left() - 1
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=left, check=False, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            late = True
+        output.seek(0)
+        text = output.read()
+    print(text[-20_000:], flush=True)
+    begun = [line.removeprefix(TITLE) for line in text.splitlines() if line.startswith(TITLE)]
+    found = complaints(text)
+    figures = {"operations": len(begun), "complaints": found}
+    if found:
+        case, (first, *_) = next(iter(found.items()))
+        raise CaseFailed(f"{len(found)} operations: {case}: {first}", **figures)
+    place = begun[-1] if begun else "its start"
+    if late:
+        raise CaseFailed(f"no end in time, at {place}; nothing found until then", **figures)
+    if done.returncode:
+        raise CaseFailed(f"it ended with {done.returncode}, at {place}", **figures)
+    return figures | {"tool": tool if not work.rehearsal else "none: a rehearsal"}
+
+
+def complaints(text: str) -> dict[str, list[str]]:
+    """What the tool said of each operation, at most three lines of each."""
+    found: dict[str, list[str]] = {}
+    case = "before the first operation"
+    for line in text.splitlines():
+        if line.startswith(TITLE):
+            case = line.removeprefix(TITLE)
+        elif line.startswith(PREFIX) and line.removeprefix(PREFIX).lstrip().startswith(COMPLAINTS):
+            said = found.setdefault(case, [])
+            if len(said) < 3:
+                said.append(line.removeprefix(PREFIX).strip())
+    return found

@@ -1,0 +1,254 @@
+"""The stages of `make hardware`: each finds what it is there to find, and all of them rehearse on any machine."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.contest import Case
+from bench.hardware import __main__ as command
+from bench.hardware import blocks, models, parity, sanitizer
+from bench.hardware.lines import FAILED, LATE, PASSED, read
+from bench.hardware.operations import examine
+from bench.hardware.runner import Runner
+from bench.hardware.sizes import checked_cases, marked_cases, sanitized_cases
+from bench.hardware.stages import SECONDS, STAGES, Stage
+from bench.hardware.table import MOST_LINES
+from bench.hardware.work import CaseFailed
+from bench.marks import MARKS
+from bench.operation_cases import OPERATIONS
+
+CPU = torch.device("cpu")
+PATIENCE = 4
+ROOT = Path(__file__).parents[1]
+CASE = Case("strip_restore", "rehearsal", 9, redundant=3, dtype="float32")
+
+
+def with_call(monkeypatch: pytest.MonkeyPatch, name: str, call: Any) -> None:
+    """Replace what SCX computes in an operation."""
+    original = OPERATIONS[name]
+
+    def contestants(case: Case) -> tuple[Any, ...]:
+        first, *others = original.contestants(case)
+        return (type(first)(first.name, first.kind, call), *others)
+
+    monkeypatch.setitem(OPERATIONS, name, type(original)(**{**vars(original), "contestants": contestants}))
+
+
+# Operations.
+
+
+@pytest.mark.parametrize("name", ["strip_restore", "unlock+in place", "attention_step"])
+def test_operations_pass(name: str) -> None:
+    """Also one that writes into its inputs: each repeat has its own."""
+    (case,) = (case for case in checked_cases(True) if case.operation == name)
+    assert examine(case, CPU, 3)["repeats"] == 3
+
+
+def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit that is other in the seventh call of fifty, within every tolerance."""
+    calls = []
+
+    def racing(i: Any) -> Tensor:
+        out = OPERATIONS["strip_restore"].plain(i)
+        calls.append(out)
+        if len(calls) == 8:
+            out.view(torch.int32)[0, 0, 0] ^= 1
+        return out
+
+    with_call(monkeypatch, "strip_restore", racing)
+    with pytest.raises(CaseFailed, match="SCX: other bits in repeat 6 of 50: a race"):
+        examine(CASE, CPU, 50)
+
+
+def test_a_wrong_or_unwritten_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_call(monkeypatch, "strip_restore", lambda i: OPERATIONS["strip_restore"].plain(i) * 1.001)
+    with pytest.raises(CaseFailed, match="SCX: failed: error"):
+        examine(CASE, CPU, 1)
+    monkeypatch.undo()
+
+    def half_written(i: Any) -> Tensor:
+        right = OPERATIONS["strip_restore"].plain(i)
+        out = torch.empty_like(right)
+        out[:, :-1] = right[:, :-1]
+        return out
+
+    with_call(monkeypatch, "strip_restore", half_written)
+    with pytest.raises(CaseFailed, match="not written"):
+        examine(CASE, CPU, 1)
+
+
+def test_sizes() -> None:
+    """Every operation is checked and sanitized; every mark is measured, first those of the short table."""
+    assert {case.operation for case in checked_cases(False)} == set(OPERATIONS)
+    assert {case.operation for case in sanitized_cases(False)} == set(OPERATIONS)
+    assert {case.rounds for case in checked_cases(False)} == {0, 20, 12, 8}
+    marked = marked_cases(False)
+    assert len(set(marked)) == len(marked)
+    assert all(any(mark.is_for(vars(case)) for case in marked) for mark in MARKS)
+    assert all(any(mark.is_for(vars(marked[0])) for mark in MARKS) for _ in MARKS)
+    of_shape = {case.shape.head_dim for case in sanitized_cases(False)}
+    assert of_shape == {128}, "tiles are chosen by the size of a head"
+
+
+# Models.
+
+
+def test_blocks_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later turn's last token that is off, and a generated token that the plain model was sure of."""
+    right = blocks.plain(torch.float32, True)
+    original = blocks.converse
+
+    def off(model: Any, ids: Tensor) -> Tensor:
+        logits = original(model, ids)
+        logits[-1] *= 1.001
+        return logits
+
+    monkeypatch.setattr(blocks, "converse", off)
+    with pytest.raises(CaseFailed, match="a token's logits differ by 0.001"):
+        blocks.compare("bare", torch.float32, True)
+    start = right.tokens[max(right.tokens)].shape[1]
+    assert blocks.tokens_before_a_difference(right, right.generated) == right.generated.shape[1] - start
+    least = right.model(right.generated[:, :-1]).logits[0, -1].argmin()
+    changed = right.generated.clone()
+    changed[0, -1] = least
+    with pytest.raises(CaseFailed, match="of generate differs"):
+        blocks.tokens_before_a_difference(right, changed)
+
+
+def test_the_most_telling_models_come_first() -> None:
+    """All lengths and batches that were asked for, with plain eager and sdpa; compiled ones last."""
+    cases = [case for case, _ in models.cases()]
+    of_prefill = {case.context for case in cases if case.kind == "prefill"}
+    of_token = {(case.batch, case.context) for case in cases if case.kind == "token"}
+    assert of_prefill == {8, 128, 1024, 4096, 10_240}
+    assert {context for _, context in of_token} == {1024, 8192, 32_768}
+    assert {case.batch for case in cases} == {1, 8, 64}
+    assert [case.suffix for case in cases[-2:]] == ["/compiled"] * 2
+    for case in cases[:-2]:
+        assert {"plain, sdpa", "plain, eager", "SCX", "SCX, sealed"} <= {c.name for c in case.contestants}
+
+
+# Parity.
+
+
+def test_tests_of_exactly_one_dtype(tmp_path: Path) -> None:
+    """Those of float16 are not those of bfloat16, whatever their names; failures have a line, and all are counted."""
+    (tmp_path / "test_some.py").write_text(
+        "import pytest, torch\n"
+        "DTYPES = [torch.float32, torch.float16, torch.bfloat16]\n"
+        "@pytest.mark.parametrize('dtype', DTYPES, ids=str)\n"
+        "def test_one(dtype): assert dtype is torch.float16\n"
+        "@pytest.mark.parametrize('dtype', DTYPES, ids=['x', 'y', 'z'])\n"
+        "def test_two(dtype): assert dtype is not torch.float16, 'half'\n"
+        "def test_without(): pass\n"
+    )
+    counts = {}
+    for wanted in ("float16", "none"):
+        totals, lines = tmp_path / f"{wanted}.json", tmp_path / "stages.jsonl"
+        told = ["--exactly", wanted, "--totals", totals, "--lines", lines, "--stage", "parity"]
+        run = [sys.executable, "-m", "pytest", "-q", "-p", "bench.hardware.selection", tmp_path / "test_some.py", *told]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(list(map(str, run)), cwd=tmp_path, env=environment, check=False, stdout=subprocess.DEVNULL)
+        tests = json.loads(totals.read_text())["tests"]
+        counts[wanted] = tests["passed"], tests["failed"]
+    assert counts == {"float16": (1, 1), "none": (1, 0)}
+    (line,) = read(tmp_path / "stages.jsonl")
+    assert (line["stage"], line["case"], line["state"]) == ("parity", "test_some.py::test_two[y]", FAILED)
+    assert line["cause"].startswith("AssertionError: half")
+
+
+def test_parity_takes_files_that_exist() -> None:
+    """Every dtype in small and in production tiles, with files that the suite has."""
+    groups = [group for own in parity.groups(False) for group in own]
+    assert {(group.dtype, group.tiles) for group in groups} >= {
+        (dtype, tiles) for dtype in parity.DTYPES for tiles in ("small", "production")
+    }
+    for group in [*groups, *(group for own in parity.groups(True) for group in own)]:
+        assert all((ROOT / "tests" / file).exists() for file in group.files)
+
+
+# The sanitizer.
+
+SAID = """\
+========= COMPUTE-SANITIZER
+operation: operations/unlock/narrow
+operation: operations/attention/narrow
+========= Invalid __global__ read of size 2 bytes
+=========     at _attention_kernel+0x3f0
+=========     by thread (3,0,0) in block (1,0,0)
+========= Error: Race reported between Write access at _attention_kernel+0x10
+=========     and Read access at _attention_kernel+0x40 [512 hazards]
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+def test_complaints_are_of_the_operation_above_them() -> None:
+    found = sanitizer.complaints(SAID)
+    assert list(found) == ["operations/attention/narrow"]
+    invalid, race = found["operations/attention/narrow"]
+    assert invalid == "Invalid __global__ read of size 2 bytes"
+    assert race.startswith("Error: Race reported")
+    assert not sanitizer.complaints("operation: x\n========= ERROR SUMMARY: 0 errors\nError: not the tool's\n")
+
+
+def test_a_tool_that_complains_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool of the name on the path, which says what the real one says and ends as that does."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{SAID}END\nexit 86\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    work: Any = SimpleNamespace(rehearsal=False, left=lambda: 30.0)
+    with pytest.raises(CaseFailed, match="1 operations: operations/attention/narrow: Invalid") as failed:
+        sanitizer.sanitize("memcheck", work)
+    assert failed.value.figures["operations"] == 2
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Exception, match="needs compute-sanitizer"):
+        sanitizer.sanitize("memcheck", work)
+
+
+# All of them.
+
+PLANTED = """
+import os, signal, time
+
+def run(work):
+    if work.stage == "fault":
+        work.case("fault", lambda: os.kill(os.getpid(), signal.SIGSEGV))
+    work.case("hang" if work.stage == "hang" else "fine", (lambda: time.sleep(60)) if work.stage == "hang" else dict)
+"""
+
+
+def test_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every stage on this machine's CPU, with a fault and a hang planted among them: each ends within its limit, with
+    its line written, and none but the planted ones is not well. Limits are longer here, for a machine with other work.
+    """
+    (tmp_path / "planted.py").write_text(PLANTED)
+    planted = {"anywhere": True, "packages": ()}
+    fault, hang = Stage("fault", "planted", 20, "", **planted), Stage("hang", "planted", 4.5, "", **planted)
+    stages = tuple(dataclasses.replace(stage, seconds=PATIENCE * stage.seconds) for stage in STAGES)
+    stages = (stages[0], fault, *stages[1:4], hang, *stages[4:])
+    folder = tmp_path / "results"
+    command.check_folder(folder)
+    environment = {**command.REHEARSAL, "PYTHONPATH": str(tmp_path)}
+    run = Runner(folder, PATIENCE * SECONDS, rehearsal=True, environment=environment)
+    status = command.run(folder, stages, run)
+    of_stage = {line["stage"]: line for line in run.read() if "case" not in line}
+    assert list(of_stage) == [stage.name for stage in stages]
+    assert all(of_stage[stage.name]["seconds"] <= stage.seconds for stage in stages)
+    states = {name: line["state"] for name, line in of_stage.items()}
+    causes = [line for line in run.read() if line.get("cause")]
+    assert states == {name: {"fault": FAILED, "hang": LATE}.get(name, PASSED) for name in states}, causes
+    assert status == 1
+    files = {path.name for path in folder.iterdir()}
+    assert {"stages.jsonl", "log.txt", "results.json", "results.md", "profiles.txt", "table.txt"} <= files
+    assert len(files) <= 8
+    assert len(capsys.readouterr().out.rstrip().split("\n\n", 1)[1].splitlines()) <= MOST_LINES
