@@ -24,7 +24,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: demo demo-split test test-floor lint format bench bench-results bench-compare bench-pytest offline clean hardware
+.PHONY: demo demo-split test test-floor lint format bench bench-results bench-compare bench-pytest offline rehearse \
+	clean hardware
 
 demo: $(READY)
 	$(RUN) -m scx demo
@@ -43,6 +44,10 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# The whole package takes its CUDA path here, whatever this machine is: ONLY="qwen3 beams" narrows, BENCH=--quick too.
+rehearse: $(READY)
+	$(RUN) -m bench.rehearsal --only "$(ONLY)" $(BENCH)
 
 # Compiles every kernel for GPUs that need not be here, and rewrites the table of what came out.
 offline: $(READY)

@@ -21,26 +21,15 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from bench.offline_cases import CASES
+from bench.rehearsal.specialisation import gpu_target, variant_of
 from scx_kernels import tiles
 from scx_kernels.kernels import launch
 from scx_kernels.kernels.launch import TARGETS, Target
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TYPE_NAMES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.int16: "*i16",
-    torch.bool: "*i1",
-}
-OPTIONS = ("num_warps", "num_stages")
 UNITS = ("HGMMA", "HMMA", "UTCMMA", "MFMA")
 # Instructions of each target's matrix unit, in its own assembly.
 MATRIX = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b", 942: r"\bv_mfma_"}
@@ -87,32 +76,6 @@ class Row:
 
 
 TITLES = {"registers": "regs", "integer": "int/B", "warps_resident": "warps"}
-
-
-def source_of(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
-    """What the JIT would compile for these arguments: integers equal to 1 and None are constants, multiples of 16
-    and tensors are marked as such."""
-    options = {name: meta[name] for name in OPTIONS if name in meta}
-    values = dict(zip((p.name for p in kernel.params), args, strict=False)) | meta
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for place, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        specialise = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialise and type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(place,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPE_NAMES[value.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if specialise and value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
 
 
 def _tool(name: str, *args: str) -> str:
@@ -209,15 +172,15 @@ def compile_case(case_name: str, dtype_name: str, target: Target) -> list[Row]:
         case.call(DTYPES[dtype_name])
     rows = []
     for kernel, _, args, meta in launches:
-        source, options = source_of(kernel, args, meta)
+        variant = variant_of(kernel, args, meta, target)
+        options = dict(variant.options)
         tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in meta.items() if k.startswith(("BLOCK", "SPLIT")))
         tile += f" w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
         name = f"{target.backend}{target.arch}"
         row = Row(case.name, kernel.__name__, dtype_name, name, tile, 0, 0, 0, "", "", "", "")
         rows.append(row)
-        arch = target.arch if target.backend == "cuda" else f"gfx{target.arch}"
         try:
-            compiled = triton.compile(source, target=GPUTarget(target.backend, arch, target.warp_size), options=options)
+            compiled = triton.compile(variant.source(), target=gpu_target(target), options=options)
         except Exception as error:
             row.problems = f"does not compile: {str(error).splitlines()[-1][:160] if str(error) else repr(error)}"
             continue

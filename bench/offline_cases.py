@@ -92,8 +92,11 @@ def transcode(tokens, heads, groups, size, norm=False, noisy=False, offsets=Fals
     return call
 
 
-def prefill(heads, groups, tokens, keys, size, window=None, lengths=False, permuted=False, mask=False, rounds=0):
+def prefill(
+    heads, groups, tokens, keys, size, window=None, lengths=False, permuted=False, mask=False, rounds=0, decoys=128
+):
     def call(dtype):
+        rows = heads * size
         q, k, v = (meta(2, m, n, size, dtype=dtype) for m, n in ((heads, tokens), (groups, keys), (groups, keys)))
         attention.attention(
             q,
@@ -106,10 +109,22 @@ def prefill(heads, groups, tokens, keys, size, window=None, lengths=False, permu
             kv_start=index(2) if lengths else None,
             kv_length=index(2) if lengths else None,
             output_index=index(2, heads, size),
-            row_index=index(2, tokens + 128) if permuted else None,
-            redundant=meta(2, 128, heads * size, dtype=dtype) if permuted else None,
+            row_index=index(2, tokens + decoys) if permuted else None,
+            redundant=meta(2, decoys, rows, dtype=dtype) if permuted and decoys else None,
             sealing=sealed(2, keys, rounds),
         )
+
+    return call
+
+
+def starting(heads, groups, tokens, size):
+    """What the untrusted side of two parties asks: where each sequence begins, nothing about features."""
+
+    def call(dtype):
+        q, k, v = (meta(2, n, tokens, size, dtype=dtype) for n in (heads, groups, groups))
+        attention.attention(q, k, v, softmax_scale=0.1, is_causal=True, kv_start=index(2))
+        cache = meta(2, groups, 8192, size, dtype=dtype)
+        attention.attention_step(q[:, :, :1], cache, cache, softmax_scale=0.1, kv_start=index(2))
 
     return call
 
@@ -233,6 +248,12 @@ CASES = [
     },
     {"name": "attention 4096 80", "call": prefill(32, 32, 4096, 4096, 80), "matrix": "HGMMA", "quick": True},
     {"name": "attention 4096 96", "call": prefill(32, 32, 4096, 4096, 96, permuted=True), "matrix": "HGMMA"},
+    {
+        "name": "attention 4096 128 encoded, no redundant rows",
+        "call": prefill(32, 8, 4096, 4096, 128, permuted=True, decoys=0),
+        "matrix": "HGMMA",
+    },
+    {"name": "attention 4096 128 starts", "call": starting(32, 8, 4096, 128), "matrix": "MMA"},
     {"name": "attention 4096 192", "call": prefill(32, 32, 4096, 4096, 192), "matrix": "HGMMA"},
     {"name": "attention 4096 256", "call": prefill(16, 8, 4096, 4096, 256, 1024, permuted=True), "matrix": "HGMMA"},
     {"name": "attention 40 128", "call": prefill(32, 8, 40, 4096, 128), "matrix": "HGMMA"},
@@ -303,6 +324,37 @@ CASES = [
     {
         "name": "sealed attention 1024 9217 128",
         "call": prefill(32, 8, 1024, 9217, 128, mask=True, rounds=20),
+        "matrix": "HGMMA",
+        **MASKED,
+    },
+    {
+        "name": "sealed turn 1024 9217 128, no redundant rows",
+        "call": prefill(32, 8, 1024, 9217, 128, permuted=True, mask=True, rounds=20, decoys=0),
+        "matrix": "HGMMA",
+        "quick": True,
+        **MASKED,
+    },
+    {
+        "name": "sealed turn 1024 9217 128",
+        "call": prefill(32, 8, 1024, 9217, 128, permuted=True, mask=True, rounds=8),
+        "matrix": "HGMMA",
+        **MASKED,
+    },
+    {
+        "name": "sealed turn 33 9217 80",
+        "call": prefill(32, 32, 33, 9217, 80, permuted=True, mask=True, rounds=8),
+        "matrix": "HGMMA",
+        **MASKED,
+    },
+    {
+        "name": "sealed turn 33 9217 256, no redundant rows",
+        "call": prefill(8, 4, 33, 9217, 256, permuted=True, mask=True, rounds=12, decoys=0),
+        "matrix": "HGMMA",
+        **MASKED,
+    },
+    {
+        "name": "sealed padded token 9217 64",
+        "call": prefill(9, 3, 1, 9217, 64, mask=True, rounds=20),
         "matrix": "HGMMA",
         **MASKED,
     },

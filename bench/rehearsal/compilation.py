@@ -46,28 +46,38 @@ def compile_all(variants: Iterable[Variant], jobs: int) -> Iterator[tuple[Varian
         yield from zip(wanted, pool.map(problem_of, wanted, chunksize=4), strict=True)
 
 
-def _branches(variant: Variant) -> tuple[object, ...]:
-    """Which branches of a kernel are compiled: pointers that are there, flags, encoding, and a head's tail."""
+def _branches(variant: Variant) -> set[object]:
+    """What of a kernel this variant compiles: every flag as it is set, a head's tail, a split, and which of its
+    pointers are absent together, since a branch that reads an absent one does not compile."""
     names = [name for name, _ in variant.signature]
     constants = {names[path[0]]: value for path, value in variant.constants}
-    absent = tuple(name for name, value in constants.items() if value is None)
-    flags = tuple((name, value) for name, value in constants.items() if isinstance(value, (bool, str)))
-    single = tuple(bool(constants.get(name)) for name in ("BLOCK_TAIL", "OLD_ROUNDS", "HEAD_DIM"))
-    return (variant.module, variant.kernel, absent, flags, single, constants.get("SPLIT_K", 1) > 1)
+    kernel = (variant.module, variant.kernel)
+    found: set[object] = {(kernel, tuple(name for name, value in constants.items() if value is None))}
+    found |= {(kernel, name, value) for name, value in constants.items() if isinstance(value, (bool, str))}
+    found |= {
+        (kernel, name, constants[name] > 0) for name in ("BLOCK_TAIL", "OLD_ROUNDS", "HEAD_DIM") if name in constants
+    }
+    return found | {(kernel, name, constants[name] > 1) for name in ("SPLIT_K", "WEIGHTS") if name in constants}
 
 
-def _size(variant: Variant) -> int:
+def _cost(variant: Variant) -> int:
+    """About how long it takes to compile: by its tile, and by the rounds of a cipher that are written out."""
     names = [name for name, _ in variant.signature]
-    size = 1
-    for path, value in variant.constants:
-        if names[path[0]].startswith(("BLOCK", "ROUNDS")) and isinstance(value, int):
-            size *= max(1, value)
-    return size
+    constants = {names[path[0]]: value for path, value in variant.constants}
+    cost = 1
+    for name, value in constants.items():
+        if name.startswith(("BLOCK_", "ROUNDS")) and isinstance(value, int):
+            cost *= max(1, value)
+    return cost
 
 
 def representative(variants: Iterable[Variant]) -> list[Variant]:
-    """One variant for every combination of branches of every kernel, the one with the smallest tile."""
-    found: dict[tuple[object, ...], Variant] = {}
-    for variant in sorted(variants, key=lambda x: (_size(x), x.module, x.kernel, x.key)):
-        found.setdefault(_branches(variant), variant)
-    return list(found.values())
+    """Variants in which every branch of every kernel that is asked for is compiled, cheap ones first."""
+    met: set[object] = set()
+    taken = []
+    for variant in sorted(variants, key=lambda x: (_cost(x), x.module, x.kernel, x.key)):
+        branches = _branches(variant)
+        if branches - met:
+            met |= branches
+            taken.append(variant)
+    return taken

@@ -1,8 +1,8 @@
 """Which models and encodings are rehearsed.
 
 What a kernel is compiled for depends on one or two settings at a time: a head's size and dtype, the encoding and its
-rounds, whether there are redundant rows or noise. So any two values of two settings meet in some model (`covering`); all
-values of all of them need not.
+rounds, whether there are redundant rows or noise. So any two values of two settings meet in some model (`covering`);
+all values of all of them need not.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class Setting:
     """A model and how it is encoded.
 
     `encoding` is "permuted", or "sealed" and the cipher's rounds, as in "sealed8". `placement`: options of
-    `encode_llama` for two parties, none for one device. `sizes`: of the model's configuration, where they are not small.
+    `encode_llama` for two parties, none for one device. `sizes`: of the model's configuration, where not small.
     """
 
     family: str

@@ -681,6 +681,8 @@ def attention_tile(
             rows, warps = 16, 8  # more rows, or fewer registers a thread, spill; rows add up in the same order
         elif width > 128 and blocks["BLOCK_TAIL"] and target.backend == "cuda" and target.arch < 90:
             stages = 2  # one spills
+        elif width > 128 and not blocks["BLOCK_TAIL"] and hidden and target.backend == "cuda" and target.arch == 90:
+            rows = 64  # with 128, a mask's pointers beside the cipher's state spill
     return blocks | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
