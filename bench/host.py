@@ -25,14 +25,18 @@ from scx_kernels import operations
 
 __all__ = ["OPERATIONS", "STEPS", "launchers", "measure_operation", "measure_steps", "run_host", "stand_in"]
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 30, 64, 4, 2, 16
+LAYERS, HIDDEN, HEAD_DIM = 30, 64, 16
+HEADS, KV_HEADS = HIDDEN // HEAD_DIM, HIDDEN // HEAD_DIM // 2
 ROUNDS = 15
 PLAIN = "transformers"
-STEPS = {
-    "one more token": {PLAIN: None, "SCX": {}, "SCX, sealed": {"cache_encoding": "sealed"}},
-    "prefill of 8 tokens": {PLAIN: None, "SCX": {}, "SCX, 100 redundant rows": {"redundant_num": 100}},
+TOKEN, PREFILL, REDUNDANT = "one more token", "prefill of 8 tokens", "prefill of 8 tokens, 100 redundant rows"
+STEPS: dict[str, tuple[int, dict[str, dict[str, Any] | None]]] = {
+    TOKEN: (HIDDEN, {PLAIN: None, "SCX": {}, "SCX, sealed": {"cache_encoding": "sealed"}}),
+    PREFILL: (HIDDEN, {PLAIN: None, "SCX": {}}),
+    # Narrower: a processor that stands in for a GPU computes 108 rows where the plain model has 8.
+    REDUNDANT: (HEAD_DIM, {PLAIN: None, "SCX": {"redundant_num": 100}}),
 }
-"""Case -> contestants with the options of their key generator."""
+"""Case -> hidden size, and contestants with the options of their key generator."""
 OPERATIONS = (
     "inject_permute",
     "permuted_linears",
@@ -83,14 +87,15 @@ def in_turns(calls: dict[str, Call], device: torch.device, rounds: int = ROUNDS)
     return times
 
 
-def _models(device: torch.device, contestants: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+def _models(device: torch.device, hidden: int, contestants: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from scx import SCXKeyGenerator, encode_llama
 
+    heads = hidden // HEAD_DIM
     config = LlamaConfig(
-        vocab_size=256, hidden_size=HIDDEN, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,
-        intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS,
+        vocab_size=256, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),
+        head_dim=HEAD_DIM, intermediate_size=2 * hidden, num_hidden_layers=LAYERS,
     )  # fmt: skip
     plain = LlamaForCausalLM(config).eval().to(device)
     models = {name: plain if options is None else copy.deepcopy(plain) for name, options in contestants.items()}
@@ -112,7 +117,8 @@ def _call_of(case: str, model: Any, ids: Tensor) -> Call:
 @torch.no_grad()
 def measure_steps(case: str, device: torch.device) -> dict[str, Any]:
     """The entry of a case of STEPS: the host's milliseconds of each contestant, and over plain transformers'."""
-    models = _models(device, STEPS[case])
+    hidden, contestants = STEPS[case]
+    models = _models(device, hidden, contestants)
     ids = torch.arange(3, 11, device=device)[None]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -121,7 +127,7 @@ def measure_steps(case: str, device: torch.device) -> dict[str, Any]:
             times = in_turns({name: _call_of(case, model, ids) for name, model in models.items()}, device)
     finally:
         torch.set_num_threads(threads)
-    return {"suite": "host", "layers": LAYERS, "hidden": HIDDEN, "contestants": _contestants(times, PLAIN)}
+    return {"suite": "host", "layers": LAYERS, "hidden": hidden, "contestants": _contestants(times, PLAIN)}
 
 
 def launchers(device: torch.device) -> dict[str, tuple[Call, Call]]:

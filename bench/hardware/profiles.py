@@ -1,4 +1,5 @@
-"""Stage: where the time goes: PyTorch's profiler over one prefill and one token of an encoded model, as two tables."""
+"""Stage: where the time goes: PyTorch's profiler over one prefill and one token of an encoded model, as two tables; and
+what a step costs the host, beside plain transformers."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from bench.hardware.sizes import device_of, two_blocks
-from bench.hardware.work import Work
+from bench.hardware.work import LeftOut, Work
+from bench.host import STEPS, measure_steps
 from scx import SCXKeyGenerator, encode_llama
 
 FILE = "profiles.txt"
@@ -27,6 +29,17 @@ def run(work: Work) -> None:
     ids = torch.randint(3, shape.vocabulary, (1, REHEARSED_PROMPT if work.rehearsal else PROMPT), device=device)
     for kind in ("prefill", "token"):
         work.case(kind, partial(profiled, work, kind, model, ids), limit=20)
+    for step in STEPS:
+        work.case(f"host, {step}", partial(host, work.rehearsal, step), limit=20)
+
+
+def host(rehearsal: bool, step: str) -> dict[str, Any]:
+    """The host's time of a step of `bench.host`."""
+    if rehearsal:
+        raise LeftOut("kernels are interpreted here: the host's time is that of the interpreter")
+    entry = {"id": f"host/{step}", **measure_steps(step, device_of(rehearsal))}
+    told = [f"{c['name']} {c['ms']['median']:.3g} ms, {c['ratio']['median']:.2f}" for c in entry["contestants"]]
+    return {"result": entry, "headlines": [f"host, {step}: {'; '.join(told)}"]}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from bench.results import Content, measured
 
 __all__ = ["content_of", "run"]
 
-SUITES = ("marks", "models")
+SUITES = ("marks", "models", "profiles")
 
 
 def run(work: Work) -> None:
