@@ -12,6 +12,5 @@ CPU = torch.device("cpu")
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """x on `device`. From the host to a GPU it goes out of pinned memory, so that neither side waits for the other."""
-    if x.device.type == "cpu" and is_accelerator(device):
-        x = x.pin_memory()
-    return x.to(device, non_blocking=is_accelerator(device))
+    leaves_host = x.device.type == "cpu" != device.type and is_accelerator(device)
+    return x.pin_memory().to(device, non_blocking=True) if leaves_host else x.to(device)
