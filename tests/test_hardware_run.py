@@ -152,7 +152,7 @@ def ran(planted: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> S
 
 def test_limits() -> None:
     """All limits together stay below eight minutes, and a rehearsal's are the same."""
-    assert sum(stage.seconds for stage in STAGES) <= SECONDS <= 480
+    assert sum(stage.seconds for stage in STAGES) < SECONDS <= 480
     assert len({stage.name for stage in STAGES}) == len(STAGES)
     assert all(importlib.util.find_spec(stage.module) for stage in STAGES)
     assert [stage.name for stage in STAGES if stage.is_last] == [STAGES[-1].name]
@@ -291,7 +291,7 @@ def test_an_interruption_is_written(planted: SimpleNamespace, tmp_path: Path, mo
     monkeypatch.setattr(runner_module.time, "sleep", sleep)
     run = Runner(tmp_path, 60.0, environment=planted.environment)
     assert command.run(tmp_path, (stage("hangs"), stage("fine")), run) == 130
-    assert [line["cause"] for line in run.read() if "case" not in line] == ["interrupted"]
+    assert [line["cause"] for line in run.read() if line["state"] in ENDED] in (["interrupted"], ["interrupted"] * 2)
     assert (tmp_path / "table.txt").exists()
 
 

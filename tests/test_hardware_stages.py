@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.contest import Case
 from bench.hardware import __main__ as command
-from bench.hardware import blocks, models, parity, sanitizer
+from bench.hardware import blocks, compilation, models, parity, sanitizer, selection
 from bench.hardware.lines import FAILED, LATE, PASSED, read
 from bench.hardware.operations import examine
 from bench.hardware.runner import Runner
@@ -25,6 +25,7 @@ from bench.hardware.table import MOST_LINES
 from bench.hardware.work import CaseFailed
 from bench.marks import MARKS
 from bench.operation_cases import OPERATIONS
+from scx.warmup import PROMPTS
 
 CPU = torch.device("cpu")
 PATIENCE = 4
@@ -99,6 +100,10 @@ def test_sizes() -> None:
     assert of_shape == {128}, "tiles are chosen by the size of a head"
 
 
+def test_every_prompt_of_the_warm_up_is_compiled_ahead() -> None:
+    assert tuple(length for own in compilation.LENGTHS for length in own) == PROMPTS
+
+
 # Models.
 
 
@@ -140,29 +145,43 @@ def test_the_most_telling_models_come_first() -> None:
 # Parity.
 
 
-def test_tests_of_exactly_one_dtype(tmp_path: Path) -> None:
-    """Those of float16 are not those of bfloat16, whatever their names; failures have a line, and all are counted."""
+@pytest.mark.parametrize(
+    ("wanted", "left"), [("float16", [1, 4]), ("bfloat16", [2]), ("none", [0, 3]), (None, [0, 1, 2, 3, 4])]
+)
+def test_tests_of_exactly_one_dtype(wanted: str | None, left: list[int]) -> None:
+    """Those of float16 are not those of bfloat16, whatever their names."""
+    half, bfloat = torch.float16, torch.bfloat16
+    parameters = [None, {"dtype": half}, {"dtype": bfloat}, {"size": 16}, {"dtype": half, "name": "bfloat16"}]
+    items = [SimpleNamespace(n=n, callspec=SimpleNamespace(params=x)) for n, x in enumerate(parameters) if x]
+    items.insert(0, SimpleNamespace(n=0))
+    gone: list[Any] = []
+    config: Any = SimpleNamespace(
+        getoption=lambda name: wanted,
+        hook=SimpleNamespace(pytest_deselected=lambda items: gone.extend(items)),
+    )
+    selection.pytest_collection_modifyitems(config, items)  # type: ignore[arg-type]
+    assert [item.n for item in items] == left
+    assert len(gone) == len(parameters) - len(left)
+
+
+def test_failed_tests_have_lines(tmp_path: Path) -> None:
+    """As they fail; and all are counted at the end."""
     (tmp_path / "test_some.py").write_text(
         "import pytest, torch\n"
-        "DTYPES = [torch.float32, torch.float16, torch.bfloat16]\n"
-        "@pytest.mark.parametrize('dtype', DTYPES, ids=str)\n"
-        "def test_one(dtype): assert dtype is torch.float16\n"
-        "@pytest.mark.parametrize('dtype', DTYPES, ids=['x', 'y', 'z'])\n"
+        "@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['x', 'y'])\n"
         "def test_two(dtype): assert dtype is not torch.float16, 'half'\n"
-        "def test_without(): pass\n"
+        "@pytest.mark.parametrize('dtype', [torch.float16])\n"
+        "def test_three(dtype): pass\n"
     )
-    counts = {}
-    for wanted in ("float16", "none"):
-        totals, lines = tmp_path / f"{wanted}.json", tmp_path / "stages.jsonl"
-        told = ["--exactly", wanted, "--totals", totals, "--lines", lines, "--stage", "parity"]
-        run = [sys.executable, "-m", "pytest", "-q", "-p", "bench.hardware.selection", tmp_path / "test_some.py", *told]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run(list(map(str, run)), cwd=tmp_path, env=environment, check=False, stdout=subprocess.DEVNULL)
-        tests = json.loads(totals.read_text())["tests"]
-        counts[wanted] = tests["passed"], tests["failed"]
-    assert counts == {"float16": (1, 1), "none": (1, 0)}
-    (line,) = read(tmp_path / "stages.jsonl")
-    assert (line["stage"], line["case"], line["state"]) == ("parity", "test_some.py::test_two[y]", FAILED)
+    totals, lines = tmp_path / "totals.json", tmp_path / "stages.jsonl"
+    told = ["--exactly", "float16", "--totals", totals, "--lines", lines, "--stage", "parity"]
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "bench.hardware.selection", tmp_path / "test_some.py", *told]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(list(map(str, run)), cwd=tmp_path, env=environment, check=False, stdout=subprocess.DEVNULL)
+    tests = json.loads(totals.read_text())["tests"]
+    assert (tests["passed"], tests["failed"]) == (1, 1)
+    (line,) = read(lines)
+    assert (line["stage"], line["case"], line["state"]) == ("parity", "test_some.py::test_two[x]", FAILED)
     assert line["cause"].startswith("AssertionError: half")
 
 

@@ -169,7 +169,7 @@ class Runner:
         try:
             watched.run()
         except BaseException:
-            watched.remove()
+            watched.remove("interrupted")
             self._say(stage, FAILED, time.monotonic() - start, limit=limit, cause="interrupted")
             raise
         state, told = verdict(read(self.lines.path, offset), stage.name, watched.was_late)
@@ -233,8 +233,9 @@ class _Watched:
         if own and self.until - GRACE - time.monotonic() > LEAST:
             self.parts.append(self._begin(part.number))
 
-    def remove(self) -> None:
-        """End what still runs, first by asking; then its sessions; then whoever left them."""
+    def remove(self, cause: str = "the stage's time was up") -> None:
+        """End what still runs, first by asking; then its sessions; then whoever left them. `cause` is told of the cases
+        that they were at."""
         if self.parts:
             for part in self.parts:
                 part.signal(signal.SIGTERM)
@@ -254,7 +255,7 @@ class _Watched:
             lines = read(self.runner.lines.path, self.offset)
             case = open_case(lines, self.stage.name, part.number)
             if case is not None:
-                self._end_case(case, LATE, "the stage's time was up")
+                self._end_case(case, LATE, cause)
         self.parts = []
 
     def _end_case(self, case: Line, state: str, cause: str) -> None:

@@ -18,6 +18,7 @@ def table(lines: list[Line], notes: Iterable[str] = ()) -> str:
     rows = [*_stage_rows(stages), "", *notes]
     rows += _at_most(MOST_HEADLINES, [text for line in cases for text in line.get("headlines", ())], "in results.md")
     wrong = [f"{_title(line)}: {line.get('cause', '')}" for line in _wrong(cases)]
+    wrong = list(dict.fromkeys(wrong))  # parts may say the same
     rows += _at_most(MOST_LINES - 1 - len(rows), wrong, "in stages.jsonl")
     return "\n".join(row[:WIDTH] for row in rows)
 
