@@ -149,7 +149,7 @@ def _append_encoded(cache: EncodedCache, layer: int, k: Tensor, v: Tensor) -> No
     if slots is None:
         cache.append(k, v, layer)
         return
-    slots = dataclasses.replace(slots, tokens=tokens)
+    slots = slots._replace(tokens=tokens)
     written = slice(slots.offset, slots.offset + tokens)
     if slots.sealing is not None:
         own = slots.sealing._replace(writes=slots.sealing.writes[:, written])

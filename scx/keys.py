@@ -330,7 +330,7 @@ class _Branch:
     """
 
     def __init__(self, session_secret: Secret, nonce: bytes) -> None:
-        self.nonce = nonce
+        self.name = nonce.hex()
         self.process = os.getpid()
         self.stream = KeyStream(derive(session_secret, "scx branch v1", nonce))
         self.steps = itertools.count()
@@ -407,7 +407,7 @@ class Session:
     @property
     def branch(self) -> str:
         """The public name of the branch in which this process draws one-time keys, in hexadecimal."""
-        return self._branch.nonce.hex()
+        return self._branch.name
 
     def derive_key(self, purpose: str, *, branch: str | None = None) -> Secret:
         """A key of 32 bytes below this session for a purpose of its own, such as "sealed cache".

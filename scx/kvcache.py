@@ -9,7 +9,6 @@ import copy
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +53,7 @@ class AbsentLayer(CacheLayerMixin):
         return -1
 
 
-@dataclass(frozen=True)
-class Slots:
+class Slots(NamedTuple):
     """Where a layer's next tokens are written: buffers (B, G, capacity, d) and the slots offset..offset+tokens-1."""
 
     keys: Tensor
@@ -139,7 +137,7 @@ class GrowingLayer(DynamicLayer):
     def _has_room(self, buffer: Tensor, tokens: int) -> bool:
         if not self.held_tokens:
             return False
-        place = buffer[:, :, self._first :]
+        place = buffer[:, :, self._first :] if self._first else buffer
         return _begins(self.keys, place) and tokens <= place.shape[2]
 
     def take_in(self, slots: Slots) -> Stored:
@@ -172,7 +170,9 @@ class SealedLayer(GrowingLayer):
         """
         capacity, first, end = slots.keys.shape[2], self._first, slots.offset
         held, log = None if end == first else self.writes, self._log
-        goes_on = log is not None and held is not None and _begins(held, log.numbers[:, first:])
+        goes_on = (
+            log is not None and held is not None and _begins(held, log.numbers[:, first:] if first else log.numbers)
+        )
         earlier = id(log) if goes_on else None if held is None else id(held)
         alike = (earlier, capacity, first, end, writes.device)
         self._log = shared.get(alike)

@@ -159,7 +159,7 @@ class EncodedAttention(nn.Module):
         if backend == "sdpa" and not self.training and kwargs.get("is_causal") is None:
             if q.shape[2] == 1 and mask is None and entry is None:
                 out = ops.attention_step(q, k, v, softmax_scale=scale, output_index=output_index, sealing=sealing)
-                return out.transpose(1, 2).flatten(2), None
+                return out.reshape(len(out), 1, -1), None
             rows = ops.attention(
                 q, k, v, softmax_scale=scale, mask=mask, is_causal=mask is None and q.shape[2] > 1,
                 output_index=output_index, row_index=entry, redundant=redundant, sealing=sealing,

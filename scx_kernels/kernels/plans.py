@@ -24,15 +24,17 @@ from torch.nn import Parameter
 
 from scx_kernels.sealing import Sealing
 
-__all__ = ["LATE", "clear", "derive", "empty", "note", "planned", "plans_off"]
+__all__ = ["LATE", "allow_offsets", "clear", "derive", "empty", "note", "planned", "plans_off"]
 
-LATE = ("layer", "first_head")
-"""Kernel parameters whose values are no part of a layout: the layers of a sealed cache share their plans."""
-_LATE_LIMIT = 2**15  # values that any tensor may have; `check_sealing` decides of those beyond
+LATE = ("layer", "first_head", "offset")
+"""Kernel parameters whose values are no part of a layout: the layers of a sealed cache share their plans, and so do
+tokens that are written into its slots one after the other."""
+_MOST = 2**15  # layers and heads that any tensor may have; the launcher's checks decide of those beyond
 _ALIGNMENT = 16
 # Most plans are of one length of a cache, and of no more use when it has grown.
 _MOST_PLANS = 2048
 
+_VALUES = frozenset({int, float, bool, str, torch.dtype})
 _Launcher = TypeVar("_Launcher", bound=Callable)
 _Maker = Callable[[list[Tensor]], Tensor]
 
@@ -50,9 +52,10 @@ class _Launch(NamedTuple):
 class _Plan:
     """What a launcher did: tensors it made, kernels it launched, and what it returned (numbers of tensors)."""
 
-    __slots__ = ("launches", "makers", "result")
+    __slots__ = ("last_offset", "launches", "makers", "result")
 
     def __init__(self) -> None:
+        self.last_offset = 0
         self.makers: list[_Maker] = []
         self.launches: list[_Launch] = []
         self.result: int | tuple[int, ...]
@@ -168,6 +171,12 @@ def derive(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return made
 
 
+def allow_offsets(last: int) -> None:
+    """Say in a launcher with an argument `offset` that 0 to `last` would pass its checks as well."""
+    if _recording.plan is not None:
+        _recording.plan.last_offset = last
+
+
 def note(kernel: Any, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
     """Add a launch to the plan that is being made, if one is."""
     if _recording.plan is None:
@@ -212,12 +221,20 @@ def planned(launcher: _Launcher) -> _Launcher:
             return launcher(*args, **options)
         tensors: list[Tensor] = []
         addresses: list[int] = []
-        key: list[Any] = [launcher, *options]
-        late: Sequence[int] = (0, 0)
-        pending = [*args, *options.values()] if options else [*args]
+        key: list[Any] = [launcher]
+        layer = first_head = offset = 0
+        pending = [*args]
+        for name, value in options.items():
+            key.append(name)
+            if name == "offset":
+                offset = value
+            else:
+                pending.append(value)
         for value in pending:
             kind = type(value)
-            if kind is Tensor or kind is Parameter:
+            if value is None or kind in _VALUES:
+                key.append(value)
+            elif kind is Tensor or kind is Parameter:
                 address = value.data_ptr()
                 tensors.append(value)
                 addresses.append(address)
@@ -228,17 +245,20 @@ def planned(launcher: _Launcher) -> _Launcher:
             elif kind is Sealing:
                 key.append(kind)
                 pending += (value.key, value.writes, value.rounds)
-                late = (value.layer, value.first_head)
-                if not (0 <= late[0] < _LATE_LIMIT and 0 <= late[1] < _LATE_LIMIT):
-                    return launcher(*args, **options)
-            elif isinstance(value, (Tensor, dict)):  # who gives a tile, as a dict, tries it and does not serve with it
+                layer, first_head = value.layer, value.first_head
+            else:  # a subclass of tensors; or a tile, by who tries it and does not serve with it
                 return launcher(*args, **options)
-            else:
-                key.append(value)
         layout = tuple(key)
         plan = _plans.get(layout)
-        if plan is not None:
-            return _on_device(tensors[0].get_device(), plan, tensors, addresses, late)
+        if not (0 <= layer < _MOST and 0 <= first_head < _MOST):
+            return launcher(*args, **options)
+        if plan is not None and type(offset) is int and 0 <= offset <= plan.last_offset:
+            device = tensors[0].get_device()
+            # Kernels are launched on the current device, which need not be the tensors'; negative: they are on no GPU.
+            if device < 0 or device == torch.cuda.current_device():
+                return plan.run(tensors, addresses, (layer, first_head, offset))
+            with torch.cuda.device(device):
+                return plan.run(tensors, addresses, (layer, first_head, offset))
         if len(set(addresses)) < len(addresses):
             return launcher(*args, **options)
         result, plan = _record(launcher, args, options, tensors, addresses)
@@ -248,11 +268,3 @@ def planned(launcher: _Launcher) -> _Launcher:
         return result
 
     return cast(_Launcher, call)
-
-
-def _on_device(device: int, plan: _Plan, tensors: list[Tensor], addresses: list[int], late: Sequence[int]) -> Any:
-    """Kernels are launched on the current device, which need not be the tensors'; negative: they are on no GPU."""
-    if device < 0 or device == torch.cuda.current_device():
-        return plan.run(tensors, addresses, late)
-    with torch.cuda.device(device):
-        return plan.run(tensors, addresses, late)

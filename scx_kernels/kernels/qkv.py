@@ -32,7 +32,7 @@ from scx_kernels.kernels.launch import (
     strides,
     target_of,
 )
-from scx_kernels.kernels.plans import empty, planned
+from scx_kernels.kernels.plans import allow_offsets, empty, planned
 from scx_kernels.kernels.sealing import encoding_of, key_and_writes, layer_and_head
 from scx_kernels.sealing import Sealing, check_cache
 
@@ -392,6 +392,8 @@ def qkv_decode_encode(
     check_dtype("z_q", z_q)
     (batch, heads, size), groups = query.shape, key.shape[1]
     tokens = z_q.shape[1] if position is None else position.shape[1]
+    if keys is not None and offsets is None:
+        allow_offsets(keys.shape[2] - tokens)
     wide_images = [
         None if image is None else image.expand(z.shape)
         for image, z in zip(images or (None, None, None), (z_q, z_k, z_v), strict=True)
