@@ -501,8 +501,12 @@ class EncodedCache(DynamicCache):
             raise RuntimeError(f"{operation} changes all layers; merge the parts of a split cache first")
 
     def _select_sequences(self, index: Tensor) -> None:
-        current = torch.arange(self.session.batch_size) if self.sequences is None else self.sequences
-        self.sequences = current.index_select(0, index.to(current.device))
+        # Where the index is: on an accelerator nobody reads it on the way, and a beam search waits for nothing.
+        if self.sequences is None:
+            current = torch.arange(self.session.batch_size, device=index.device)
+        else:
+            current = self.sequences.to(index.device)
+        self.sequences = current.index_select(0, index)
         self._selected.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

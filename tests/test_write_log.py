@@ -1,0 +1,75 @@
+"""Write numbers of a sealed cache's layers: one log for layers that the same passes filled, and none written over."""
+
+import torch
+from torch import Tensor
+
+from scx.kvcache import SealedLayer, WriteLog
+
+HEADS, SIZE = 2, 16
+
+
+def passed(layer: SealedLayer, writes: Tensor, shared: dict[object, WriteLog]) -> None:
+    """A layer takes in a pass's tokens with these numbers (1, S)."""
+    tokens = writes.shape[1]
+    slots = layer.room(tokens, (1, HEADS, SIZE), torch.empty(0))
+    numbers = layer.number(slots, writes, shared)
+    layer.take_in(slots)
+    layer.writes = numbers[:, : slots.offset + tokens]
+
+
+def numbers(first: int, count: int) -> Tensor:
+    return torch.arange(first, first + count)[None]
+
+
+def filled(*layers: SealedLayer) -> None:
+    for writes in (numbers(0, 5), numbers(5, 1)):
+        shared: dict[object, WriteLog] = {}
+        for layer in layers:
+            passed(layer, writes, shared)
+
+
+def test_layers_of_the_same_passes_share_a_log() -> None:
+    layers = [SealedLayer() for _ in range(3)]
+    filled(*layers)
+    assert len({id(layer._log) for layer in layers}) == 1
+    assert layers[0]._log is not None
+    assert layers[0]._log.filled == 6
+    assert all(layer.writes.tolist() == [[0, 1, 2, 3, 4, 5]] for layer in layers)
+
+
+def test_layers_that_part_keep_their_own_numbers() -> None:
+    """One layer is cropped and goes on from an earlier row; the other's numbers stay what they were."""
+    cropped, whole = SealedLayer(), SealedLayer()
+    filled(cropped, whole)
+    cropped.crop(-3)
+    shared: dict[object, WriteLog] = {}
+    for layer in (cropped, whole):
+        passed(layer, numbers(40, 2), shared)
+    assert cropped.writes.tolist() == [[0, 1, 2, 40, 41]]
+    assert whole.writes.tolist() == [[0, 1, 2, 3, 4, 5, 40, 41]]
+
+
+def test_a_pass_that_broke_off_is_run_again_on_other_rows() -> None:
+    """What a broken pass has written into a log is not what the layer holds; the next pass leaves it alone."""
+    layer = SealedLayer()
+    filled(layer)
+    before = dict(vars(layer))
+    passed(layer, numbers(40, 2), {})
+    seen = layer.writes
+    vars(layer).update(before)
+    passed(layer, numbers(50, 2), {})
+    assert layer.writes.tolist() == [[0, 1, 2, 3, 4, 5, 50, 51]]
+    assert seen.tolist() == [[0, 1, 2, 3, 4, 5, 40, 41]]
+
+
+def test_layers_grow_together() -> None:
+    """New buffers in one pass: one new log, with the numbers of the old one."""
+    layers = [SealedLayer() for _ in range(2)]
+    filled(*layers)
+    old = layers[0]._log
+    shared: dict[object, WriteLog] = {}
+    for layer in layers:
+        passed(layer, numbers(100, 70), shared)
+    assert layers[0]._log is layers[1]._log is not old
+    assert layers[1].writes.tolist() == [[*range(6), *range(100, 170)]]
+    assert len(shared) == 1
