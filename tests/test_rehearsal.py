@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.rehearsal.device import CUDA, StandIn, StandInDevice
+from bench.rehearsal.device import StandInDevice
+from bench.rehearsal.operators import Operators
 from bench.rehearsal.settings import SETTINGS, covering
+from bench.rehearsal.tensors import CUDA, StandIn
+from scx.keystream import KeyStream, Secret
+from scx_kernels.kernels.launch import TARGETS
 
 PLANTED = Path(__file__).parent / "planted.py"
 
@@ -149,3 +153,21 @@ def test_the_packages_operators_need_somebody_who_runs_them(device) -> None:
 
     with pytest.raises(NotImplementedError, match="inject_permute"):
         inject_permute(torch.ones(1, 2, 16, device="cuda"), torch.tensor([[1, 0]]).to("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [0, 1, 7, 40])
+@pytest.mark.parametrize("streams", [[], [(0, 1, 2)], [(3, 0, 0), (4, 1, 9)]])
+def test_draws_are_the_same_bits_on_either_device(dtype, count, streams) -> None:
+    """Zero numbers and zero streams among them: there is nothing to launch, and the result has its shape and dtype."""
+    stream = KeyStream(Secret(bytes(32)))
+    on_cpu = stream.bits("purpose", streams, count, dtype)
+    with StandInDevice(Operators((TARGETS["cuda", 90],), lambda *launch: None)):
+        drawn = stream.bits("purpose", streams, count, dtype, CUDA)
+        assert drawn.device == CUDA
+        assert (drawn.shape, drawn.dtype) == ((len(streams), count), dtype) == (on_cpu.shape, on_cpu.dtype)
+        assert torch.equal(drawn.cpu(), on_cpu)
+        for draw in (stream.normal, stream.laplace):
+            assert torch.equal(draw("other", streams, count, CUDA).cpu(), draw("other", streams, count))
+        permutations = stream.permutations("third", streams, count, 2, CUDA).cpu()
+        assert torch.equal(permutations, stream.permutations("third", streams, count, 2))

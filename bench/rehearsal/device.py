@@ -8,21 +8,19 @@ It is no simulation: orders of execution, streams and memory are not those of a 
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CUDA", "StandIn", "StandInDevice", "Wait", "backing_of", "mapped", "package_frames"]
+from bench.rehearsal.methods import HostMethods, parts
+from bench.rehearsal.tensors import CPU, CUDA, StandIn, Wait, backing_of, in_use, mapped, wait_here
 
-CUDA = torch.device("cuda", 0)
-CPU = torch.device("cpu")
+__all__ = ["StandInDevice"]
+
 aten = torch.ops.aten
 
 _COPIES = (aten._to_copy.default, aten.copy_.default)
@@ -33,203 +31,6 @@ _WAITING = {
 }  # fmt: skip
 # Their index tensors may lie on the CPU; a mask among them is counted first.
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-
-
-class StandIn(torch.Tensor):
-    """A tensor on the stand-in device. `backing` holds its values, or on the "meta" device only its shape."""
-
-    backing: Tensor
-
-    @staticmethod
-    def __new__(cls, backing: Tensor) -> "StandIn":
-        wrapper: StandIn = torch.Tensor._make_wrapper_subclass(
-            cls,
-            backing.size(),
-            strides=backing.stride(),
-            storage_offset=backing.storage_offset(),
-            dtype=backing.dtype,
-            device=CUDA,
-            requires_grad=backing.requires_grad,
-        )
-        wrapper.backing = backing.detach()
-        return wrapper
-
-    def __init__(self, backing: Tensor) -> None: ...
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _current().dispatch(func, args, kwargs or {})
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"StandIn(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-
-def mapped(function: Callable[[Any], Any], x: Any) -> Any:
-    """x with its tensors and other leaves replaced; lists and tuples of them are what operators take and give."""
-    if isinstance(x, tuple):
-        return tuple(mapped(function, y) for y in x)
-    if isinstance(x, list):
-        return [mapped(function, y) for y in x]
-    return function(x)
-
-
-def backing_of(x: Any) -> Any:
-    """What computes in a stand-in tensor's place; anything else as it is."""
-    return x.backing if isinstance(x, StandIn) else x
-
-
-@dataclass(frozen=True)
-class Wait:
-    """The host waits for the device. `frames` are the package's functions that asked for it, outermost first, as
-    (file, line, name); `is_ours` says whether they did, or transformers called by them."""
-
-    operation: str
-    frames: tuple[tuple[str, int, str], ...]
-    is_ours: bool
-
-
-def package_frames() -> tuple[tuple[str, int, str], ...]:
-    """Where in the package execution is, outermost first: (file from the root, line, qualified name)."""
-    frames, frame = [], sys._getframe(1)
-    while frame is not None:
-        path = frame.f_code.co_filename.replace("\\", "/")
-        for root in ("/scx/", "/scx_kernels/"):
-            if root in path and "/bench/" not in path:
-                name = root[1:] + path.rsplit(root, 1)[1]
-                frames.append((name, frame.f_lineno, frame.f_code.co_qualname))
-                break
-        frame = frame.f_back  # type: ignore[assignment]
-    return tuple(reversed(frames))
-
-
-def _is_ours() -> bool:
-    """Whether the innermost frame that is neither PyTorch's nor the stand-in's is this package's."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        path = frame.f_code.co_filename.replace("\\", "/")
-        if "/torch/" not in path and "/bench/rehearsal/" not in path and "/contextlib.py" not in path:
-            return "/transformers/" not in path
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-class _Devices(TorchFunctionMode):
-    """Gives "cuda" its index, which C++ would ask a driver for, and answers for what wrappers have no memory for."""
-
-    def __init__(self, owner: "StandInDevice") -> None:
-        super().__init__()
-        self.owner = owner
-        self.replaced: dict[Any, Callable[..., Any]] = {
-            torch.Tensor.tolist: self._tolist,
-            torch.Tensor.pin_memory: owner.pin,
-            torch.Tensor.is_pinned: owner.is_pinned,
-            torch.Tensor.data_ptr: self._data_ptr,
-            torch.Tensor.numpy: self._numpy,
-            torch.tensor: self._tensor,
-            torch.Tensor.__getitem__: self._getitem,
-            torch.Tensor.__setitem__: self._setitem,
-            torch.Tensor.copy_: self._copy_,
-            torch.Tensor.contiguous: self._contiguous,
-            torch.Tensor.__invert__: _on_stand_ins(torch.Tensor.__invert__, torch.bitwise_not),
-            torch.Tensor.nonzero: _on_stand_ins(torch.Tensor.nonzero, aten.nonzero.default),
-            torch.Tensor.__bool__: _on_stand_ins(torch.Tensor.__bool__, lambda x: bool(x.item())),
-            torch.Tensor.__int__: _on_stand_ins(torch.Tensor.__int__, lambda x: int(x.item())),
-            torch.Tensor.__index__: _on_stand_ins(torch.Tensor.__index__, lambda x: x.item()),
-            torch.Tensor.__float__: _on_stand_ins(torch.Tensor.__float__, lambda x: float(x.item())),
-        }
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tuple(map(_indexed, args)), {name: _indexed(x) for name, x in (kwargs or {}).items()}
-        instead = self.replaced.get(func)
-        return func(*args, **kwargs) if instead is None else instead(*args, **kwargs)
-
-    def _tolist(self, x: Tensor) -> Any:
-        return x.cpu().tolist() if isinstance(x, StandIn) else torch.Tensor.tolist(x)
-
-    def _numpy(self, x: Tensor, **options: Any) -> Any:
-        if isinstance(x, StandIn):
-            raise TypeError("can't convert a cuda:0 tensor to numpy; copy it to host memory first")
-        return torch.Tensor.numpy(x, **options)
-
-    def _data_ptr(self, x: Tensor) -> int:
-        if not isinstance(x, StandIn):
-            return torch.Tensor.data_ptr(x)
-        # One number for each memory, beginning where allocators begin it, and the same for all of its views.
-        memory: int = x.backing.untyped_storage()._cdata
-        return memory * 512 + x.storage_offset() * x.element_size()
-
-    def _tensor(self, data: Any, *, device: Any = None, **options: Any) -> Tensor:
-        made = torch.tensor(data, **options)
-        return made if device is None else made.to(device)
-
-    # In C++ the methods from here on, and those above, ask the driver for a device, even where all that follows is
-    # dispatched.
-
-    def _contiguous(self, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        if not isinstance(x, StandIn):
-            return torch.Tensor.contiguous(x, memory_format=memory_format)
-        return x if x.is_contiguous(memory_format=memory_format) else x.clone(memory_format=memory_format)
-
-    def _copy_(self, x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        if not isinstance(x, StandIn) and not isinstance(source, StandIn):
-            return torch.Tensor.copy_(x, source, non_blocking)
-        copied: Tensor = self.owner.dispatch(aten.copy_.default, (x, source, non_blocking), {})
-        return copied
-
-    def _getitem(self, x: Tensor, index: Any) -> Tensor:
-        index = mapped(_with_numbers, index)
-        if not isinstance(x, StandIn):
-            _check_index_of_cpu(index)
-            return torch.Tensor.__getitem__(x, index)
-        self.owner.note_masks(index)
-        taken: Tensor = x.backing[mapped(self.owner.inside, index)]
-        return StandIn(taken)
-
-    def _setitem(self, x: Tensor, index: Any, value: Any) -> None:
-        index = mapped(_with_numbers, index)
-        if not isinstance(x, StandIn):
-            _check_index_of_cpu(index)
-            value = self.owner.to_host(value) if isinstance(value, StandIn) else value
-            return torch.Tensor.__setitem__(x, index, value)
-        self.owner.note_masks(index)
-        if isinstance(value, Tensor) and not isinstance(value, StandIn):
-            if value.dim() and any(isinstance(i, Tensor) for i in _parts(index)):
-                raise RuntimeError("Expected all tensors to be on the same device, but found cuda:0 and cpu!")
-            self.owner.note("copy to the device")
-        x.backing[mapped(self.owner.inside, index)] = self.owner.inside(value)
-        return None
-
-
-def _on_stand_ins(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    def function(x: Tensor, *args: Any, **options: Any) -> Any:
-        return (instead if isinstance(x, StandIn) else original)(x, *args, **options)
-
-    return function
-
-
-def _parts(index: Any) -> tuple[Any, ...]:
-    return tuple(index) if isinstance(index, (tuple, list)) else (index,)
-
-
-def _with_numbers(part: Any) -> Any:
-    """A slice whose bounds are tensors, with their values."""
-    if not isinstance(part, slice):
-        return part
-    bounds = (part.start, part.stop, part.step)
-    return slice(*(x.item() if isinstance(x, StandIn) else x for x in bounds))
-
-
-def _check_index_of_cpu(index: Any) -> None:
-    if any(isinstance(i, StandIn) for i in _parts(index)):
-        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-
-
-def _indexed(x: Any) -> Any:
-    if isinstance(x, torch.device):
-        return CUDA if x.type == "cuda" else x
-    return CUDA if isinstance(x, str) and x == "cuda" else x
 
 
 class _Event:
@@ -260,15 +61,6 @@ class _Stream:
     def wait_event(self, event: Any) -> None: ...
 
     def wait_stream(self, stream: Any) -> None: ...
-
-
-_devices: list["StandInDevice"] = []
-
-
-def _current() -> "StandInDevice":
-    if not _devices:
-        raise RuntimeError("a stand-in tensor was used outside of its device")
-    return _devices[-1]
 
 
 class _Operators(TorchDispatchMode):
@@ -302,12 +94,12 @@ class StandInDevice:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "StandInDevice":
-        if _devices:
+        if in_use:
             raise RuntimeError("another stand-in device is in use")
         with contextlib.ExitStack() as stack:
             torch._C._ensureCUDADeviceGuardSet()  # in a build without CUDA, one that does nothing
-            _devices.append(self)
-            stack.callback(_devices.remove, self)
+            in_use.append(self)
+            stack.callback(in_use.remove, self)
             stack.enter_context(self._cuda_functions())
             stack.enter_context(self.resumed())
             self._open = stack.pop_all()
@@ -319,7 +111,7 @@ class StandInDevice:
     @contextlib.contextmanager
     def resumed(self) -> Iterator[None]:
         """For code that `run_operator` calls: PyTorch suspends a device's modes while it is asked."""
-        with _Devices(self), _Operators(self):
+        with HostMethods(self), _Operators(self):
             yield
 
     @contextlib.contextmanager
@@ -346,7 +138,7 @@ class StandInDevice:
 
     def note(self, operation: str) -> None:
         """The host waits here."""
-        self.waits.append(Wait(operation, package_frames(), _is_ours()))
+        self.waits.append(wait_here(operation))
 
     def pin(self, x: Tensor, *_: Any) -> Tensor:
         """x in page-locked memory, from and to which copies go while the host goes on."""
@@ -381,7 +173,7 @@ class StandInDevice:
 
     def note_masks(self, index: Any) -> None:
         """The host waits where a mask among these indices has to be counted."""
-        if any(isinstance(i, StandIn) and i.dtype in (torch.bool, torch.uint8) for i in _parts(index)):
+        if any(isinstance(i, StandIn) and i.dtype in (torch.bool, torch.uint8) for i in parts(index)):
             self.note("index by a mask")
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

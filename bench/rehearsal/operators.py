@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.rehearsal.device import StandIn, StandInDevice, backing_of, mapped
+from bench.rehearsal.device import StandInDevice
+from bench.rehearsal.tensors import StandIn, backing_of, mapped
 from scx_kernels import reference, sealing
 from scx_kernels.kernels import launch
 from scx_kernels.kernels.launch import Target

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from bench.rehearsal.device import StandInDevice, Wait, backing_of, package_frames
+from bench.rehearsal.device import StandInDevice
 from bench.rehearsal.operators import Operators
 from bench.rehearsal.requests import Pair
 from bench.rehearsal.settings import Setting
 from bench.rehearsal.specialisation import Variant, variant_of
+from bench.rehearsal.tensors import Wait, backing_of, package_frames
 from scx import SCXKeyGenerator, encoded_llama, warm_up
 from scx_kernels.kernels.launch import TARGETS, Target
 
