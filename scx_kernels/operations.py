@@ -100,7 +100,7 @@ def accelerator(kind: str) -> Iterator[None]:
 
 def _takes_triton(args: Sequence[Any], options: dict[str, Any]) -> bool:
     """Whether these arguments are for the kernels; the first tensor says on which device and in which dtype."""
-    first = args[0] if args else next(_tensors(options.values()))
+    first = args[0] if args and isinstance(args[0], Tensor) else next(_tensors((*args, *options.values())))
     if first.dtype not in _KERNEL_DTYPES or _backend == "reference":
         return False
     if _backend == "auto" and not is_accelerator(first.device):
@@ -118,6 +118,22 @@ def _is_traced(first: Any) -> bool:
     if torch.compiler.is_compiling() or (type(first) is not Tensor and type(first) is not Parameter):
         return True
     return bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
+
+
+def _is_served_at_once(x: Any) -> bool:
+    """Whether a launcher takes a call with this first argument: all that the two functions above ask, in the usual case
+    that no gradients are recorded, and in little of the host's time."""
+    kind = type(x)
+    return (
+        not torch.compiler.is_compiling()
+        and (kind is Tensor or kind is Parameter)
+        and (x.is_cuda or (len(_accelerators) > 1 and is_accelerator(x.device)))
+        and _backend == "auto"
+        and x.dtype in _KERNEL_DTYPES
+        and not torch.is_grad_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def spelling(name: str, *, optional: bool = False) -> str:
@@ -208,11 +224,11 @@ def operation(original: _Function, operator: Operator | None = None) -> Callable
         @wraps(original)
         def call(*args: Any, **options: Any) -> Any:
             # Launchers take more than this; the reference raises for what nobody knows.
-            if not _takes_triton(args, options) or not options.keys() <= names:
+            if not options.keys() <= names:
                 return original(*args, **options)
-            if operator is None or not args or _is_traced(args[0]):
-                return on_kernels(*args, **options)
-            return operator.launcher(*args, **options)
+            if operator is not None and args and _is_served_at_once(args[0]):
+                return operator.launcher(*args, **options)
+            return on_kernels(*args, **options) if _takes_triton(args, options) else original(*args, **options)
 
         return cast(_Function, call)
 
