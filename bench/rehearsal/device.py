@@ -78,7 +78,7 @@ class StandInDevice:
     Args:
         run_operator: called for every operator of the package on stand-in tensors, with the device, the operator and
             its arguments; gives its results. Default: it is refused.
-        has_values: False: tensors made on the device have shapes alone, and a value that is read is 1.
+        has_values: False: tensors made on the device have shapes alone, and what is read of them is zero.
 
     Attributes:
         waits: where the host waited for the device, in order.
@@ -169,7 +169,7 @@ class StandInDevice:
     def to_host(self, x: StandIn) -> Tensor:
         """x on the CPU; the host waits."""
         self.note("copy to the host")
-        return torch.ones_like(x.backing, device=CPU) if x.backing.is_meta else x.backing.clone()
+        return torch.zeros_like(x.backing, device=CPU) if x.backing.is_meta else x.backing.clone()
 
     def note_masks(self, index: Any) -> None:
         """The host waits where a mask among these indices has to be counted."""
@@ -213,9 +213,9 @@ class StandInDevice:
         if kwargs.get("device") is not None:
             kwargs["device"] = self.backing_device
         if name == "_local_scalar_dense" and args[0].is_meta:
-            return torch.ones((), dtype=args[0].dtype).item()
+            return torch.zeros((), dtype=args[0].dtype).item()
         if name in ("equal", "is_nonzero") and args[0].is_meta:
-            return True
+            return name == "equal"
 
         def wrap(x: Any) -> Any:
             if not isinstance(x, Tensor):
@@ -253,13 +253,13 @@ class StandInDevice:
             self._note_copy(source, True, kwargs.get("non_blocking", False), None)
             device_of = x.device if isinstance(source, StandIn) else self.backing_device
             return StandIn(func(x, device=device_of, **options))
-        copied = func(x, device=CPU, **options) if not x.is_meta else torch.ones_like(x, device=CPU, **options)
+        copied = func(x, device=CPU, **options) if not x.is_meta else torch.zeros_like(x, device=CPU, **options)
         self._note_copy(source, False, kwargs.get("non_blocking", False), copied)
         return copied
 
     def _written(self, target: Tensor, source: Tensor) -> None:
         if not target.is_meta and source.is_meta:
-            target.fill_(1)
+            target.zero_()
         elif not target.is_meta:
             target.copy_(source)
 

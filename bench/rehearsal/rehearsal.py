@@ -86,13 +86,14 @@ class Rehearsal:
                     if not may_wait:
                         self._check_waits(device.waits)
         if warms_up:
-            self._check_warm_up(setting, plain)
+            self._check_warm_up(setting)
 
-    def _check_warm_up(self, setting: Setting, plain: Any | None) -> None:
+    def _check_warm_up(self, setting: Setting) -> None:
         """What the requests asked for, the warm-up of such a model must have asked for."""
         asked, self._asked = self._asked, {}
-        with torch.no_grad(), self._device(plain is not None):
-            model = self._on_device(setting, plain)
+        # Shapes alone: a padded mask is read as one that hides something, which is all that depends on values.
+        with torch.no_grad(), self._device(has_values=False):
+            model = self._on_device(setting, None)
             options = dict(setting.placement)
             secure = options.pop("secure_device", None)
             with encoded_llama(model, SCXKeyGenerator.for_model(model, **setting.keys), secure, **options):
