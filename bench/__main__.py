@@ -5,14 +5,12 @@ Every case is written to the result file as soon as it is measured; an interrupt
 
 import argparse
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
-from bench.first_call import run_first_call
-from bench.host import run_host
-from bench.model import run_compiled, run_models, run_split
 from bench.model_cases import left_out
-from bench.operations import run_operations
 from bench.provenance import RESULTS, machine_name, provenance
 from bench.report import show, write_report
 from bench.results import failures
@@ -34,18 +32,59 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run_models(run: Run, device: torch.device, everything: bool) -> None:
+    from bench.model import run_models, run_split
+
+    run_models(run, device, everything, SHARE_OF_MODELS)
+    run_split(run, device, SHARE_OF_MODELS)
+
+
+def run_first_call(run: Run, device: torch.device, everything: bool) -> None:
+    from bench.first_call import run_first_call
+
+    run_first_call(run, device.type == "cuda")
+
+
+def run_host(run: Run, device: torch.device, everything: bool) -> None:
+    from bench.host import run_host
+
+    run_host(run, device)
+
+
+def run_operations(run: Run, device: torch.device, everything: bool) -> None:
+    from bench.operations import run_operations
+
+    run_operations(run, device)
+
+
+def run_compiled(run: Run, device: torch.device, everything: bool) -> None:
+    from bench.model import run_compiled
+
+    run_compiled(run, device, everything)
+
+
+OF_SCX = ("transformers", "cryptography", "safetensors")
+SUITES: tuple[tuple[str, tuple[str, ...], Callable[[Run, torch.device, bool], None]], ...] = (
+    ("whole models", OF_SCX, run_models),
+    ("first calls", OF_SCX, run_first_call),
+    ("host time", ("triton", *OF_SCX), run_host),
+    ("operations", (), run_operations),
+    ("compiled models", OF_SCX, run_compiled),
+)
+"""(what, the packages that it needs beside torch, how it is run)."""
+
+
 def measure(run: Run, device: torch.device, everything: bool) -> bool:
-    """Run every suite. Returns whether it was interrupted."""
-    on_cuda = device.type == "cuda"
-    for text in left_out(on_cuda, everything):
+    """Run every suite whose packages are here; others are named as left out. Returns whether it was interrupted."""
+    for text in left_out(device.type == "cuda", everything):
         run.leave_out(text)
     try:
-        run_models(run, device, everything, SHARE_OF_MODELS)
-        run_split(run, device, SHARE_OF_MODELS)
-        run_first_call(run, on_cuda)
-        run_host(run, device)
-        run_operations(run, device)
-        run_compiled(run, device, everything)
+        for what, packages, suite in SUITES:
+            missing = [package for package in packages if find_spec(package) is None]
+            if missing:
+                run.leave_out(f"{what}: needs {', '.join(missing)}")
+            else:
+                suite(run, device, everything)
     except KeyboardInterrupt:
         return True
     return False

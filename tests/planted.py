@@ -23,6 +23,7 @@ from bench.rehearsal.settings import Setting
 from scx.keystream import KeyStream
 from scx.models import llama
 from scx_kernels.kernels import attention, rows
+from scx_kernels.operations import OPERATORS
 
 PERMUTED = Setting("llama", 64, "fp32", 0, False, "permuted")
 SEALED = Setting("llama", 64, "fp16", 0, False, "sealed8")
@@ -92,7 +93,7 @@ FAULTS: dict[str, tuple[Any, Setting, str, bool]] = {
     ),
     "tensors of two devices": (patch.object(attention, "_inverse", inverse_on_the_cpu), SEALED, "later turns", False),
     "result of another dtype": (
-        patch.object(rows, "inject_permute", changed(rows.inject_permute, torch.Tensor.double)),
+        patch.dict(vars(OPERATORS["inject_permute"]), launcher=changed(rows.inject_permute, torch.Tensor.double)),
         PERMUTED, "prefill of 7", False,
     ),
     "value read in a block": (

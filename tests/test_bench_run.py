@@ -12,6 +12,7 @@ from tiny import tiny_model
 
 from bench import __main__ as command
 from bench import first_call, model, operations, probe
+from bench.__main__ import SUITES
 from bench.contest import Case
 from bench.model import Field, Workload, measure
 from bench.model_cases import (
@@ -327,8 +328,10 @@ def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..
     def call(*words: str, **suites: Callable[..., Any]) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["bench", *words])
         monkeypatch.setattr(command, "LATEST", tmp_path)
-        for name in ("run_models", "run_split", "run_first_call", "run_operations", "run_compiled"):
-            monkeypatch.setattr(command, name, suites.get(name, lambda *args: None))
+        stand_ins = [
+            (what, packages, suites.get(suite.__name__, lambda *args: None)) for what, packages, suite in SUITES
+        ]
+        monkeypatch.setattr(command, "SUITES", stand_ins)
         status = command.main()
         (path,) = tmp_path.glob("*.json")
         assert path.with_suffix(".md").exists()
@@ -356,6 +359,21 @@ def test_a_command_without_cuda(command_line: Callable[..., Any]) -> None:
     assert status == 0
     assert any(text.startswith("no CUDA") for text in content["left_out"])
     assert content["provenance"]["commit"] == "abc"
+
+
+def test_a_suite_whose_packages_are_missing_is_named(
+    command_line: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others run."""
+    found = command.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "cryptography" else found(name))
+    begun = []
+    status, content = command_line(
+        run_models=lambda *args: begun.append("models"), run_operations=lambda *args: begun.append("operations")
+    )
+    assert status == 0
+    assert begun == ["operations"]
+    assert "whole models: needs cryptography" in content["left_out"]
 
 
 def test_a_failed_parity_fails_the_command(command_line: Callable[..., Any]) -> None:

@@ -230,7 +230,7 @@ def reseal_into(out: Tensor, x: Tensor | None, old: Sealing, new: Sealing, *, is
 
 @planned
 def random_bits(
-    key: Tensor, streams: Tensor, count: int, *, rounds: int = 20, tile: dict[str, Any] | None = None
+    key: Tensor, streams: Tensor, count: int, rounds: int = 20, *, tile: dict[str, Any] | None = None
 ) -> Tensor:
     """`scx_kernels.sealing.random_bits`; tile: overrides of `seal_tile`."""
     check_streams(key, streams, count, rounds)
