@@ -114,10 +114,11 @@ def _tensors(given: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _is_traced(first: Any) -> bool:
-    """Whether somebody follows the operators that are called: a compiler, a tracer, a mode or a kind of tensor."""
+    """Whether somebody follows the operators that are called: a compiler, a tracer, a mode or a kind of tensor; or
+    there are only shapes to compute with."""
     if torch.compiler.is_compiling() or (type(first) is not Tensor and type(first) is not Parameter):
         return True
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
+    return first.is_meta or bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
 
 
 def _is_served_at_once(x: Any) -> bool:

@@ -54,6 +54,6 @@ STAGES = (
     _stage("sanitizer", 40, "memory and race checks of every operation", parts=2, needs=COMPILED),
     _stage("marks", 65, "operations by graph replay, host and device time apart", needs=("ceilings", *COMPILED)),
     _stage("models", 80, "whole models beside plain transformers", needs=COMPILED),
-    _stage("profiles", 28, "where the time of a prefill and of a token goes, and the host's"),
+    _stage("profiles", 27, "where the time of a prefill and of a token goes, and the host's"),
     _stage("report", 15, "tables and pictures", anywhere=True, is_last=True, is_whole=True, packages=("torch",)),
 )
