@@ -2,6 +2,7 @@
 does not interpret kernels: they are compiled for a GPU that need not be here, and nothing is launched."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import triton
 from torch import Tensor
 
 import scx_kernels as ops
+from bench import host
 from bench.null_driver import NullDriver, no_launches
 from scx_kernels import operations
 from scx_kernels.kernels import attention, plans, product, qkv, rows, sealing
@@ -306,3 +308,42 @@ def test_gradients_and_double_precision_take_the_reference(driver: Recording) ->
         assert ops.inject_permute(x, None, norm_weight=norm).requires_grad
     ops.inject_permute(x.double(), None, norm_weight=norm.detach().double())
     assert not driver.seen
+
+
+@pytest.mark.parametrize("case", list(host.STEPS))
+def test_steps_whose_host_time_is_taken_launch_as_a_gpu_would_be_asked(
+    driver: Recording, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Every contestant of ours runs on the kernels, and the plain model on none."""
+    monkeypatch.setattr(host, "LAYERS", 2)
+    asked: dict[str, int] = {}
+
+    def in_turns(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, list[float]]:
+        for name, call in calls.items():
+            before = len(driver.seen)
+            call()
+            asked[name] = len(driver.seen) - before
+        return {name: [2.0 if name == host.PLAIN else 3.0] for name in calls}
+
+    monkeypatch.setattr(host, "in_turns", in_turns)
+    monkeypatch.setattr(host, "stand_in", lambda device: nullcontext())
+    entry = host.measure_steps(case, torch.device("cpu"))
+    plain, *others = entry["contestants"]
+    assert asked.pop(host.PLAIN) == 0
+    assert min(asked.values()) >= 12
+    assert plain["ratio"]["median"] == 1
+    assert [c["ratio"]["median"] for c in others] == [1.5] * len(others)
+
+
+def test_operations_whose_host_time_is_taken(driver: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public function, its launcher and the launcher without plans launch the same."""
+    monkeypatch.setattr(host, "stand_in", lambda device: nullcontext())
+    for public, bare in host.launchers(torch.device("cpu")).values():
+        seen = []
+        for call, context in ((public, nullcontext), (bare, nullcontext), (bare, plans.plans_off)):
+            driver.seen.clear()
+            with context():
+                call()
+            seen.append([(name, grid) for name, grid, _ in driver.seen])
+        assert seen[0] == seen[1] == seen[2]
+        assert seen[0]

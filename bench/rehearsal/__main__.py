@@ -2,7 +2,8 @@
 
 `python -m bench.rehearsal [--quick] [--only WORDS] [--jobs N]` serves every request of every setting on a stand-in
 device, compares what comes out with the plain model and what is asked for with the warm-up, and compiles every launch
-for sm_80, sm_90 and sm_100. One line a group, one a failure, and at the end one of all; it exits with 1 on any failure.
+for sm_80, sm_90 and sm_100. One line a group, one a failure, what a step costs the host, and at the end one of all; it
+exits with 1 on any failure.
 `--quick`: fewer settings, every kind of request, and of every kernel each combination of branches, for sm_90.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.host import STEPS, measure_steps
 from bench.rehearsal.compilation import compile_all, representative
 from bench.rehearsal.rehearsal import ALL_TARGETS, Failure, Rehearsal
 from bench.rehearsal.requests import EXTRA_REQUESTS, REQUESTS, SHAPE_REQUESTS, SPLIT_REQUESTS, Pair
@@ -112,11 +114,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {len(chosen)} settings, {done} requests, {len(new)} failures, {seconds:.0f} s", flush=True)
         print("".join(f"  {failure}\n" for failure in new), end="", flush=True)
     compilations = _compile(rehearsal, options.quick, options.jobs or (1 if options.quick else 2))
+    if not options.quick and not words:
+        _tell_host_times()
     print(
         f"{rehearsal.requests} requests, {rehearsal.launches} launches, {len(rehearsal.variants)} variants, "
         f"{compilations} compilations, {len(rehearsal.failures)} failures"
     )
     return 1 if rehearsal.failures or not rehearsal.requests else 0
+
+
+def _tell_host_times() -> None:
+    """What a step would cost the host, beside plain transformers (`bench.host`)."""
+    for case in STEPS:
+        contestants = measure_steps(case, torch.device("cpu"))["contestants"]
+        told = (f"{c['name']} {c['ms']['median']:.1f} ms ({c['ratio']['median']:.2f})" for c in contestants)
+        print(f"host time, {case}: {', '.join(told)}", flush=True)
 
 
 def _compile(rehearsal: Rehearsal, quick: bool, jobs: int) -> int:
