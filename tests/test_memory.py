@@ -142,10 +142,11 @@ def rows_shared(seen: Tensor, states: Tensor) -> int:
 def test_what_lies_unsealed_of_a_sealed_cache(prompt) -> None:
     """In the pass that opens it, K and V of a block once, each as one tensor, gone behind attention. In later
     passes, of one token or several, no row of it, old or new."""
-    model = tiny_model(layers=2)
+    model = tiny_model(layers=2, heads=2, kv_heads=1)
     ids = prompt(TOKENS)
     alive = []
-    keys = SCXKeyGenerator.for_model(model, redundant_num=REDUNDANT, alp=True, cache_encoding="sealed")
+    options = {"redundant_num": REDUNDANT, "alp": True, "cache_encoding": "sealed", "cipher_rounds": 8}
+    keys = SCXKeyGenerator.for_model(model, **options)
     with encoded_llama(model, keys), ops.backend("triton"):
         with recorded_blocks(model) as recorder:
             handles = [

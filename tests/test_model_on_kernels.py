@@ -14,7 +14,7 @@ from scx import SCXKeyGenerator, decode_kvcache, encoded_llama
 @by_dtype
 def test_encoded_model_on_the_kernels(prompt, family: str, dtype: torch.dtype) -> None:
     """A whole model gives the reference's logits and caches with every operation computed by its kernel."""
-    model = tiny_model(family, dtype=dtype, layers=2)
+    model = tiny_model(family, dtype=dtype, layers=2, heads=2, kv_heads=1)
     ids, keys = prompt(9), {"redundant_num": 3, "alp": True, "master_key": bytes(32)}
 
     def run(name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -86,7 +86,7 @@ def test_logits_are_bitwise_those_of_the_unsealed_cache(prompt, dtype, rounds) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
     """With every operation computed by its kernel, sealed and unsealed, prefill and steps."""
-    model, ids = tiny_model(dtype=dtype, layers=2), prompt(7)
+    model, ids = tiny_model(dtype=dtype, layers=2, heads=2, kv_heads=1), prompt(7)
     with ops.backend("triton"):
         permuted, _ = run(model, ids, 2, cache_encoding="permuted")
         sealed, cache = run(model, ids, 2)
@@ -118,9 +118,9 @@ def test_chunked_prefill_is_bitwise_equal(prompt, dtype, cuts) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunked_prefill_is_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
-    model, ids = tiny_model(dtype=dtype, layers=2), prompt(11)
+    model, ids = tiny_model(dtype=dtype, layers=2, heads=2, kv_heads=1), prompt(11)
     with ops.backend("triton"):
-        assert_same_passes(model, list(ids.split((6, 4, 1), dim=1)))
+        assert_same_passes(model, list(ids.split((6, 4, 1), dim=1)), cipher_rounds=8)
 
 
 @torch.no_grad()
