@@ -431,7 +431,6 @@ def _attention_kernel(
         "kv_length_ptr",
         "position_ptr",
         "writes_ptr",
-        "partial_ptr",
         "max_ptr",
         "sum_ptr",
     ],
@@ -583,7 +582,7 @@ def _step_kernel(
 
 @triton.jit(
     do_not_specialize=["S", "splits"],
-    do_not_specialize_on_alignment=["partial_ptr", "max_ptr", "sum_ptr", "output_index_ptr"],
+    do_not_specialize_on_alignment=["max_ptr", "sum_ptr", "output_index_ptr"],
 )
 def _combine_kernel(
     # Pointers
@@ -650,7 +649,7 @@ def attention_tile(
     tokens: int, size: int, dtype: torch.dtype, hidden: bool, sealed: bool, target: Target
 ) -> dict[str, Any]:
     """Meta-parameters of `attention`: the widest tile whose accumulators stay in registers (read from the compiled
-    code, not timed). `hidden`: a window or a mask hides keys inside the sequence, which costs registers."""
+    code, not timed). `hidden`: a window, a mask or a first key hides keys of the sequence, which costs registers."""
     blocks = _head_blocks(size)
     width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
     if dtype == torch.float32:
@@ -681,6 +680,8 @@ def attention_tile(
             rows, warps = 16, 8  # more rows, or fewer registers a thread, spill; rows add up in the same order
         elif width > 128 and blocks["BLOCK_TAIL"] and target.backend == "cuda" and target.arch < 90:
             stages = 2  # one spills
+        elif blocks["BLOCK_TAIL"] and hidden and target.backend == "cuda" and target.arch < 90 and dtype.itemsize == 2:
+            keys = 32  # 64 beside a mask's pointers spill
         elif width > 128 and not blocks["BLOCK_TAIL"] and hidden and target.backend == "cuda" and target.arch == 90:
             rows = 64  # with 128, a mask's pointers beside the cipher's state spill
     return blocks | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
@@ -798,7 +799,7 @@ def attention(
     out_strides = out.stride()
     if position is not None:
         out_strides = (out.stride(0), size * out.stride(2), out.stride(1), out.stride(2))
-    hidden = mask is not None or window is not None
+    hidden = mask is not None or window is not None or kv_start is not None
     target = target_of(q.device)
     heuristic = attention_tile(tokens, size, q.dtype, hidden, sealing is not None, target)
     variant = " ".join(name for name, has in (("hidden", hidden), ("sealed", sealing is not None)) if has)
