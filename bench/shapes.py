@@ -27,6 +27,13 @@ class Shape:
     def kv_width(self) -> int:
         return self.kv_heads * self.head_dim
 
+    @property
+    def parameters(self) -> int:
+        """How many a model of this shape has, its head apart from its embedding."""
+        attention = 2 * self.hidden * (self.query_width + self.kv_width)
+        block = attention + 3 * self.hidden * self.feed_forward + 2 * self.hidden
+        return self.layers * block + 2 * self.vocabulary * self.hidden + self.hidden
+
     def config(self, **options: Any) -> Any:
         """The transformers configuration of a model of this shape."""
         from transformers import LlamaConfig

@@ -12,19 +12,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from bench.contest import Case
 from bench.hardware import __main__ as command
-from bench.hardware import blocks, compilation, models, parity, sanitizer, selection
+from bench.hardware import blocks, compilation, counters, models, parity, sanitizer, selection
 from bench.hardware.lines import FAILED, LATE, PASSED, read
 from bench.hardware.operations import examine
 from bench.hardware.runner import Runner
 from bench.hardware.sizes import checked_cases, marked_cases, sanitized_cases
 from bench.hardware.stages import SECONDS, STAGES, Stage
 from bench.hardware.table import MOST_LINES
-from bench.hardware.work import CaseFailed
+from bench.hardware.work import CaseFailed, LeftOut
 from bench.marks import MARKS
+from bench.model_cases import ModelCase
 from bench.operation_cases import OPERATIONS
+from bench.shapes import SMALL_SHAPES
 from scx.warmup import PROMPTS
 
 CPU = torch.device("cpu")
@@ -142,6 +145,17 @@ def test_the_most_telling_models_come_first() -> None:
         assert {"plain, sdpa", "plain, eager", "SCX", "SCX, sealed"} <= {c.name for c in case.contestants}
 
 
+def test_models_that_fit_no_gpu_are_left_out() -> None:
+    """By weights and caches, not by a run that ends in the middle."""
+    shape = SMALL_SHAPES["rehearsal"]
+    assert shape.parameters == sum(x.numel() for x in LlamaForCausalLM(shape.config()).parameters())
+    for kind, batch, context, _ in models.SIZES:
+        models.check_memory(ModelCase(models.MODEL, kind, context, batch, "bfloat16", ()), 144 * 10**9)
+    large = ModelCase(models.MODEL, "token", 8192, 64, "bfloat16", ())
+    with pytest.raises(LeftOut, match="needs a GPU with 95 GiB, this one has 79"):
+        models.check_memory(large, 79 * 2**30)
+
+
 # Parity.
 
 
@@ -232,6 +246,59 @@ def test_a_tool_that_complains_fails_the_check(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(Exception, match="needs compute-sanitizer"):
         sanitizer.sanitize("memcheck", work)
+
+
+# Counters.
+
+COUNTED = """\
+==PROF== Connected to process 7 (/usr/bin/python3.12)
+operation: operations/unlock/some
+==PROF== Profiling "_unlock_kernel" - 0: 0%....50%....100% - 9 passes
+operation: operations/attention_step/some
+==PROF== Profiling "_step_kernel" - 1: 0%....50%....100% - 9 passes
+==PROF== Profiling "_combine_kernel" - 2: 0%....50%....100% - 9 passes
+==PROF== Disconnected from process 7
+"ID","Kernel Name","dram__bytes.sum.per_second","gpu__time_duration.sum","launch__registers_per_thread",\
+"sm__warps_active.avg.pct_of_peak_sustained_active",\
+"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",\
+"sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active"
+"","","byte/s","ns","register/thread","%","inst","inst","%"
+"0","_unlock_kernel","2,000,000,000,000","10,000","32","61.5","1.5","2.5","12"
+"1","_step_kernel","1,500,000,000,000","20,000","64","25","","0.25","80"
+"2","_combine_kernel","1,000","3,000","16","6","0.5","0.25","1"
+"""
+
+
+def test_counters_are_of_the_operation_above_them() -> None:
+    unlock, step, combine = counters.counted(COUNTED)
+    assert (unlock["operation"], unlock["kernel"]) == ("operations/unlock/some", "_unlock_kernel")
+    assert unlock["dram_bytes_s"] * unlock["ns"] / 1e9 == 20e6
+    assert unlock["stalls"] == {"long_scoreboard": 1.5, "wait": 2.5}
+    assert step["operation"] == combine["operation"] == "operations/attention_step/some"
+    assert step["pipes"] == {"alu": 80.0}
+    rows = counters.table([unlock, step, combine]).splitlines()
+    assert len(rows) == 4
+    assert "10.0 | 2000, 20.0, – | – | 62, – | 32" in rows[1]
+    assert rows[1].endswith("waits for wait 2.5, long_scoreboard 1.5")
+
+
+def test_a_tool_that_counts_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool of the name on the path: its counters go into the line and the file, or it is said that there are none."""
+    said, tool = tmp_path / "said", tmp_path / "ncu"
+    tool.write_text(f"#!/bin/sh\ncat {said}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    work: Any = SimpleNamespace(rehearsal=False, left=lambda: 30.0, folder=tmp_path)
+    said.write_text("==ERROR== No kernels were profiled.\n")
+    with pytest.raises(CaseFailed, match="nothing was counted: ncu ended with 0"):
+        counters.count(work)
+    said.write_text(COUNTED)
+    assert len(counters.count(work)["kernels"]) == 3
+    assert "_combine_kernel" in (tmp_path / "profiles.txt").read_text()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LeftOut, match="needs ncu"):
+        counters.count(work)
 
 
 # All of them.

@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
+from transformers import LlamaForCausalLM
+
 from bench.hardware.sizes import device_of
-from bench.hardware.work import CaseFailed, Work
+from bench.hardware.work import CaseFailed, LeftOut, Work
 from bench.model import Field, load, measure
 from bench.model_cases import COMPILED, EAGER, NOISE, PLAIN, REDUNDANT, SCX, SEALED, SEALED_8, ModelCase
 from bench.results import failures, measured
+from bench.shapes import SHAPES, SMALL_SHAPES
 
 MODEL, DTYPE = "Llama-3-8B", "bfloat16"
 OF_PREFILL = (PLAIN, EAGER, SCX, REDUNDANT, SEALED)
@@ -33,6 +37,8 @@ SIZES = (
 )
 """(kind, batch, context, seconds without which it is not begun)."""
 SECONDS_TO_COMPILE = 50
+ROOM = 1.25
+"""Of a cache that grows in place, over what it holds."""
 ROUNDS = 0.8
 """Seconds of rounds, beyond the fewest that there are."""
 
@@ -48,17 +54,25 @@ def run(work: Work) -> None:
             held.append(Field(*load(MODEL, DTYPE, device_of(False))))
         return held[0]
 
+    def entry(case: ModelCase) -> dict[str, Any]:
+        check_memory(case, torch.cuda.get_device_properties(device_of(False)).total_memory)
+        return entry_of(field(), case, ROUNDS)
+
     for case, seconds in cases():
-        work.case(case.id, lambda case=case: entry_of(field(), case, ROUNDS), limit=work.left(), least=seconds)
+        work.case(case.id, partial(entry, case), limit=work.left(), least=seconds)
+
+
+def check_memory(case: ModelCase, there: int) -> None:
+    """Raises LeftOut where weights and a cache with room to grow exceed the GPU's bytes."""
+    shape, itemsize = SHAPES[case.model], getattr(torch, case.dtype).itemsize
+    cache = 2 * shape.layers * shape.kv_width * case.batch * case.context if case.kind == "token" else 0
+    needed = int((shape.parameters + ROOM * cache) * itemsize)
+    if needed > there:
+        raise LeftOut(f"needs a GPU with {needed / 2**30:.0f} GiB, this one has {there / 2**30:.0f}")
 
 
 def rehearse(work: Work) -> None:
     """The smallest shape with random weights, a prompt and a token."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    from bench.shapes import SMALL_SHAPES
-
     torch.manual_seed(0)
     field = Field(LlamaForCausalLM(SMALL_SHAPES["rehearsal"].config()).eval(), "random")
     for kind, contestants in (("prefill", (PLAIN, EAGER, NOISE)), ("token", (PLAIN, EAGER, SEALED))):

@@ -47,13 +47,14 @@ def _stage(name: str, seconds: float, about: str, **options: object) -> Stage:
 COMPILED = ("compilation",)
 STAGES = (
     _stage("ceilings", 30, "versions, bandwidth, rates, cost of a launch", is_whole=True, packages=("torch",)),
-    _stage("operations", 52, "every operation against the reference, and 50 repeats bit for bit", parts=min(4, CORES)),
-    _stage("compilation", 50, "kernels of later stages, side by side", is_whole=True, parts=min(16, CORES)),
+    _stage("operations", 46, "every operation against the reference, and 50 repeats bit for bit", parts=min(4, CORES)),
+    _stage("compilation", 46, "kernels of later stages, side by side", is_whole=True, parts=min(16, CORES)),
     _stage("blocks", 45, "two blocks at full width against the plain model", parts=min(12, CORES), needs=COMPILED),
-    _stage("parity", 75, "the test suite's parity, by dtype and tiles, over all cores", parts=min(4, CORES)),
-    _stage("sanitizer", 40, "memory and race checks of every operation", parts=2, needs=COMPILED),
-    _stage("marks", 65, "operations by graph replay, host and device time apart", needs=("ceilings", *COMPILED)),
-    _stage("models", 80, "whole models beside plain transformers", needs=COMPILED),
+    _stage("parity", 70, "the test suite's parity, by dtype and tiles, over all cores", parts=min(4, CORES)),
+    _stage("sanitizer", 35, "memory and race checks of every operation", parts=2, needs=COMPILED),
+    _stage("marks", 60, "operations by graph replay, host and device time apart", needs=("ceilings", *COMPILED)),
+    _stage("models", 73, "whole models beside plain transformers", needs=COMPILED),
     _stage("profiles", 27, "where the time of a prefill and of a token goes, and the host's"),
+    _stage("counters", 33, "what marked operations' kernels do, by the GPU's own counters", needs=COMPILED),
     _stage("report", 15, "tables and pictures", anywhere=True, is_last=True, is_whole=True, packages=("torch",)),
 )
