@@ -3,13 +3,22 @@
 For every shape, the candidates around the heuristic's tile are compiled, held against the reference and timed; the
 fastest correct one becomes an entry where it beats the heuristic by more than the noise. Launchers read the file at
 their first call, from the folder that SCX_TILES names or from the package.
+
+Compiling takes most of the time, so other processes do it ahead, each a share of a shape's candidates, while shapes
+that are compiled are timed. `--log` keeps every candidate's time, not only the fastest.
 """
 
 import argparse
+import json
 import math
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import time as clock
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -22,18 +31,30 @@ import triton
 from torch import Tensor
 
 from scx_kernels import reference, tiles
-from scx_kernels.kernels import attention, product, qkv, rows
+from scx_kernels.kernels import attention, product, qkv, rows, sealing
 from scx_kernels.kernels.launch import Target, target_of
+from scx_kernels.sealing import Sealing, WriteCounter
 from scx_kernels.timing import device_times
 
-__all__ = ["SUBJECTS", "Subject", "candidates", "main", "tune"]
+__all__ = ["SUBJECTS", "Subject", "Timed", "candidates", "main", "tune"]
 
 DTYPE = torch.bfloat16
 # A candidate must be this much faster than the heuristic: less is within the noise of a measurement.
 WORTH = 0.97
-MILLISECONDS = 30.0
+MILLISECONDS = 15.0
 MOST_INPUTS = 16
+ROUNDS = (20, 8)
+"""Of sealed caches that are tuned."""
+STEPS = (1024, 8192, 32_768, 65_536)
+"""Keys of the caches that steps are tuned on."""
+NO_CODE = (
+    triton.runtime.errors.OutOfResources,
+    triton.runtime.errors.PTXASError,
+    triton.compiler.errors.CompilationError,
+)
+"""What a tile raises that this device has no room for, or of which the compiler makes nothing: it is no candidate."""
 Arguments = dict[str, Any]
+Result = Tensor | tuple[Tensor, ...]
 
 
 class Model(NamedTuple):
@@ -60,16 +81,26 @@ class Subject:
     operation: str
     sizes: dict[str, int]
     make: Callable[[torch.device], Arguments]
-    run: Callable[[Arguments, Arguments | None], Tensor]
-    expected: Callable[[Arguments], Tensor]
+    run: Callable[[Arguments, Arguments | None], Result]
+    expected: Callable[[Arguments], Result]
     heuristic: Callable[[Target], Arguments]
     vary: dict[str, tuple[int, ...]]
     variant: str = ""
+    rounds: int = 0
 
     @property
     def name(self) -> str:
         sizes = [f"{name}={size}" for name, size in self.sizes.items()]
-        return " ".join([self.operation, *([self.variant] if self.variant else []), *sizes])
+        rounds = [f"rounds={self.rounds}"] if self.rounds else []
+        return " ".join([self.operation, *([self.variant] if self.variant else []), *sizes, *rounds])
+
+
+class Timed(NamedTuple):
+    """A candidate: milliseconds of a call, or why it is none."""
+
+    tile: Arguments
+    milliseconds: float | None
+    problem: str = ""
 
 
 def _randn(device: torch.device, *shape: int) -> Tensor:
@@ -78,6 +109,11 @@ def _randn(device: torch.device, *shape: int) -> Tensor:
 
 def _permutations(device: torch.device, *shape: int) -> Tensor:
     return torch.rand(*shape, device=device).argsort(-1)
+
+
+def _sealing(device: torch.device, batch: int, tokens: int, rounds: int) -> Sealing:
+    key = torch.randint(-(2**31), 2**31, (8,), device=device).int()
+    return Sealing(key, WriteCounter().take(batch, tokens, device), 0, rounds)
 
 
 def _product(model: Model, count: int) -> Subject:
@@ -117,7 +153,31 @@ def _injection(model: Model, count: int, norm: bool) -> Subject:
     )
 
 
-def _transcoding(model: Model, count: int) -> Subject:
+def _heads(model: Model, count: int) -> Subject:
+    """Features of heads put in order and rows permuted, as attention's output is."""
+    heads, size = model.heads, model.head_dim
+
+    def make(device: torch.device) -> Arguments:
+        return {
+            "x": _randn(device, 1, count, heads * size),
+            "row_index": _permutations(device, 1, count),
+            "feature_index": _permutations(device, 1, heads, size),
+        }
+
+    return Subject(
+        operation="inject_permute",
+        variant="heads",
+        sizes={"rows": count, "features": size},
+        make=make,
+        run=lambda arguments, tile: rows.inject_permute(**arguments, tile=tile),
+        expected=lambda arguments: reference.inject_permute(**arguments),
+        heuristic=lambda target: rows.inject_tile(size, DTYPE, False, False, target),
+        vary={"BLOCK_M": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},
+    )
+
+
+def _transcoding(model: Model, count: int, rounds: int = 0) -> Subject:
+    """With `rounds`, into an empty sealed cache."""
     heads, size = (model.heads, model.kv_heads, model.kv_heads), model.head_dim
 
     def make(device: torch.device) -> Arguments:
@@ -126,16 +186,29 @@ def _transcoding(model: Model, count: int) -> Subject:
         names = ("query", "key", "value")
         indices = {name: _permutations(device, 1, n, size) for name, n in zip(names, heads, strict=True)}
         tables = {"cos": angle.cos().to(DTYPE), "sin": angle.sin().to(DTYPE)}
-        return {**products, "position": _permutations(device, 1, count), **tables, **indices}
+        made = {**products, "position": _permutations(device, 1, count), **tables, **indices}
+        if rounds:
+            made |= {name: _randn(device, 1, model.kv_heads, count, size) for name in ("keys", "values")}
+            made |= {"sealing": _sealing(device, 1, count, rounds), "return_unsealed": True}
+        return made
+
+    def expected(arguments: Arguments) -> Result:
+        into = ("keys", "values", "sealing", "return_unsealed")
+        return reference.qkv_decode_encode(**{name: x for name, x in arguments.items() if name not in into})
 
     return Subject(
         operation="qkv_decode_encode",
+        variant="sealed" if rounds else "",
         sizes={"tokens": count, "heads": sum(heads), "head_dim": size},
         make=make,
-        run=lambda arguments, tile: qkv.qkv_decode_encode(**arguments, tile=tile)[0],
-        expected=lambda arguments: reference.qkv_decode_encode(**arguments)[0],
-        heuristic=lambda target: qkv.qkv_tile(count, sum(heads), size, DTYPE, False, target),
-        vary={"BLOCK_S": (1, 4, 8, 16, 32), "HEADS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)},
+        run=lambda arguments, tile: qkv.qkv_decode_encode(**arguments, tile=tile),
+        expected=expected,
+        heuristic=lambda target: qkv.qkv_tile(count, sum(heads), size, DTYPE, bool(rounds), target),
+        # A keystream takes long to compile, and registers that a large tile would need.
+        vary={"BLOCK_S": (8, 16, 32), "HEADS": (2, 4, 8), "STAGES": (1, 2), "num_warps": (2, 4, 8)}
+        if rounds
+        else {"BLOCK_S": (1, 4, 8, 16, 32), "HEADS": (1, 2, 4, 8), "STAGES": (1, 2, 3), "num_warps": (1, 2, 4, 8)},
+        rounds=rounds,
     )
 
 
@@ -156,33 +229,55 @@ def _prefill(model: Model, tokens: int) -> Subject:
     )
 
 
-def _step(model: Model, batch: int, keys: int) -> Subject:
+def _step(model: Model, batch: int, keys: int, rounds: int = 0) -> Subject:
     group, size = model.heads // model.kv_heads, model.head_dim
 
     def make(device: torch.device) -> Arguments:
         q = _randn(device, batch, model.heads, 1, size)
         k, v = (_randn(device, batch, model.kv_heads, keys, size) for _ in range(2))
-        return {"q": q, "k": k, "v": v, "softmax_scale": size**-0.5}
+        made = {"q": q, "k": k, "v": v, "softmax_scale": size**-0.5}
+        if rounds:
+            own = _sealing(device, batch, keys, rounds)
+            made |= {name: sealing.seal(made[name], own, is_value=name == "v") for name in "kv"}
+            made["sealing"] = own
+        return made
+
+    def expected(arguments: Arguments) -> Result:
+        given = dict(arguments)
+        own = given.pop("sealing", None)
+        if own is not None:
+            given |= {name: sealing.seal(given[name], own, is_value=name == "v") for name in "kv"}
+        return reference.attention_step(**given)
 
     return Subject(
         operation="attention_step",
+        variant="sealed" if rounds else "",
         sizes={"sequences": batch * model.kv_heads, "rows": group, "keys": keys, "head_dim": size},
         make=make,
         run=lambda arguments, tile: attention.attention_step(**arguments, tile=tile),
-        expected=lambda arguments: reference.attention_step(**arguments),
+        expected=expected,
         heuristic=lambda target: attention.step_tile(
-            batch, model.kv_heads, group, keys, size, DTYPE, False, False, target
+            batch, model.kv_heads, group, keys, size, DTYPE, False, bool(rounds), target
         ),
-        vary={"BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5), "splits": (1, 8, 16, 32, 64)},
+        vary={
+            "BLOCK_N": (32, 64, 128),
+            "num_warps": (2, 4, 8),
+            "num_stages": (1, 2, 3, 4),
+            "splits": (16, 33, 49, 66, 99),
+        },
+        rounds=rounds,
     )
 
 
 SUBJECTS: tuple[Subject, ...] = (
     *(_product(model, count) for model in MODELS for count in (1, 16, 64, 256, 1024, 4224)),
     *(_injection(model, count, norm) for model in MODELS for count in (64, 1024, 4224) for norm in (False, True)),
+    *(_heads(model, count) for model in MODELS for count in (64, 1024, 4224)),
     *(_transcoding(model, count) for model in MODELS for count in (1, 64, 1024, 4096)),
+    *(_transcoding(model, count, rounds) for model in MODELS for count in (64, 1024, 4096) for rounds in ROUNDS),
     *(_prefill(model, tokens) for model in MODELS for tokens in (64, 1024, 4096)),
-    *(_step(model, batch, keys) for model in MODELS for batch in (1, 8) for keys in (1024, 8192, 65_536)),
+    *(_step(model, batch, keys) for model in MODELS for batch in (1, 8) for keys in STEPS),
+    *(_step(model, 1, keys, rounds) for model in MODELS for keys in STEPS for rounds in ROUNDS),
 )
 
 
@@ -208,10 +303,22 @@ def _input_sets(subject: Subject, device: torch.device) -> list[Arguments]:
     return [first, *(subject.make(device) for _ in range(min(MOST_INPUTS, count) - 1))]
 
 
-def tune(
+def _tensors(result: Result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _differs(got: Result, expected: Sequence[Tensor]) -> bool:
+    """Whether an element is farther from the reference's than a few roundings of DTYPE, or no number."""
+    return not all(
+        bool(((x.float() - right).abs().max() <= 2.0**-6 * right.abs().max()).item())
+        for x, right in zip(_tensors(got), expected, strict=True)
+    )
+
+
+def measure(
     subject: Subject, device: torch.device, target: Target, time: Callable[[Sequence[Callable[[], Any]]], float]
-) -> dict[str, Any] | None:
-    """The entry of a subject, or None where the heuristic's tile is as good as any.
+) -> list[Timed]:
+    """Every candidate of a subject, the heuristic's first.
 
     Args:
         time: milliseconds of one of several calls, the same work on different inputs.
@@ -220,21 +327,35 @@ def tune(
     """
     inputs = _input_sets(subject, device)
     arguments = inputs[0]
-    expected = subject.expected(arguments).float()
-    allowed = 2.0**-6 * expected.abs().max()
-    timed: list[tuple[float, Arguments]] = []
+    expected = [x.float() for x in _tensors(subject.expected(arguments))]
+    found: list[Timed] = []
     for number, tile in enumerate(candidates(subject, target)):
         try:
-            got = subject.run(arguments, tile).float()
-        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+            got = subject.run(arguments, tile)
+        except NO_CODE as error:
             if number == 0:
                 raise
-            continue  # a tile too large for this device is no candidate
-        if not bool(((got - expected).abs().max() <= allowed).item()):
+            found.append(Timed(tile, None, type(error).__name__))
+            continue
+        if _differs(got, expected):
             if number == 0:
                 raise RuntimeError(f"{subject.name}: the heuristic's tile {tile} gives a wrong result")
+            found.append(Timed(tile, None, "wrong"))
             continue
-        timed.append((time([partial(subject.run, given, tile) for given in inputs]), tile))
+        found.append(Timed(tile, time([partial(subject.run, given, tile) for given in inputs])))
+    return found
+
+
+def tune(
+    subject: Subject, device: torch.device, target: Target, time: Callable[[Sequence[Callable[[], Any]]], float]
+) -> dict[str, Any] | None:
+    """The entry of a subject, or None where the heuristic's tile is as good as any. Arguments and errors as of
+    `measure`."""
+    return entry_of(subject, measure(subject, device, target, time))
+
+
+def entry_of(subject: Subject, measured: Sequence[Timed]) -> dict[str, Any] | None:
+    timed = [(one.milliseconds, one.tile) for one in measured if one.milliseconds is not None]
     (own, heuristic), (best, tile) = timed[0], min(timed, key=lambda pair: pair[0])
     if best > WORTH * own:
         return None
@@ -247,6 +368,38 @@ def tune(
         "milliseconds": best,
         "heuristic": {"tile": heuristic, "milliseconds": own},
     }
+
+
+def compile_share(number: int, device: torch.device, part: int, parts: int) -> None:
+    """Run this part's candidates of a subject once: afterwards they lie in Triton's cache."""
+    subject = SUBJECTS[number]
+    arguments = subject.make(device)
+    for tile in candidates(subject, target_of(device))[part::parts]:
+        try:
+            subject.run(arguments, tile)
+        except NO_CODE:
+            continue  # whoever times it says so
+
+
+@contextmanager
+def compiled_ahead(
+    subjects: Iterable[Subject], device: torch.device, processes: int
+) -> Iterator[dict[str, list[Future[None]]]]:
+    """By subject what is to be waited for before it is timed. Subjects that nobody waits for any more are left out."""
+    if processes < 2:
+        yield {}
+        return
+    numbers = {subject.name: number for number, subject in enumerate(SUBJECTS)}
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    try:
+        yield {
+            subject.name: [
+                pool.submit(compile_share, numbers[subject.name], device, part, processes) for part in range(processes)
+            ]
+            for subject in subjects
+        }
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _median_time(device: torch.device, calls: Sequence[Callable[[], Any]]) -> float:
@@ -267,31 +420,45 @@ def _provenance(target: Target) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scx_kernels.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="subjects whose name contains this")
+    parser.add_argument("--only", default="", help="parts of subjects' names, separated by commas, in this order")
     parser.add_argument("--write", type=Path, default=tiles.SHIPPED, help="folder of the file (default: the package)")
+    parser.add_argument("--log", type=Path, help="file for every candidate's time, a line of JSON each subject")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no subject is begun")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile ahead")
     options = parser.parse_args(arguments)
-    chosen = [subject for subject in SUBJECTS if options.only in subject.name]
+    asked = (subject for text in options.only.split(",") for subject in SUBJECTS if text in subject.name)
+    chosen = list({subject.name: subject for subject in asked}.values())
     if not chosen:
         parser.error(f"--only {options.only!r} names none of: " + ", ".join(subject.name for subject in SUBJECTS))
     if not torch.cuda.is_available():
         print("No GPU here: tiles are measured on the device that uses them.", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    target, entries = target_of(device), []
-    for number, subject in enumerate(chosen, 1):
-        entry = tune(subject, device, target, partial(_median_time, device))
-        gain = (
-            "" if entry is None else f" {entry['heuristic']['milliseconds'] / entry['milliseconds']:.2f} times as fast"
-        )
-        print(
-            f"{number}/{len(chosen)} {subject.name}: {'heuristic' if entry is None else entry['tile']}{gain}",
-            flush=True,
-        )
-        entries += [entry] if entry else []
-        # Written after every subject, so that an interrupted run keeps what it measured.
-        path = tiles.TileFile(target.name, _provenance(target), tuple(entries)).write(options.write)
-    print(f"written to {path}")
+    target, entries, until = target_of(device), [], clock.monotonic() + options.seconds
+    with compiled_ahead(chosen, device, options.processes) as compiling:
+        for number, subject in enumerate(chosen, 1):
+            if clock.monotonic() > until:
+                print(f"no time for {', '.join(left.name for left in chosen[number - 1 :])}", flush=True)
+                break
+            for share in compiling.get(subject.name, ()):
+                share.result()
+            measured = measure(subject, device, target, partial(_median_time, device))
+            entry = entry_of(subject, measured)
+            print(f"{number}/{len(chosen)} {subject.name}: {_told(entry)}", flush=True)
+            if options.log is not None:
+                with open(options.log, "a") as file:
+                    file.write(json.dumps({"subject": subject.name, "timed": measured}) + "\n")
+            entries += [entry] if entry else []
+            # Written after every subject, so that an interrupted run keeps what it measured.
+            path = tiles.TileFile(target.name, _provenance(target), tuple(entries)).write(options.write)
+            print(f"written to {path}")
     return 0
+
+
+def _told(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "heuristic"
+    return f"{entry['tile']} {entry['heuristic']['milliseconds'] / entry['milliseconds']:.2f} times as fast"
 
 
 if __name__ == "__main__":

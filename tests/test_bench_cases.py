@@ -1,9 +1,12 @@
 """The benchmarks' case lists, and what they count: bytes, operations, memory, transfers."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import parity
 import pytest
 import torch
 from torch import Tensor
@@ -11,14 +14,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import scx_kernels
-from bench import operations
+from bench import keystream, operations
 from bench.attention_cases import DECOYS, exact_attention
 from bench.contest import BOUND, RIVAL, SCX, TRITON, Case, Contestant, Inputs, copied, wide
 from bench.model_cases import compiled_cases, model_cases
 from bench.operation_cases import OPERATIONS, WITHOUT_REDUNDANT, cases
 from bench.provenance import machine_name, warnings_of
+from bench.sealed_cases import key_of
 from bench.shapes import SHAPES, Shape
 from bench.timing import TransferCounter, peak_memory, rotating, spread, spread_twice
+from scx_kernels.chacha import chacha_blocks
 
 CPU = torch.device("cpu")
 NOT_MEASURED = {
@@ -324,3 +329,14 @@ def test_machine_name() -> None:
     about = {"cuda_device": "NVIDIA H200", "processor": "Intel(R) Xeon(R) Processor", "threads": 2}
     assert machine_name(about) == "nvidia-h200"
     assert machine_name({**about, "cuda_device": None}) == "intel-xeon-2-threads"
+
+
+def test_the_keystream_that_is_a_limit_is_the_cipher_s() -> None:
+    """Of each block the XOR of its sixteen words."""
+    device = parity.DEVICE
+    key = key_of(device)
+    states = torch.zeros(4, 256, dtype=torch.int32)
+    states[0] = torch.arange(256)
+    words = chacha_blocks(key.cpu(), states, 8)
+    expected = functools.reduce(operator.xor, words.unbind(-1))
+    assert torch.equal(keystream.fold(key, 256, 8).cpu(), expected)

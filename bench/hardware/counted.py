@@ -1,8 +1,7 @@
-"""The operations that marks are about, once each, for whoever counts what their kernels do: `python -m
+"""Operations that marks are about, once each, for whoever counts what their kernels do: `python -m
 bench.hardware.counted SECONDS [--rehearsal]`.
 
-Before each operation a line says which one it is. Only what lies between the profiler's start and stop is counted: not
-the inputs, and not the first call, which compiles."""
+Before each operation a line says which one it is."""
 
 import sys
 import time
@@ -12,7 +11,7 @@ import torch
 from bench.contest import SCX, Case
 from bench.hardware.counters import TITLE
 from bench.hardware.operations import by_kernels
-from bench.hardware.sizes import device_of, marked_cases
+from bench.hardware.sizes import counted_cases, device_of
 from bench.operation_cases import OPERATIONS
 
 
@@ -23,13 +22,8 @@ def call(case: Case, device: torch.device) -> None:
     (ours,) = (contestant for contestant in operation.contestants(case) if contestant.kind == SCX)
     with by_kernels(device), ours.within():
         ours.call(inputs)
-        if device.type != "cuda":
-            return
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.profiler.start()
-        ours.call(inputs)
-        torch.cuda.synchronize(device)
-        torch.cuda.profiler.stop()
 
 
 def main() -> None:
@@ -37,7 +31,7 @@ def main() -> None:
     until = time.monotonic() + float(sys.argv[1])
     rehearsal = "--rehearsal" in sys.argv
     torch.manual_seed(0)
-    for case in marked_cases(rehearsal):
+    for case in counted_cases(rehearsal):
         if time.monotonic() > until:
             break
         print(f"{TITLE}{case.id}", flush=True)

@@ -2,8 +2,10 @@
 warps wait for. By Nsight Compute (`ncu`); a rehearsal runs the same operations without the tool."""
 
 import csv
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,8 +30,10 @@ SECTIONS = (
     "LaunchStats",
     "WarpStateStats",
 )
+OURS = r"regex:^_(inject|strip|matmul|sum_splits|qkv|attention|step|combine|seal|unlock)_kernel$"
+"""Kernels that are counted: not those of PyTorch, which draw the inputs."""
 TO_WRITE = 6.0
-"""Seconds that the tool needs after the last operation."""
+"""Seconds that the tool needs after the last operation, and after the request to end."""
 KERNEL = re.compile(r'==PROF== Profiling "([^"]*)" - (\d+)')
 NAMES = {
     "gpu__time_duration.sum": "ns",
@@ -63,33 +67,14 @@ def count(work: Work) -> dict[str, Any]:
     tool = shutil.which(TOOL)
     if tool is None and not work.rehearsal:
         raise LeftOut(f"needs {TOOL}")
-    seconds = work.left() - TO_WRITE
-    command = [sys.executable, "-m", "bench.hardware.counted", str(seconds - 1)]
+    command = [sys.executable, "-m", "bench.hardware.counted", str(work.left() - 2 * TO_WRITE)]
     command += ["--rehearsal"] if work.rehearsal else []
     if not work.rehearsal:
         # The clocks are left alone: whoever measures is a guest on the card.
-        told = [
-            "--csv",
-            "--page",
-            "raw",
-            "--print-units",
-            "base",
-            "--clock-control",
-            "none",
-            "--profile-from-start",
-            "off",
-        ]
+        told = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--apply-rules", "no"]
+        told += ["--kernel-name-base", "function", "--kernel-name", OURS]
         command = [str(tool), *told, *(x for name in SECTIONS for x in ("--section", name)), *command]
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        try:
-            limit = work.left() - 1
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=limit, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = None
-        output.seek(0)
-        text = output.read()
+    code, text = finished(command, work)
     kernels = list(counted(text))
     if not work.rehearsal and not kernels:
         print(text[-20_000:], flush=True)
@@ -100,6 +85,24 @@ def count(work: Work) -> dict[str, Any]:
     with open(work.folder / "profiles.txt", "a") as file:
         file.write(table(kernels))
     return {"kernels": kernels, "tool": tool if not work.rehearsal else "none: a rehearsal"}
+
+
+def finished(command: list[str], work: Work) -> tuple[int | None, str]:
+    """(exit status, output) of a command; None if it had to be interrupted, upon which the tool writes what it has."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(max(0.0, work.left() - TO_WRITE))
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(max(0.0, work.left() - 1))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read()
 
 
 def counted(text: str) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from bench.marks import MARKS
 from bench.operation_cases import cases
 from bench.shapes import SHAPES, SMALL_SHAPES, Shape
 
-__all__ = ["checked_cases", "device_of", "marked_cases", "sanitized_cases", "two_blocks"]
+__all__ = ["checked_cases", "counted_cases", "device_of", "marked_cases", "sanitized_cases", "two_blocks"]
 
 MODEL = "Llama-3-8B"
 REHEARSED = ("strip_restore", "unlock+in place", "inject_permute+norm", "qkv_decode_encode+cache", "attention_step")
@@ -44,6 +44,13 @@ def marked_cases(rehearsal: bool) -> list[Case]:
     marked = [case for case in of_model if any(mark.is_for(dataclasses.asdict(case)) for mark in MARKS)]
     wanted = list(dict.fromkeys([*(c for c in marked if c.headline), *marked, *(c for c in of_model if c.headline)]))
     return [_shrunk(case) for case in wanted[:3]] if rehearsal else wanted
+
+
+def counted_cases(rehearsal: bool) -> list[Case]:
+    """Those of the short table, and the longest cache in each encoding."""
+    marked = marked_cases(rehearsal)
+    longest = {(case.operation, case.rounds): case for case in sorted(marked, key=lambda case: case.cached)}
+    return list(dict.fromkeys([*(c for c in marked if c.headline), *(c for c in longest.values() if c.cached)]))
 
 
 def sanitized_cases(rehearsal: bool) -> list[Case]:

@@ -624,15 +624,16 @@ def _combine_kernel(
 
     columns = tl.arange(0, BLOCK_D)
     in_head = columns < HEAD_DIM
-    source = columns
-    if HAS_INDEX:
-        index_ptr = output_index_ptr + b * stride_xb + head * stride_xh
-        source = tl.load(index_ptr + columns * stride_xd, mask=in_head, other=0)
-    pointers = partial_ptr + (row * splits + split)[:, None] * HEAD_DIM + source[None, :]
+    pointers = partial_ptr + (row * splits + split)[:, None] * HEAD_DIM + columns[None, :]
     partial = tl.load(pointers, mask=in_splits[:, None] & in_head[None, :], other=0)
-    out = tl.sum(partial * share[:, None], axis=0) / tl.where(total == 0, 1.0, total)
+    out = tl.sum(partial * share[:, None], axis=0, keep_dims=True) / tl.where(total == 0, 1.0, total)
+    if HAS_INDEX:  # on the chip: gathered from memory, features would come one by one, and after the index
+        index_ptr = output_index_ptr + b * stride_xb + head * stride_xh
+        index = tl.load(index_ptr + columns * stride_xd, mask=in_head, other=0).to(tl.int32)
+        out = tl.gather(out, index[None, :], axis=1)
     out_row = out_ptr + b * stride_ob + head * stride_oh + token * stride_os
-    tl.store(out_row + columns.to(tl.int64) * stride_od, narrow(out, out_ptr.dtype.element_ty), mask=in_head)
+    place = columns.to(tl.int64)[None, :] * stride_od
+    tl.store(out_row + place, narrow(out, out_ptr.dtype.element_ty), mask=in_head[None, :])
 
 
 def _head_blocks(size: int) -> dict[str, int]:

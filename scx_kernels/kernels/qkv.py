@@ -112,6 +112,7 @@ def _encode_heads(
     ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     HEADS: tl.constexpr,
+    STAGES: tl.constexpr,  # heads whose rows are on their way at once
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -140,7 +141,7 @@ def _encode_heads(
         sin = tl.load(sin_rows[:, None] + columns[None, :] * stride_sd, mask=mask, other=0).to(tl.float32)
         sin = tl.where((columns < HEAD_DIM // 2)[None, :], -sin, sin)
 
-    for head in range(first_head, min(first_head + HEADS, heads)):
+    for head in tl.range(first_head, min(first_head + HEADS, heads), num_stages=STAGES):
         index = tl.load(index_ptr + head * stride_xh + columns * stride_xd, mask=in_head, other=0).to(tl.int32)
         own = (head * HEAD_DIM + columns, in_head)
         x = _load_features(z_rows, image_rows, own, in_tokens, stride_zf, stride_if, HEAD_DIM, HAS_IMAGE)
@@ -273,6 +274,7 @@ def _qkv_kernel(
     ROUNDS: tl.constexpr,
     INT64: tl.constexpr,
     HEADS: tl.constexpr,
+    STAGES: tl.constexpr,  # heads whose rows are on their way at once
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -306,7 +308,7 @@ def _qkv_kernel(
             stride_zqt, stride_zqf, stride_iqb, stride_iqt, stride_iqf, stride_wq,
             stride_cs, stride_cd, stride_ss, stride_sd,
             stride_xqh, stride_xqd, stride_qh, stride_qs, stride_qd, 0, 0, 0,
-            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, False, "permuted", 0, INT64, HEADS, BLOCK_S, BLOCK_D,
+            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, False, "permuted", 0, INT64, HEADS, STAGES, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     elif chunk < q_chunks + k_chunks:
         _encode_heads(
@@ -316,7 +318,7 @@ def _qkv_kernel(
             stride_zkt, stride_zkf, stride_ikb, stride_ikt, stride_ikf, stride_wk,
             stride_cs, stride_cd, stride_ss, stride_sd,
             stride_xkh, stride_xkd, stride_kh, stride_kn, stride_kd, stride_fkh, stride_fks, stride_fkd,
-            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, HAS_FRESH, ENCODING, ROUNDS, INT64, HEADS, BLOCK_S, BLOCK_D,
+            HEAD_DIM, True, HAS_NORM, HAS_IMAGE, HAS_FRESH, ENCODING, ROUNDS, INT64, HEADS, STAGES, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     else:
         _encode_heads(
@@ -325,7 +327,7 @@ def _qkv_kernel(
             (chunk - q_chunks - k_chunks) * HEADS, G, eps, seal_key_ptr, writes, layer, first_head,
             stride_zvt, stride_zvf, stride_ivb, stride_ivt, stride_ivf, 0, 0, 0, 0, 0,
             stride_xvh, stride_xvd, stride_vh, stride_vn, stride_vd, stride_fvh, stride_fvs, stride_fvd,
-            HEAD_DIM, False, False, HAS_IMAGE, HAS_FRESH, ENCODING, ROUNDS, INT64, HEADS, BLOCK_S, BLOCK_D,
+            HEAD_DIM, False, False, HAS_IMAGE, HAS_FRESH, ENCODING, ROUNDS, INT64, HEADS, STAGES, BLOCK_S, BLOCK_D,
         )  # fmt: skip
 
 
@@ -345,6 +347,7 @@ def qkv_tile(
         "BLOCK_S": block_s,
         "BLOCK_D": block_d,
         "HEADS": 1 << (per_program.bit_length() - 1),
+        "STAGES": 1,
         "num_warps": max(1, min(8, triton.next_power_of_2(max(1, warps)))),
     }
 
