@@ -107,9 +107,10 @@ def exact_attention(i: Inputs) -> Tensor:
 
 
 def make_attention(case: Case, device: torch.device) -> Inputs:
+    """Queries lie in memory by tokens, keys and values by heads, as a QKV pass leaves them."""
     shape, batch = case.shape, case.batch
     return Inputs(
-        q=randn(case, device, batch, shape.heads, case.tokens, shape.head_dim),
+        q=randn(case, device, batch, case.tokens, shape.heads, shape.head_dim).transpose(1, 2),
         k=randn(case, device, batch, shape.kv_heads, case.tokens, shape.head_dim),
         v=randn(case, device, batch, shape.kv_heads, case.tokens, shape.head_dim),
         output_index=permutations(device, batch, shape.heads, shape.head_dim),

@@ -105,7 +105,8 @@ class Operation:
     part of the result in float64 that `select` leaves of the others (all of it, as a rule; `plain` on widened inputs).
     `bytes` counts every input read once and every output written once, `flops` a multiplication and an addition as
     two; `copied` is what a copy is held against, `bytes` as a rule; `keystream` counts the bytes of a cipher's that the
-    work cannot do without. `writes`: a call changes its inputs.
+    work cannot do without. `writes`: a call changes its inputs. `rounding`: of a result where operands are taken in a
+    narrower dtype than its own, relative to the largest element.
     """
 
     make: Callable[[Case, torch.device], Inputs]
@@ -118,6 +119,7 @@ class Operation:
     exact: Callable[[Inputs], Any] | None = None
     select: Callable[[Inputs, Any], Any] = lambda inputs, result: result
     writes: bool = False
+    rounding: Callable[[Inputs], float] = lambda inputs: 0.0
 
     def copied_bytes(self, case: Case) -> int:
         return (self.copied or self.bytes)(case)

@@ -46,14 +46,15 @@ def tensors_of(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def disagreement(got: Any, plain: Any, exact: Any) -> str | None:
-    """None if every element's error is at most twice that of plain PyTorch in the same dtype plus one rounding."""
+def disagreement(got: Any, plain: Any, exact: Any, rounding: float = 0.0) -> str | None:
+    """None if every element's error is at most twice that of plain PyTorch in the same dtype plus one rounding of the
+    result, or the larger one that is given."""
     for result, usual, right in zip(*map(tensors_of, (got, plain, exact)), strict=True):
         if result.shape != right.shape:
             return f"failed: shape {tuple(result.shape)}, expected {tuple(right.shape)}"
         if result.isnan().any():
             return "failed: an element was not written"
-        allowed = 2 * (usual.double() - right).abs().max() + FLOOR[result.dtype] * right.abs().max()
+        allowed = 2 * (usual.double() - right).abs().max() + max(rounding, FLOOR[result.dtype]) * right.abs().max()
         error = (result.double() - right).abs().max()
         if not error <= allowed:
             return f"failed: error {error:.3g}, allowed {allowed:.3g}"
@@ -73,7 +74,7 @@ def check(operation: Operation, contestants: Iterable[Contestant], inputs: Input
             result, problem = attempt(lambda contestant=contestant: contestant.call(own(inputs)))
         if problem is None and contestant.kind != BOUND:
             result = operation.select(inputs, contestant.finish(inputs, result))
-            problem = disagreement(result, plain, exact)
+            problem = disagreement(result, plain, exact, operation.rounding(inputs))
         elif problem is not None and contestant.kind == RIVAL and problem.startswith("raised"):
             problem = f"not available: {problem}"
         found[contestant.name] = problem

@@ -317,6 +317,8 @@ NOISE_IMAGE = Operation(
     plain=lambda i: reference.noise_image(i.noise, i.weight),
     bytes=image_bytes,
     flops=noisy_flops,
+    # Noise enters a product of half precision as two terms, each rounded to it.
+    rounding=lambda i: torch.finfo(i.weight.dtype).eps ** 2 / 2,
 )
 
 

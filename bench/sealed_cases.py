@@ -117,7 +117,7 @@ def make_chunk(case: Case, device: torch.device) -> Inputs:
     shape, batch, keys = case.shape, case.batch, all_keys(case)
     own_key = torch.arange(case.cached, keys, device=device)
     inputs = Inputs(
-        q=randn(case, device, batch, shape.heads, case.tokens, shape.head_dim),
+        q=randn(case, device, batch, case.tokens, shape.heads, shape.head_dim).transpose(1, 2),
         k=randn(case, device, batch, shape.kv_heads, keys, shape.head_dim),
         v=randn(case, device, batch, shape.kv_heads, keys, shape.head_dim),
         mask=(torch.arange(keys, device=device) <= own_key[:, None]).expand(batch, 1, -1, -1).contiguous(),

@@ -203,7 +203,7 @@ def _transcoding(model: Model, count: int, rounds: int = 0) -> Subject:
         make=make,
         run=lambda arguments, tile: qkv.qkv_decode_encode(**arguments, tile=tile),
         expected=expected,
-        heuristic=lambda target: qkv.qkv_tile(count, sum(heads), size, DTYPE, bool(rounds), target),
+        heuristic=lambda target: qkv.qkv_tile(count, sum(heads), size, DTYPE, False, bool(rounds), target),
         # A keystream takes long to compile, and registers that a large tile would need.
         vary={"BLOCK_S": (8, 16, 32), "HEADS": (2, 4, 8), "STAGES": (1, 2), "num_warps": (2, 4, 8)}
         if rounds

@@ -192,10 +192,13 @@ def nans(*shape: int, dtype: torch.dtype, layout: str = "plain") -> Tensor:
 
 
 def assert_close(got: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Every element within twice plain PyTorch's own error and a rounding; in float32 on a GPU within eight times,
+    since a kernel adds products one by one there and BLAS adds blocks of them."""
+    times = 8 if DEVICE.type == "cuda" and got.dtype == torch.float32 else 2
     assert got.shape == exact.shape
     assert not got.isnan().any(), "an element was not written"
     exact = exact.double()
-    allowed = 2 * (plain.double() - exact).abs().max() + FLOOR[dtype or got.dtype] * exact.abs().max()
+    allowed = times * (plain.double() - exact).abs().max() + FLOOR[dtype or got.dtype] * exact.abs().max()
     error = (got.double() - exact).abs().max()
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 

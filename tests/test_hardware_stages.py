@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from bench.hardware.runner import Runner
 from bench.hardware.sizes import checked_cases, marked_cases, sanitized_cases
 from bench.hardware.stages import SECONDS, STAGES, Stage
 from bench.hardware.table import MOST_LINES
-from bench.hardware.work import CaseFailed, LeftOut
+from bench.hardware.work import CaseFailed, Late, LeftOut, judged
 from bench.marks import MARKS
 from bench.model_cases import ModelCase
 from bench.operation_cases import OPERATIONS
@@ -104,7 +105,7 @@ def test_sizes() -> None:
 
 
 def test_every_prompt_of_the_warm_up_is_compiled_ahead() -> None:
-    assert tuple(length for own in compilation.LENGTHS for length in own) == PROMPTS
+    assert compilation.LENGTHS == PROMPTS
 
 
 # Models.
@@ -159,23 +160,16 @@ def test_models_that_fit_no_gpu_are_left_out() -> None:
 # Parity.
 
 
-@pytest.mark.parametrize(
-    ("wanted", "left"), [("float16", [1, 4]), ("bfloat16", [2]), ("none", [0, 3]), (None, [0, 1, 2, 3, 4])]
-)
-def test_tests_of_exactly_one_dtype(wanted: str | None, left: list[int]) -> None:
-    """Those of float16 are not those of bfloat16, whatever their names."""
+def test_one_of_every_kind_comes_first() -> None:
+    """A kind is a function with its dtypes, whatever the names; within a kind the order stays."""
     half, bfloat = torch.float16, torch.bfloat16
-    parameters = [None, {"dtype": half}, {"dtype": bfloat}, {"size": 16}, {"dtype": half, "name": "bfloat16"}]
-    items = [SimpleNamespace(n=n, callspec=SimpleNamespace(params=x)) for n, x in enumerate(parameters) if x]
-    items.insert(0, SimpleNamespace(n=0))
-    gone: list[Any] = []
-    config: Any = SimpleNamespace(
-        getoption=lambda name: wanted,
-        hook=SimpleNamespace(pytest_deselected=lambda items: gone.extend(items)),
-    )
-    selection.pytest_collection_modifyitems(config, items)  # type: ignore[arg-type]
-    assert [item.n for item in items] == left
-    assert len(gone) == len(parameters) - len(left)
+    given = [("a", 0, half), ("a", 1, half), ("a", 2, bfloat), ("b", 0, None), ("b", 1, None), ("c", 0, None)]
+    items: list[Any] = [
+        SimpleNamespace(nodeid=f"f.py::{name}[{n}]", callspec=SimpleNamespace(params={"dtype": dtype} if dtype else {}))
+        for name, n, dtype in given
+    ]
+    selection.pytest_collection_modifyitems(items)
+    assert [item.nodeid[6:] for item in items] == ["a[0]", "a[2]", "b[0]", "c[0]", "a[1]", "b[1]"]
 
 
 def test_failed_tests_have_lines(tmp_path: Path) -> None:
@@ -188,24 +182,48 @@ def test_failed_tests_have_lines(tmp_path: Path) -> None:
         "def test_three(dtype): pass\n"
     )
     totals, lines = tmp_path / "totals.json", tmp_path / "stages.jsonl"
-    told = ["--exactly", "float16", "--totals", totals, "--lines", lines, "--stage", "parity"]
+    told = ["--totals", totals, "--lines", lines, "--stage", "parity"]
     run = [sys.executable, "-m", "pytest", "-q", "-p", "bench.hardware.selection", tmp_path / "test_some.py", *told]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(list(map(str, run)), cwd=tmp_path, env=environment, check=False, stdout=subprocess.DEVNULL)
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "check": False, "stdout": subprocess.DEVNULL}
+    subprocess.run(list(map(str, run)), **options)
     tests = json.loads(totals.read_text())["tests"]
-    assert (tests["passed"], tests["failed"]) == (1, 1)
+    assert (tests["passed"], tests["failed"], tests["late"]) == (2, 1, 0)
     (line,) = read(lines)
     assert (line["stage"], line["case"], line["state"]) == ("parity", "test_some.py::test_two[x]", FAILED)
     assert line["cause"].startswith("AssertionError: half")
+    subprocess.run([*map(str, run), "--until", str(time.monotonic())], **options)
+    tests = json.loads(totals.read_text())["tests"]
+    assert (tests["passed"], tests["failed"], tests["late"], tests["skipped"]) == (0, 0, 3, 0)
+
+
+def test_what_had_no_time_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that passed are no pass where others never began; one that fails is what the line tells of."""
+    work: Any = SimpleNamespace(
+        left=lambda: 30.0, rehearsal=True, stage="parity", part=0, lines=SimpleNamespace(path="")
+    )
+    found = {"passed": 7, "failed": 0, "error": 0, "late": 2}
+
+    def pretend(command: list[str], **options: Any) -> Any:
+        Path(command[command.index("--totals") + 1]).write_text(json.dumps({"tests": found, "waiting": []}))
+        return SimpleNamespace(returncode=int(found["failed"] > 0))
+
+    monkeypatch.setattr(subprocess, "run", pretend)
+    with pytest.raises(Late, match="7 tests passed, 2 had no time") as late:
+        parity.pytest_run(parity.groups(True)[0], work)
+    assert judged(late.value)[0] == LATE
+    found["failed"] = 1
+    with pytest.raises(CaseFailed, match="1 tests failed, 7 passed"):
+        parity.pytest_run(parity.groups(True)[0], work)
+    found |= {"failed": 0, "late": 0}
+    assert parity.pytest_run(parity.groups(True)[0], work)["tests"]["passed"] == 7
 
 
 def test_parity_takes_files_that_exist() -> None:
-    """Every dtype in small and in production tiles, with files that the suite has."""
-    groups = [group for own in parity.groups(False) for group in own]
-    assert {(group.dtype, group.tiles) for group in groups} >= {
-        (dtype, tiles) for dtype in parity.DTYPES for tiles in ("small", "production")
-    }
-    for group in [*groups, *(group for own in parity.groups(True) for group in own)]:
+    """Kernels in small and in production tiles, with files that the suite has."""
+    kernels = [group.tiles for group in parity.groups(False) if set(parity.KERNELS) <= set(group.files)]
+    assert kernels == ["production", "small"]
+    for group in (*parity.groups(False), *parity.groups(True)):
         assert all((ROOT / "tests" / file).exists() for file in group.files)
 
 
@@ -252,26 +270,28 @@ def test_a_tool_that_complains_fails_the_check(tmp_path: Path, monkeypatch: pyte
 
 COUNTED = """\
 ==PROF== Connected to process 7 (/usr/bin/python3.12)
-operation: operations/unlock/some
-==PROF== Profiling "_unlock_kernel" - 0: 0%....50%....100% - 9 passes
-operation: operations/attention_step/some
-==PROF== Profiling "_step_kernel" - 1: 0%....50%....100% - 9 passes
-==PROF== Profiling "_combine_kernel" - 2: 0%....50%....100% - 9 passes
-==PROF== Disconnected from process 7
-"ID","Kernel Name","dram__bytes.sum.per_second","gpu__time_duration.sum","launch__registers_per_thread",\
-"sm__warps_active.avg.pct_of_peak_sustained_active",\
+"ID","Kernel Name","Block Size","Grid Size","dram__bytes.sum.per_second","gpu__time_duration.sum",\
+"launch__registers_per_thread","sm__warps_active.avg.pct_of_peak_sustained_active",\
 "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
 "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",\
 "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active"
-"","","byte/s","ns","register/thread","%","inst","inst","%"
-"0","_unlock_kernel","2,000,000,000,000","10,000","32","61.5","1.5","2.5","12"
-"1","_step_kernel","1,500,000,000,000","20,000","64","25","","0.25","80"
-"2","_combine_kernel","1,000","3,000","16","6","0.5","0.25","1"
+"","","","","byte/s","ns","register/thread","%","inst","inst","%"
+"0","_idle_kernel","(32, 1, 1)","(1, 1, 1)","1","1","16","1","1","1","1"
+"1","_unlock_kernel","(128, 1, 1)","(9, 1, 1)","2,000,000,000,000","10,000","32","61.5","1.5","2.5","12"
+"2","_idle_kernel","(32, 1, 1)","(2, 1, 1)","1","1","16","1","1","1","1"
+"3","_seal_kernel","(128, 1, 1)","(2, 1, 1)","1","1","16","1","1","1","1"
+"4","_idle_kernel","(32, 1, 1)","(3, 1, 1)","1","1","16","1","1","1","1"
+"5","_step_kernel","(128, 1, 1)","(9, 1, 1)","1,500,000,000,000","20,000","64","25","","0.25","80"
+"6","_combine_kernel","(128, 1, 1)","(9, 1, 1)","1,000","3,000","16","6","0.5","0.25","1"
+"7","_idle_kernel","(32, 1, 1)","(4, 1, 1)","1","1","16","1","1","1","1"
+"8","_seal_kernel","(128, 1, 1)","(2, 1, 1)","1","1","16","1","1","1","1"
 """
 
 
-def test_counters_are_of_the_operation_above_them() -> None:
-    unlock, step, combine = counters.counted(COUNTED)
+def test_counters_are_of_the_operation_around_them() -> None:
+    """Between the idle kernels around it; what lies elsewhere made inputs."""
+    operations = ["operations/unlock/some", "operations/attention_step/some"]
+    unlock, step, combine = counters.counted(COUNTED, operations)
     assert (unlock["operation"], unlock["kernel"]) == ("operations/unlock/some", "_unlock_kernel")
     assert unlock["dram_bytes_s"] * unlock["ns"] / 1e9 == 20e6
     assert unlock["stalls"] == {"long_scoreboard": 1.5, "wait": 2.5}

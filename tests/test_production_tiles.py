@@ -172,7 +172,7 @@ def transcode(
     dtype: torch.dtype, real: tuple[int, int, int], norm: bool = False, noisy: bool = False, rounds: int = 0
 ) -> Prepared:
     """real: tokens, heads of Q, K and V together, head size. Into a cache at an offset of each sequence."""
-    tile, size = qkv.qkv_tile(*real, dtype, rounds > 0, TARGET), real[2]
+    tile, size = qkv.qkv_tile(*real, dtype, noisy, rounds > 0, TARGET), real[2]
     tokens, heads, groups = min(real[0], tile["BLOCK_S"] + 3), tile["HEADS"] + 1, 1
     z = [randn(1, tokens + 4, n * size, dtype=torch.float32 if noisy else dtype) for n in (heads, groups, groups)]
     images = [randn(tokens + 4, x.shape[2]) for x in z] if noisy else None

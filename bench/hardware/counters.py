@@ -9,18 +9,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.hardware.sizes import counted_cases
 from bench.hardware.work import CaseFailed, LeftOut, Work
 
-__all__ = ["TITLE", "counted", "run", "table"]
+__all__ = ["counted", "run", "table"]
 
 ROOT = Path(__file__).parents[2]
-TITLE = "operation: "
-"""Before an operation's name, in the output of the process that is watched."""
 TOOL = "ncu"
 SECTIONS = (
     "SpeedOfLight",
@@ -30,11 +29,11 @@ SECTIONS = (
     "LaunchStats",
     "WarpStateStats",
 )
-OURS = r"regex:^_(inject|strip|matmul|sum_splits|qkv|attention|step|combine|seal|unlock)_kernel$"
+MARKER = "_idle_kernel"
+OURS = r"regex:^_(idle|inject|strip|matmul|sum_splits|qkv|attention|step|combine|seal|unlock)_kernel$"
 """Kernels that are counted: not those of PyTorch, which draw the inputs."""
 TO_WRITE = 6.0
 """Seconds that the tool needs after the last operation, and after the request to end."""
-KERNEL = re.compile(r'==PROF== Profiling "([^"]*)" - (\d+)')
 NAMES = {
     "gpu__time_duration.sum": "ns",
     "dram__bytes.sum.per_second": "dram_bytes_s",
@@ -75,12 +74,11 @@ def count(work: Work) -> dict[str, Any]:
         told += ["--kernel-name-base", "function", "--kernel-name", OURS]
         command = [str(tool), *told, *(x for name in SECTIONS for x in ("--section", name)), *command]
     code, text = finished(command, work)
-    kernels = list(counted(text))
+    print(text, flush=True)
+    kernels = list(counted(text, [case.id for case in counted_cases(work.rehearsal)]))
     if not work.rehearsal and not kernels:
-        print(text[-20_000:], flush=True)
         raise CaseFailed("nothing was counted: " + ("no end in time" if code is None else f"{TOOL} ended with {code}"))
     if code:
-        print(text[-20_000:], flush=True)
         raise CaseFailed(f"it ended with {code}", kernels=kernels)
     with open(work.folder / "profiles.txt", "a") as file:
         file.write(table(kernels))
@@ -105,19 +103,19 @@ def finished(command: list[str], work: Work) -> tuple[int | None, str]:
         return code, output.read()
 
 
-def counted(text: str) -> Iterator[dict[str, Any]]:
-    """Each kernel's counters, with the operation that launched it."""
-    operation, of_kernel = "", {}
-    lines = text.splitlines()
-    for line in lines:
-        if line.startswith(TITLE):
-            operation = line.removeprefix(TITLE)
-        elif found := KERNEL.match(line):
-            of_kernel[found[2]] = operation
-    rows = [line for line in lines if line.startswith('"')]
+def counted(text: str, operations: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each kernel's counters, with the operation that launched it: the idle kernels around it tell its number."""
+    operation = ""
+    rows = [line for line in text.splitlines() if line.startswith('"')]
     for row in csv.DictReader(rows):
-        if row["ID"] in of_kernel:  # the row of units has none
-            yield {"operation": of_kernel[row["ID"]], "kernel": row["Kernel Name"], **figures(row)}
+        programs = re.match(r"\((\d+)", row["Grid Size"])
+        if programs is None:  # the row of units
+            continue
+        if MARKER in row["Kernel Name"]:
+            before, is_end = divmod(int(programs[1]) - 1, 2)
+            operation = "" if is_end else operations[before]
+        elif operation:  # others made inputs
+            yield {"operation": operation, "kernel": row["Kernel Name"], **figures(row)}
 
 
 def figures(row: dict[str, str]) -> dict[str, Any]:

@@ -15,6 +15,6 @@ def _idle_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.arange(0, BLOCK)
 
 
-def idle(x: Tensor) -> None:
-    """One program of one warp, on x's device, that reads and writes nothing."""
-    launch(_idle_kernel, (1,), x, device=torch.device(x.device), BLOCK=16, num_warps=1)
+def idle(x: Tensor, programs: int = 1) -> None:
+    """Programs of one warp, on x's device, that read and write nothing."""
+    launch(_idle_kernel, (programs,), x, device=torch.device(x.device), BLOCK=16, num_warps=1)

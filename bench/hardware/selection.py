@@ -1,10 +1,12 @@
-"""A plugin of pytest's (`-p bench.hardware.selection`): tests of exactly one dtype, and lines for those that fail.
-
-`-k float16` also takes bfloat16; `--exactly float16` asks each test for the dtype that it was given."""
+"""A plugin of pytest's (`-p bench.hardware.selection`): one test of every kind first, until time is up, and lines for
+those that fail."""
 
 import json
+import math
 import os
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +16,38 @@ import torch
 from bench.hardware.lines import FAILED, Lines
 from bench.hardware.work import BROKEN
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-NONE = "none"
+NO_TIME = "no time"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hardware")
-    group.addoption("--exactly", choices=(*DTYPES, NONE), help="tests of this dtype; none: those that have no dtype")
+    group.addoption("--until", type=float, default=math.inf, help="on the clock time.monotonic: no test begins later")
     group.addoption("--lines", type=Path, help="where lines about failed tests go")
     group.addoption("--stage", help="the stage's name in them")
     group.addoption("--part", type=int, default=0, help="the part's number in them")
     group.addoption("--totals", type=Path, help="where the counts of this session go")
 
 
-def dtypes_of(item: pytest.Item) -> set[torch.dtype]:
-    """The dtypes among a test's parameters."""
+def kind_of(item: pytest.Item) -> tuple[str, tuple[str, ...]]:
+    """A test's function and the dtypes among its parameters."""
     given = getattr(getattr(item, "callspec", None), "params", {})
-    return {value for value in given.values() if isinstance(value, torch.dtype)}
+    dtypes = sorted(str(value) for value in given.values() if isinstance(value, torch.dtype))
+    return item.nodeid.partition("[")[0], tuple(dtypes)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = config.getoption("exactly")
-    if wanted is None:
-        return
-    is_wanted = [not dtypes_of(x) if wanted == NONE else DTYPES[wanted] in dtypes_of(x) for x in items]
-    config.hook.pytest_deselected(items=[x for x, kept in zip(items, is_wanted, strict=True) if not kept])
-    items[:] = [x for x, kept in zip(items, is_wanted, strict=True) if kept]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first of every kind, then the second of every kind, and so on."""
+    seen: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    turn = {}
+    for item in items:
+        turn[item.nodeid] = seen[kind_of(item)]
+        seen[kind_of(item)] += 1
+    items.sort(key=lambda item: turn[item.nodeid])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > item.config.getoption("until"):
+        pytest.skip(NO_TIME)
 
 
 @pytest.hookimpl(trylast=True)
@@ -85,7 +93,9 @@ class Teller:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         stats = terminalreporter.stats
-        counts = {name: len(stats.get(name, ())) for name in ("passed", "failed", "error", "skipped", "xfailed")}
+        counts = {name: len(stats.get(name, ())) for name in ("passed", "failed", "error", "xfailed")}
+        late = sum(NO_TIME in str(report.longrepr) for report in stats.get("skipped", ()))
+        counts |= {"late": late, "skipped": len(stats.get("skipped", ())) - late}
         self.config.getoption("totals").write_text(json.dumps({"tests": counts, "waiting": sorted(self.waiting)}))
 
 

@@ -50,7 +50,7 @@ STAGES = (
     _stage("operations", 46, "every operation against the reference, and 50 repeats bit for bit", parts=min(4, CORES)),
     _stage("compilation", 46, "kernels of later stages, side by side", is_whole=True, parts=min(16, CORES)),
     _stage("blocks", 45, "two blocks at full width against the plain model", parts=min(12, CORES), needs=COMPILED),
-    _stage("parity", 70, "the test suite's parity, by dtype and tiles, over all cores", parts=min(4, CORES)),
+    _stage("parity", 70, "the test suite's parity, production tiles first, over all cores"),
     _stage("sanitizer", 35, "memory and race checks of every operation", parts=2, needs=COMPILED),
     _stage("marks", 60, "operations by graph replay, host and device time apart", needs=("ceilings", *COMPILED)),
     _stage("models", 73, "whole models beside plain transformers", needs=COMPILED),

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from bench.hardware.lines import BEGUN, FAILED, LATE, LEFT_OUT, PASSED, Lines, ended_cases, read
 
-__all__ = ["BROKEN", "CaseFailed", "LeftOut", "Work", "cause_of", "judged"]
+__all__ = ["BROKEN", "CaseFailed", "Late", "LeftOut", "Work", "cause_of", "judged"]
 
 BROKEN = 75
 """Exit status of a process that the GPU answers no more: a fresh one must go on."""
@@ -22,6 +22,14 @@ Figures = dict[str, Any]
 
 class LeftOut(Exception):
     """A case that cannot run here; the message says what it waits for."""
+
+
+class Late(Exception):
+    """A case that ended before all of it was done; `figures` go into its line."""
+
+    def __init__(self, cause: str, **figures: Any) -> None:
+        super().__init__(cause)
+        self.figures = figures
 
 
 class CaseFailed(Exception):
@@ -129,6 +137,8 @@ def judged(error: Exception) -> tuple[str, Figures]:
     """The state that an exception means, and what to say with it."""
     if isinstance(error, LeftOut):
         return LEFT_OUT, {"cause": str(error)}
+    if isinstance(error, Late):
+        return LATE, {"cause": str(error), **error.figures}
     if isinstance(error, ImportError) and _is_absent(error.name):
         return LEFT_OUT, {"cause": f"needs {str(error.name).split('.')[0]}"}
     traceback.print_exception(error)

@@ -692,11 +692,14 @@ def step_tile(
     batch: int, groups: int, rows: int, keys: int, size: int, dtype: torch.dtype, permuted: bool, sealed: bool,
     target: Target,
 ) -> dict[str, Any]:  # fmt: skip
-    """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread: up to
-    two programs a multiprocessor, with no fewer than 256 keys each, or 64 where that makes no more than 32 of them."""
+    """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread.
+
+    On an H100 one program a multiprocessor, with three tiles on their way, reads a cache faster than two. A sealed one
+    is arithmetic: four programs of one block of the cipher a thread are faster than two of two."""
     blocks = _head_blocks(size)
     width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
     block_m = max(16, triton.next_power_of_2(rows))
+    programs = 2
     if dtype == torch.float32:
         block_m, block_n, warps, stages = min(32, block_m), 32, 8, 1
         if width > 128:
@@ -708,20 +711,24 @@ def step_tile(
     else:
         block_m, warps = min(64, block_m), 4
         block_n, stages = (32, 4) if blocks["BLOCK_TAIL"] else (64, 3)
-        # The position is a load ahead of the loads of K and V: two stages more keep as much of those in flight.
         if permuted and (target.arch >= 90 or not blocks["BLOCK_TAIL"]):
+            # The position is a load ahead of the loads of K and V: two stages more keep as much of those in flight.
             stages += 2
+        elif not blocks["BLOCK_TAIL"] and not sealed:
+            programs = 1
+    # A short cache of few heads would leave most of the machine idle.
+    splits = max(triton.cdiv(keys, 256), min(32, triton.cdiv(keys, 64)))
     if sealed:
-        # As in `attention_tile`. The rest stays: sums in the same order give the same bits as without a seal.
-        # One stage spills where there is a tail, but in float32, where two do, unless the head is wide.
+        # As in `attention_tile`. One stage spills where there is a tail, but in float32, where two do, unless the head
+        # is wide.
         wide = width > 128 and target.backend == "cuda"
         stages = 2 if blocks["BLOCK_TAIL"] and (dtype != torch.float32 or wide) else 1
         if target.arch == 100 and width <= 64 and dtype != torch.float32:
             stages = 3
         block_m = 16 if blocks["BLOCK_TAIL"] and dtype == torch.float32 else block_m
-    # A short cache of few heads would leave most of the machine idle, above all where a cipher is at work.
-    splits = max(triton.cdiv(keys, 256), min(32, triton.cdiv(keys, 64)))
-    splits = min(splits, max(1, 2 * target.multiprocessors // max(1, batch * groups)))
+        if dtype != torch.float32 and target.backend == "cuda" and width <= 128 and not blocks["BLOCK_TAIL"]:
+            block_n, programs, splits = 4096 // width, 4, triton.cdiv(keys, 64)
+    splits = min(splits, max(1, programs * target.multiprocessors // max(1, batch * groups)))
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     return blocks | tile | {"splits": max(1, splits)}
 

@@ -332,22 +332,26 @@ def _qkv_kernel(
 
 
 def qkv_tile(
-    tokens: int, heads: int, head_dim: int, dtype: torch.dtype, sealed: bool, target: Target
+    tokens: int, heads: int, head_dim: int, dtype: torch.dtype, noisy: bool, sealed: bool, target: Target
 ) -> dict[str, Any]:
-    """Meta-parameters of `qkv_decode_encode`: a tile of about 4 KB, several heads to share cos and sin where
-    tokens alone fill the machine, one head a program where they do not. Sealed, a thread holds a block of the cipher:
-    with fewer bytes a thread, several would compute the same one."""
+    """Meta-parameters of `qkv_decode_encode`: a tile of about 4 KB; several heads to share cos and sin where tokens
+    alone fill the machine, one head a program where they do not.
+
+    Several heads are on their way at once, with 64 bytes a thread: few threads and deep loads were fastest on an H100.
+    Not beside noise, whose images take the registers, nor beside a cipher, which gives the loads time anyhow; there a
+    thread holds a block of it: with fewer bytes, several would compute the same one."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_s = max(1, min(triton.next_power_of_2(max(1, tokens)), 4096 // dtype.itemsize // block_d))
     programs = triton.cdiv(tokens, block_s)
     per_program = max(1, min(8, heads, programs * heads // (8 * target.multiprocessors)))
-    held = BLOCK_BYTES // dtype.itemsize if sealed else 8
-    warps = block_s * block_d // (held * target.warp_size)
+    ahead = per_program > 2 and not noisy and not sealed and target.backend == "cuda"
+    held = BLOCK_BYTES if sealed or ahead else 8 * dtype.itemsize
+    warps = block_s * block_d * dtype.itemsize // (held * target.warp_size)
     return {
         "BLOCK_S": block_s,
         "BLOCK_D": block_d,
         "HEADS": 1 << (per_program.bit_length() - 1),
-        "STAGES": 1,
+        "STAGES": 3 if ahead else 1,
         "num_warps": max(1, min(8, triton.next_power_of_2(max(1, warps)))),
     }
 
@@ -408,7 +412,8 @@ def qkv_decode_encode(
     check_cache(keys, values, sealing)
     fresh_k, fresh_v = (empty(z_q, (batch, groups, tokens, size), dtype) if return_unsealed else None for _ in range(2))
     target, all_heads = target_of(z_q.device), heads + 2 * groups
-    heuristic = qkv_tile(batch * tokens, all_heads, size, dtype, sealing is not None, target)
+    noisy, sealed = images is not None, sealing is not None
+    heuristic = qkv_tile(batch * tokens, all_heads, size, dtype, noisy, sealed, target)
     sizes = {"tokens": batch * tokens, "heads": all_heads, "head_dim": size}
     variant = "" if sealing is None else "sealed"
     meta = choose_tile("qkv_decode_encode", heuristic, tile, target, dtype, variant, **sizes)
