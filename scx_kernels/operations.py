@@ -219,13 +219,13 @@ def operation(original: _Function, operator: Operator | None = None) -> Callable
     Args:
         operator: its launcher takes the call just as it is where nobody traces it.
     """
-    names = inspect.signature(original).parameters.keys()
+    names = frozenset(inspect.signature(original).parameters)
 
     def decorate(on_kernels: Callable) -> _Function:
         @wraps(original)
         def call(*args: Any, **options: Any) -> Any:
             # Launchers take more than this; the reference raises for what nobody knows.
-            if not options.keys() <= names:
+            if not names.issuperset(options):
                 return original(*args, **options)
             if operator is not None and args and _is_served_at_once(args[0]):
                 return operator.launcher(*args, **options)

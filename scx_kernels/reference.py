@@ -399,9 +399,14 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tenso
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and mask is not None:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=groups > 1 and mask is None
     )
+    if mask is None:
+        return out
+    # A GPU's fused backends leave something else where a query sees no key.
+    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+    return out.masked_fill(~seen.any(dim=-1, keepdim=True), 0)
 
 
 def attention(

@@ -251,6 +251,23 @@ def test_complaints_are_of_the_operation_above_them() -> None:
     assert not sanitizer.complaints("operation: x\n========= ERROR SUMMARY: 0 errors\nError: not the tool's\n")
 
 
+def test_races_in_vendors_kernels_are_told_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are; so is what lies outside of memory, in whoever's kernel."""
+    race = "Error: Race reported between Read access at {}+0xab0"
+    assert sanitizer.is_of_others(race.format("nvjet_sm90_tst_64x64_64x13_4x1_v_bz_TNT"))
+    assert not sanitizer.is_of_others(race.format("_matmul_kernel"))
+    assert not sanitizer.is_of_others("Invalid __global__ read of size 2 bytes")
+    tool = tmp_path / "compute-sanitizer"
+    said = f"operation: operations/attention/narrow\n========= {race.format('cudnn_generated')}\n"
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\nexit {sanitizer.COMPLAINED}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    work: Any = SimpleNamespace(rehearsal=False, left=lambda: 30.0)
+    figures = sanitizer.sanitize("racecheck", work)
+    assert list(figures["complaints_of_others"]) == ["operations/attention/narrow"]
+    assert not figures["complaints"]
+
+
 def test_a_tool_that_complains_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tool of the name on the path, which says what the real one says and ends as that does."""
     tool = tmp_path / "compute-sanitizer"

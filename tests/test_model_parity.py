@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from parity import of_own_sums
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
@@ -33,7 +34,7 @@ def tolerance(model: PreTrainedModel, inputs: dict, *, alp: bool) -> float:
     other = model(**inputs).logits
     model.set_attn_implementation(implementation)
     rounding = torch.finfo(logits.dtype).eps * logits.abs().max().item()
-    return 2 * carried(model, alp) * max(largest_difference(logits, other), 2 * rounding)
+    return 2 * of_own_sums(logits.dtype) * carried(model, alp) * max(largest_difference(logits, other), 2 * rounding)
 
 
 def carried(model: PreTrainedModel, alp: bool) -> int:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import scx_kernels as ops
+from scx_kernels import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -231,3 +233,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"row_index: a row is not a permutation of 0\.\.3"):
             ops.check_permutation(torch.tensor([[0, 1, 1, 3]]), "row_index")
         ops.check_permutation(self.index)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_query_that_sees_no_key_gives_zeros(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Whatever PyTorch's attention leaves there, which on a GPU is something else."""
+    q, k, v = (torch.randn(2, 4, 3, 8), *(torch.randn(2, 2, 5, 8) for _ in range(2)))
+    seen = torch.ones(2, 1, 3, 5, dtype=torch.bool)
+    seen[1, :, 2] = False
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *others, **options: torch.ones_like(q))
+    out = reference.attention(q, k, v, softmax_scale=1.0, mask=mask)
+    assert torch.equal(out, seen.any(-1, keepdim=True).float().expand(out.shape))

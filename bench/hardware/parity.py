@@ -24,6 +24,8 @@ OPERATIONS = ("test_operations.py", "test_sealing.py", "test_hardware.py", "test
 MODELS = ("test_model_parity.py", "test_sealed_model.py", "test_memory.py")
 NO_TESTS = 5
 """pytest's exit status where it has run none."""
+LEAST = 25.0
+"""Seconds without which a pytest is not begun: collecting takes half of them."""
 TO_END = 6.0
 """Seconds from the last test's beginning to the end of pytest."""
 
@@ -50,7 +52,7 @@ def groups(rehearsal: bool) -> tuple[Group, ...]:
 
 def run(work: Work) -> None:
     for group in groups(work.rehearsal):
-        work.case(group.name, partial(pytest_run, group, work), limit=work.left(), least=15)
+        work.case(group.name, partial(pytest_run, group, work), limit=work.left(), least=LEAST)
 
 
 def pytest_run(group: Group, work: Work) -> dict[str, Any]:

@@ -47,10 +47,12 @@ def marked_cases(rehearsal: bool) -> list[Case]:
 
 
 def counted_cases(rehearsal: bool) -> list[Case]:
-    """Those of the short table, and the longest cache in each encoding."""
+    """The longest cache in each encoding, then the cases of the short table, ciphered ones first: they are the farthest
+    from their limits."""
     marked = marked_cases(rehearsal)
     longest = {(case.operation, case.rounds): case for case in sorted(marked, key=lambda case: case.cached)}
-    return list(dict.fromkeys([*(c for c in marked if c.headline), *(c for c in longest.values() if c.cached)]))
+    short = sorted((case for case in marked if case.headline), key=lambda case: "seal" not in case.operation)
+    return list(dict.fromkeys([*(case for case in longest.values() if case.cached), *short]))
 
 
 def sanitized_cases(rehearsal: bool) -> list[Case]:
