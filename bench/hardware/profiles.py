@@ -1,4 +1,4 @@
-"""Stage: where the time goes: PyTorch's profiler over one prefill and one token of an encoded model, as two tables; and
+"""Stage: where the time goes: PyTorch's profiler over one prefill and one token of encoded models, a table each; and
 what a step costs the host, beside plain transformers."""
 
 from functools import partial
@@ -15,6 +15,11 @@ from bench.host import STEPS, measure_steps
 from scx import SCXKeyGenerator, encode_llama
 
 FILE = "profiles.txt"
+KEYS: dict[str, dict[str, Any]] = {
+    "100 redundant rows, noise": {"redundant_num": 100, "alp": True},
+    "permuted": {},
+    "sealed": {"cache_encoding": "sealed"},
+}
 PROMPT, REHEARSED_PROMPT = 1024, 9
 ROWS = 30
 WARM = 3
@@ -23,12 +28,13 @@ WARM = 3
 def run(work: Work) -> None:
     torch.manual_seed(0)
     device, shape = device_of(work.rehearsal), two_blocks(work.rehearsal)
-    with torch.device(device):
-        model = LlamaForCausalLM(shape.config()).eval().to(torch.float32 if work.rehearsal else torch.bfloat16)
-    encode_llama(model, SCXKeyGenerator.for_model(model, redundant_num=100, alp=True))
     ids = torch.randint(3, shape.vocabulary, (1, REHEARSED_PROMPT if work.rehearsal else PROMPT), device=device)
-    for kind in ("prefill", "token"):
-        work.case(kind, partial(profiled, work, kind, model, ids), limit=20)
+    for name, keys in KEYS.items():
+        with torch.device(device):
+            model = LlamaForCausalLM(shape.config()).eval().to(torch.float32 if work.rehearsal else torch.bfloat16)
+        encode_llama(model, SCXKeyGenerator.for_model(model, **keys))
+        for kind in ("prefill", "token"):
+            work.case(f"{kind}, {name}", partial(profiled, work, kind, name, model, ids), limit=20)
     for step in STEPS:
         work.case(f"host, {step}", partial(host, work.rehearsal, step), limit=20)
 
@@ -43,7 +49,7 @@ def host(rehearsal: bool, step: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def profiled(work: Work, kind: str, model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+def profiled(work: Work, kind: str, name: str, model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     """Append the table of a prefill, or of one token after it, once nothing of it happens for the first time."""
     cache: Any = None
     for _ in range(WARM):
@@ -66,5 +72,5 @@ def profiled(work: Work, kind: str, model: PreTrainedModel, ids: Tensor) -> dict
     table = seen.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
     blocks = model.config.num_hidden_layers
     with open(work.folder / FILE, "a") as file:
-        file.write(f"{kind}, {ids.shape[1]} tokens, {blocks} blocks, 100 redundant rows, noise\n{table}\n")
+        file.write(f"{kind}, {ids.shape[1]} tokens, {blocks} blocks, {name}\n{table}\n")
     return {"file": FILE}
