@@ -100,6 +100,10 @@ class WriteLog:
         self.filled = end
 
 
+SharedLogs = dict[Any, tuple[WriteLog | Tensor | None, WriteLog]]
+"""Logs that a pass has written, with what a layer held before it, by that object's identity and the slots written."""
+
+
 class GrowingLayer(DynamicLayer):
     """A layer that grows in place: `keys` and `values` are the filled part of buffers with room for more tokens.
 
@@ -162,7 +166,7 @@ class SealedLayer(GrowingLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_log": None}
 
-    def number(self, slots: Slots, writes: Tensor, shared: dict[Any, WriteLog]) -> Tensor:
+    def number(self, slots: Slots, writes: Tensor, shared: SharedLogs) -> Tensor:
         """Write the numbers (B, S) of the tokens that go into `slots` beside them. Returns those of all slots.
 
         Args:
@@ -173,16 +177,17 @@ class SealedLayer(GrowingLayer):
         goes_on = (
             log is not None and held is not None and _begins(held, log.numbers[:, first:] if first else log.numbers)
         )
-        earlier = id(log) if goes_on else None if held is None else id(held)
-        alike = (earlier, capacity, first, end, writes.device)
-        self._log = shared.get(alike)
+        earlier = log if goes_on else held
+        alike = (id(earlier), capacity, first, end, writes.device)
+        _, self._log = shared.get(alike, (None, None))
         if self._log is None:
             if log is None or not goes_on or log.filled != end or log.numbers.shape[1] != capacity:
                 log = WriteLog(writes.new_zeros(slots.keys.shape[0], capacity), end)
                 if held is not None:
                     log.numbers[:, first:end] = held
             log.append(writes)
-            self._log = shared[alike] = log
+            # What the layer held stays alive with its place here: the next object may have its id.
+            _, self._log = shared[alike] = earlier, log
         return self._log.numbers
 
     def take_in(self, slots: Slots) -> Stored:
@@ -298,7 +303,7 @@ class EncodedCache(DynamicCache):
     _selected: dict[tuple[int, torch.device], FeatureKey]
     # Of the pass that brought these numbers: the logs that hold them.
     _logs_of: Tensor | None = None
-    _logs: dict[Any, WriteLog]
+    _logs: SharedLogs
 
     def __init__(self, session: Session, layers: list[CacheLayerMixin]) -> None:
         sealed = session.settings.sealed_layers

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from scx.kvcache import SealedLayer, WriteLog
+from scx.kvcache import SealedLayer, SharedLogs
 
 HEADS, SIZE = 2, 16
 
 
-def passed(layer: SealedLayer, writes: Tensor, shared: dict[object, WriteLog]) -> None:
+def passed(layer: SealedLayer, writes: Tensor, shared: SharedLogs) -> None:
     """A layer takes in a pass's tokens with these numbers (1, S)."""
     tokens = writes.shape[1]
     slots = layer.room(tokens, (1, HEADS, SIZE), torch.empty(0))
@@ -23,7 +23,7 @@ def numbers(first: int, count: int) -> Tensor:
 
 def filled(*layers: SealedLayer) -> None:
     for writes in (numbers(0, 5), numbers(5, 1)):
-        shared: dict[object, WriteLog] = {}
+        shared: SharedLogs = {}
         for layer in layers:
             passed(layer, writes, shared)
 
@@ -42,7 +42,7 @@ def test_layers_that_part_keep_their_own_numbers() -> None:
     cropped, whole = SealedLayer(), SealedLayer()
     filled(cropped, whole)
     cropped.crop(-3)
-    shared: dict[object, WriteLog] = {}
+    shared: SharedLogs = {}
     for layer in (cropped, whole):
         passed(layer, numbers(40, 2), shared)
     assert cropped.writes.tolist() == [[0, 1, 2, 40, 41]]
@@ -67,9 +67,24 @@ def test_layers_grow_together() -> None:
     layers = [SealedLayer() for _ in range(2)]
     filled(*layers)
     old = layers[0]._log
-    shared: dict[object, WriteLog] = {}
+    shared: SharedLogs = {}
     for layer in layers:
         passed(layer, numbers(100, 70), shared)
     assert layers[0]._log is layers[1]._log is not old
     assert layers[1].writes.tolist() == [[*range(6), *range(100, 170)]]
     assert len(shared) == 1
+
+
+def test_what_one_layer_held_is_never_taken_for_another_s() -> None:
+    """Layers whose rows were numbered anew within a pass hold tensors that may lie where an earlier layer's lay."""
+    shared: SharedLogs = {}
+    for layer_number in range(50):
+        layer = SealedLayer()
+        slots = layer.room(5, (1, HEADS, SIZE), torch.empty(0))
+        layer.take_in(slots)
+        own = numbers(100 * layer_number, 5)
+        layer.writes = own
+        del own
+        passed(layer, numbers(9000, 1), shared)
+        assert layer.writes.tolist() == [[*range(100 * layer_number, 100 * layer_number + 5), 9000]]
+        del layer
