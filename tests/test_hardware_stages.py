@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,16 +186,19 @@ def test_failed_tests_have_lines(tmp_path: Path) -> None:
     told = ["--totals", totals, "--lines", lines, "--stage", "parity"]
     run = [sys.executable, "-m", "pytest", "-q", "-p", "bench.hardware.selection", tmp_path / "test_some.py", *told]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "check": False, "stdout": subprocess.DEVNULL}
-    subprocess.run(list(map(str, run)), **options)
+    subprocess.run(list(map(str, run)), cwd=tmp_path, env=environment, check=False, stdout=subprocess.DEVNULL)
     tests = json.loads(totals.read_text())["tests"]
     assert (tests["passed"], tests["failed"], tests["late"]) == (2, 1, 0)
     (line,) = read(lines)
     assert (line["stage"], line["case"], line["state"]) == ("parity", "test_some.py::test_two[x]", FAILED)
     assert line["cause"].startswith("AssertionError: half")
-    subprocess.run([*map(str, run), "--until", str(time.monotonic())], **options)
-    tests = json.loads(totals.read_text())["tests"]
-    assert (tests["passed"], tests["failed"], tests["late"], tests["skipped"]) == (0, 0, 3, 0)
+
+
+@pytest.mark.parametrize(("until", "begins"), [(-1.0, False), (60.0, True)])
+def test_no_test_begins_after_its_time(until: float, begins: bool) -> None:
+    item: Any = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: time.monotonic() + until))
+    with nullcontext() if begins else pytest.raises(pytest.skip.Exception, match=selection.NO_TIME):
+        selection.pytest_runtest_setup(item)
 
 
 def test_what_had_no_time_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

