@@ -419,7 +419,7 @@ def test_missing_packages_are_named_and_the_rest_runs(tmp_path: Path) -> None:
     causes = {(line["stage"], line["case"]): line.get("cause") for line in lines if "case" in line}
     assert causes["operations", "everything"] == "needs triton"
     assert causes["profiles", "everything"] == "needs cryptography"
-    assert causes["parity", "kernels, small tiles"] == "needs pytest"
+    assert causes["parity", "unlock, small tiles"] == "needs pytest"
     assert causes["report", "context"] == "needs matplotlib"
     assert {line["stage"]: line["state"] for line in lines if "case" not in line} == {
         "operations": LEFT_OUT, "profiles": LEFT_OUT, "parity": LEFT_OUT, "report": PASSED,

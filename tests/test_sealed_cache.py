@@ -178,9 +178,10 @@ def test_a_thread_computes_a_block_of_its_own(dtype, size):
 
 
 @by_dtype
-@pytest.mark.parametrize("slots", ["offset", "offsets"])
 @pytest.mark.parametrize(
-    ("size", "tile"), [(64, None), (80, None), (10, None), (80, {"BLOCK_S": 2, "HEADS": 2})], ids=str
+    ("slots", "size", "tile"),
+    [("offset", 64, None), ("offsets", 80, None), ("offset", 10, None), ("offsets", 80, {"BLOCK_S": 2, "HEADS": 2})],
+    ids=str,
 )
 def test_qkv_returns_what_it_seals(dtype, slots, size, tile):
     """With `return_unsealed`, k and v are bit by bit those of a call without a cache, and what is stored is what is
