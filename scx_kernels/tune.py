@@ -186,7 +186,7 @@ def _transcoding(model: Model, count: int, rounds: int = 0) -> Subject:
         names = ("query", "key", "value")
         indices = {name: _permutations(device, 1, n, size) for name, n in zip(names, heads, strict=True)}
         tables = {"cos": angle.cos().to(DTYPE), "sin": angle.sin().to(DTYPE)}
-        made = {**products, "position": _permutations(device, 1, count), **tables, **indices}
+        made: Arguments = {**products, "position": _permutations(device, 1, count), **tables, **indices}
         if rounds:
             made |= {name: _randn(device, 1, model.kv_heads, count, size) for name in ("keys", "values")}
             made |= {"sealing": _sealing(device, 1, count, rounds), "return_unsealed": True}
@@ -235,7 +235,7 @@ def _step(model: Model, batch: int, keys: int, rounds: int = 0) -> Subject:
     def make(device: torch.device) -> Arguments:
         q = _randn(device, batch, model.heads, 1, size)
         k, v = (_randn(device, batch, model.kv_heads, keys, size) for _ in range(2))
-        made = {"q": q, "k": k, "v": v, "softmax_scale": size**-0.5}
+        made: Arguments = {"q": q, "k": k, "v": v, "softmax_scale": size**-0.5}
         if rounds:
             own = _sealing(device, batch, keys, rounds)
             made |= {name: sealing.seal(made[name], own, is_value=name == "v") for name in "kv"}
