@@ -56,6 +56,7 @@ class PatientModule(pytest.Module):
             package = parity.missing_package(failed.__cause__)
             if package is None:
                 raise
+            # Of packages that a measuring machine may lack; where they are installed, as in CI, nothing comes here.
             pytest.skip(f"{self.path.name} waits for the package {package}", allow_module_level=True)
 
 

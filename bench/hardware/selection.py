@@ -46,6 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """No test begins after its time. That hides nothing: such skips are counted apart, and make their group late."""
     if time.monotonic() > item.config.getoption("until"):
         pytest.skip(NO_TIME)
 

@@ -3,6 +3,7 @@ would make later figures worthless comes first, and what is measured is never th
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["SECONDS", "STAGES", "Stage"]
 
@@ -40,8 +41,8 @@ class Stage:
     packages: tuple[str, ...] = ("torch", "triton")
 
 
-def _stage(name: str, seconds: float, about: str, **options: object) -> Stage:
-    return Stage(name, f"bench.hardware.{name}", seconds, about, **options)  # type: ignore[arg-type]
+def _stage(name: str, seconds: float, about: str, **options: Any) -> Stage:
+    return Stage(name, f"bench.hardware.{name}", seconds, about, **options)
 
 
 COMPILED = ("compilation",)

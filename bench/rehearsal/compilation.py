@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import triton
 
@@ -31,8 +32,9 @@ def _innermost(error: BaseException) -> str:
     message = str(chain[-1]).strip().splitlines() or [repr(chain[-1])]
     if not placed:
         return f"{message[-1]} ({traceback.format_exception_only(chain[-1])[-1].strip()[:200]})"
-    node = placed[-1].node  # type: ignore[attr-defined]
-    line = placed[-1].src.splitlines()[node.lineno - 1].strip()  # type: ignore[attr-defined]
+    innermost: Any = placed[-1]
+    node = innermost.node
+    line = innermost.src.splitlines()[node.lineno - 1].strip()
     return f"{message[-1][:300]}, at line {node.lineno} of the function: {line}"
 
 

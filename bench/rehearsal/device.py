@@ -193,6 +193,7 @@ class StandInDevice:
             return func(*args, **kwargs)
         if func.namespace == "scx_kernels":
             _check_one_side(func, tensors, ())
+            # A rehearsal names somebody: to guess what a kernel gives would prove nothing.
             if self.run_operator is None:
                 raise NotImplementedError(f"{func}: nobody was named to run the package's operators")
             return self.run_operator(self, func, args, kwargs)
@@ -223,6 +224,7 @@ class StandInDevice:
             found = known.get(id(x))
             if found is None:
                 return StandIn(x)
+            # A stand-in's shape is its own, fixed when it is made: an operator that changes it would leave two truths.
             if found.shape != x.shape or found.dtype != x.dtype:
                 raise NotImplementedError(f"{func} changes the shape of a stand-in in place")
             return found

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ class Wait:
 
 def package_frames() -> tuple[tuple[str, int, str], ...]:
     """Where in the package execution is, outermost first: (file from the root, line, qualified name)."""
-    frames, frame = [], sys._getframe(1)
+    frames: list[tuple[str, int, str]] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename.replace("\\", "/")
         for root in ("/scx/", "/scx_kernels/"):
@@ -87,18 +89,18 @@ def package_frames() -> tuple[tuple[str, int, str], ...]:
                 name = root[1:] + path.rsplit(root, 1)[1]
                 frames.append((name, frame.f_lineno, frame.f_code.co_qualname))
                 break
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return tuple(reversed(frames))
 
 
 def _is_ours() -> bool:
     """Whether the innermost frame that is neither PyTorch's nor the stand-in's is this package's."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename.replace("\\", "/")
         if "/torch/" not in path and "/bench/rehearsal/" not in path and "/contextlib.py" not in path:
             return "/transformers/" not in path
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch exports ProcessGroupGloo only where gloo was built, which its stubs do not say.
+# torch exports ProcessGroupGloo only where gloo was built, so a type checker finds no such name in it; where it was not
+# built, this import fails, and two processes need it.
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
 
 from scx.party.boundary import PartyLostError, Request
