@@ -146,6 +146,10 @@ def test_every_kind_of_subject_runs(smallest: Subject) -> None:
     expected = [x.float() for x in tuner._tensors(smallest.expected(arguments))]
     assert not tuner._differs(got, expected)
     assert tuner._differs(tuple(x * 1.1 for x in tuner._tensors(got)), expected)
+    assert smallest.is_stored(arguments, got)
+    if "keys" in arguments:
+        arguments["keys"].view(torch.int16)[0, 0, -1, -1] ^= 1
+        assert not smallest.is_stored(arguments, got), "one bit that is not sealed as it should be"
 
 
 def test_other_processes_compile_ahead() -> None:
