@@ -13,18 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; deterministic products need it
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Read when torch is imported, here and in processes that tests start: all of them share the cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the processes share the cores
 
 if not torch.cuda.is_available():
     # Read when triton is imported: kernels run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import parity
+
+if not parity.is_missing("triton"):
+    from interpreter import patch_once
+
+    patch_once()
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
