@@ -319,7 +319,8 @@ _permuted_linear = Operator(
 
 
 def _is_large(x: Tensor, row_index: Tensor | None) -> bool:
-    rows = x.size(0) * x.size(1) if row_index is None else row_index.numel()
+    shape = x.shape
+    rows = shape[0] * shape[1] if row_index is None else row_index.numel()
     return _backend == "auto" and rows > _FEW_ROWS
 
 
@@ -379,7 +380,7 @@ def permuted_linears(
 ) -> tuple[Tensor, ...]:
     if not _is_large(x, row_index):
         side_by_side = _permuted_linears(x, list(weights), row_index, redundant, biases and list(biases))
-        return side_by_side.split_with_sizes([weight.size(0) for weight in weights], dim=2)
+        return side_by_side.split_with_sizes([weight.shape[0] for weight in weights], dim=2)
     biases = checks.check_linears(x, weights, row_index, redundant, biases)
     rows = x if row_index is None else _inject_permute(x, row_index, redundant)
     return tuple(F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
