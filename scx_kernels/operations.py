@@ -50,11 +50,6 @@ _EVERY_BACKEND = "CompositeExplicitAutograd"
 # A product of more rows is bound by arithmetic, where a vendor's product gains more than the gather it would absorb.
 _FEW_ROWS = 64
 _Function = TypeVar("_Function", bound=Callable)
-# Asked in every call: names of this file are found sooner than those of packages.
-_is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
 
 
 def _checked(name: str) -> str:
@@ -121,25 +116,25 @@ def _tensors(given: Iterable[Any]) -> Iterator[Tensor]:
 def _is_traced(first: Any) -> bool:
     """Whether somebody follows the operators that are called: a compiler, a tracer, a mode or a kind of tensor; or
     there are only shapes to compute with."""
-    if _is_compiling() or (type(first) is not Tensor and type(first) is not Parameter):
+    if torch.compiler.is_compiling() or (type(first) is not Tensor and type(first) is not Parameter):
         return True
-    return first.is_meta or bool(_modes()) or _tracing_state() is not None
+    return first.is_meta or bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
 
 
 def _is_served_at_once(x: Any) -> bool:
     """Whether the kernels take a call with this first argument: all that the two functions above ask, in the usual case
     that no gradients are recorded, and in little of the host's time."""
-    if _is_compiling():
-        return False
     kind = type(x)
     return (
-        (kind is Tensor or kind is Parameter)
+        not torch.compiler.is_compiling()
+        and (kind is Tensor or kind is Parameter)
+        # As `is_accelerator`, without making a device: a GPU's, or the CPU's where it stands in for one.
         and (x.is_cuda or (x.is_cpu and "cpu" in _accelerators))
         and _backend == "auto"
         and x.dtype in _KERNEL_DTYPES
-        and not _is_grad_enabled()
-        and not _modes()
-        and _tracing_state() is None
+        and not torch.is_grad_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -231,7 +226,7 @@ def operation(original: _Function, operator: Operator | None = None) -> Callable
         @wraps(original)
         def call(*args: Any, **options: Any) -> Any:
             # Launchers take more than this; the reference raises for what nobody knows.
-            if options and not names.issuperset(options):
+            if not names.issuperset(options):
                 return original(*args, **options)
             if args and _is_served_at_once(args[0]):
                 return on_kernels(*args, **options) if operator is None else operator.launcher(*args, **options)
@@ -319,8 +314,7 @@ _permuted_linear = Operator(
 
 
 def _is_large(x: Tensor, row_index: Tensor | None) -> bool:
-    shape = x.shape
-    rows = shape[0] * shape[1] if row_index is None else row_index.numel()
+    rows = x.shape[0] * x.shape[1] if row_index is None else row_index.numel()
     return _backend == "auto" and rows > _FEW_ROWS
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter at half its price."""
+"""Triton's interpreter, at two thirds of its time."""
 
 from typing import Any
 

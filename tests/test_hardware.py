@@ -130,6 +130,7 @@ def roomy() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
+    # Offsets beyond 32 bits need tensors of that size; a smaller GPU, or one that others use, has no room for them.
     if free < 24 * 2**30:
         pytest.skip(f"waits for a GPU with 24 GiB free, this one has {free / 2**30:.0f}")
 

@@ -42,7 +42,7 @@ def test_every_token_agrees(path, device) -> None:
     assert torch.equal(encoded, plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_logits_differ_no_more_than_attention_implementations_do(path, device, dtype: torch.dtype) -> None:
     """Twice the difference between eager and sdpa on the same prompts; four times with noise."""
     model = load(path, dtype, device)

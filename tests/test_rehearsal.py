@@ -149,6 +149,7 @@ def test_shapes_flow_without_values() -> None:
 
 
 def test_the_packages_operators_need_somebody_who_runs_them(device) -> None:
+    """A stand-in by itself refuses them by name, where it could only guess."""
     from scx_kernels import inject_permute
 
     with pytest.raises(NotImplementedError, match="inject_permute"):

@@ -246,6 +246,7 @@ class TestRefusedRequests:
 
     @torch.no_grad()
     def test_tokens(self, encoded, prompt) -> None:
+        # Reading them on an accelerator would make the host wait for it in every step.
         if prompt(1).device.type != "cpu":
             pytest.skip("token values are read at the door on the CPU only")
         for wrong in (VOCABULARY, -1):
