@@ -6,7 +6,7 @@ for graphs. That shows that the test is ready, and nothing about a GPU.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import parity
 import pytest
@@ -106,6 +106,39 @@ def test_nobody_waits_for_the_host(place: str, name: str) -> None:
         operation(name)(*args, **options)  # compiles, and starts the libraries it uses
     with nobody_waits():
         operation(name)(*args, **options)
+
+
+@in_place
+def test_a_kernel_waits_for_the_one_ahead(place: str) -> None:
+    """Kernels begin before the one ahead of them has ended: a long chain of them, and of PyTorch's, in memory that is
+    used again and again, gives the same bits as when the device is waited for after each."""
+    heads, size, rows, times = (32, 128, 64, 20) if ON_GPU else (2, 16, 8, 2)
+    hidden = heads * size
+    start, norm, weight = randn(1, rows, hidden), randn(hidden), randn(hidden, hidden) / hidden**0.5
+    index = permutations(1, rows)
+    feature, back = permutations(1, heads, size), inverse(index)
+
+    def chain(wait: Callable[[], None]) -> torch.Tensor:
+        x = start
+        for _ in range(times):
+            encoded = ops.inject_permute(x, index, norm_weight=norm)
+            wait()
+            product = ops.permuted_linear(encoded, weight)
+            wait()
+            x = ops.strip_restore(product, back, residual=x)
+            wait()
+            keys = product.view(1, rows, heads, size).transpose(1, 2)
+            query = x[:, -1:].view(1, 1, heads, size).transpose(1, 2)
+            attended = ops.attention_step(query, keys, keys, softmax_scale=size**-0.5, output_index=feature)
+            wait()
+            x = x + attended.transpose(1, 2).reshape(1, 1, hidden)
+            wait()
+        return x
+
+    alone = chain(torch.cuda.synchronize if ON_GPU else lambda: None)
+    assert bool(alone.isfinite().all())
+    for _ in range(3):
+        assert_same_bits(chain(lambda: None), alone)
 
 
 @waits_for_a_gpu

@@ -17,7 +17,7 @@ from bench.hardware import __main__ as command
 from bench.hardware import runner as runner_module
 from bench.hardware.lines import ENDED, FAILED, LATE, LEFT_OUT, PASSED, Lines, open_case, read
 from bench.hardware.report import content_of
-from bench.hardware.runner import Runner
+from bench.hardware.runner import Runner, share_of_spare
 from bench.hardware.stages import SECONDS, STAGES, Stage
 from bench.hardware.table import MOST_LINES, table
 
@@ -157,6 +157,15 @@ def test_limits() -> None:
     assert all(importlib.util.find_spec(stage.module) for stage in STAGES)
     assert [stage.name for stage in STAGES if stage.is_last] == [STAGES[-1].name]
     assert all(stage.seconds > runner_module.GRACE + runner_module.LEAST for stage in STAGES)
+
+
+def test_spare_time_goes_to_who_can_use_it() -> None:
+    """What stages before left over is shared by those that take it; nobody's own limit is touched for it."""
+    first, taker, last = stage("first", 10), stage("taker", 10, takes_spare=True), stage("last", 5)
+    assert share_of_spare(40, (first, taker, last)) == 0
+    assert share_of_spare(40, (taker, last)) == 25
+    assert share_of_spare(40, (taker, first, taker)) == 5
+    assert share_of_spare(12, (taker, last)) == 0
 
 
 def test_every_stage_has_its_line_and_keeps_its_limit(ran: SimpleNamespace) -> None:

@@ -291,21 +291,22 @@ def test_a_tool_that_complains_fails_the_check(tmp_path: Path, monkeypatch: pyte
 
 COUNTED = """\
 ==PROF== Connected to process 7 (/usr/bin/python3.12)
-"ID","Kernel Name","Block Size","Grid Size","dram__bytes.sum.per_second","gpu__time_duration.sum",\
+"ID","Kernel Name","Block Size","Grid Size","gpc__cycles_elapsed.avg.per_second",\
+"dram__bytes.sum.per_second","gpu__time_duration.sum",\
 "launch__registers_per_thread","sm__warps_active.avg.pct_of_peak_sustained_active",\
 "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
 "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",\
 "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active"
-"","","","","byte/s","ns","register/thread","%","inst","inst","%"
-"0","_idle_kernel","(32, 1, 1)","(1, 1, 1)","1","1","16","1","1","1","1"
-"1","_unlock_kernel","(128, 1, 1)","(9, 1, 1)","2,000,000,000,000","10,000","32","61.5","1.5","2.5","12"
-"2","_idle_kernel","(32, 1, 1)","(2, 1, 1)","1","1","16","1","1","1","1"
-"3","_seal_kernel","(128, 1, 1)","(2, 1, 1)","1","1","16","1","1","1","1"
-"4","_idle_kernel","(32, 1, 1)","(3, 1, 1)","1","1","16","1","1","1","1"
-"5","_step_kernel","(128, 1, 1)","(9, 1, 1)","1,500,000,000,000","20,000","64","25","","0.25","80"
-"6","_combine_kernel","(128, 1, 1)","(9, 1, 1)","1,000","3,000","16","6","0.5","0.25","1"
-"7","_idle_kernel","(32, 1, 1)","(4, 1, 1)","1","1","16","1","1","1","1"
-"8","_seal_kernel","(128, 1, 1)","(2, 1, 1)","1","1","16","1","1","1","1"
+"","","","","hz","byte/s","ns","register/thread","%","inst","inst","%"
+"0","_idle_kernel","(32, 1, 1)","(1, 1, 1)","1,750,000,000","1","1","16","1","1","1","1"
+"1","_unlock_kernel","(128, 1, 1)","(9, 1, 1)","1,750,000,000","2,000,000,000,000","10,000","32","61.5","1.5","2.5","12"
+"2","_idle_kernel","(32, 1, 1)","(2, 1, 1)","1,750,000,000","1","1","16","1","1","1","1"
+"3","_seal_kernel","(128, 1, 1)","(2, 1, 1)","1,750,000,000","1","1","16","1","1","1","1"
+"4","_idle_kernel","(32, 1, 1)","(3, 1, 1)","1,750,000,000","1","1","16","1","1","1","1"
+"5","_step_kernel","(128, 1, 1)","(9, 1, 1)","1,750,000,000","1,500,000,000,000","20,000","64","25","","0.25","80"
+"6","_combine_kernel","(128, 1, 1)","(9, 1, 1)","1,750,000,000","1,000","3,000","16","6","0.5","0.25","1"
+"7","_idle_kernel","(32, 1, 1)","(4, 1, 1)","1,750,000,000","1","1","16","1","1","1","1"
+"8","_seal_kernel","(128, 1, 1)","(2, 1, 1)","1,750,000,000","1","1","16","1","1","1","1"
 """
 
 
@@ -320,7 +321,7 @@ def test_counters_are_of_the_operation_around_them() -> None:
     assert step["pipes"] == {"alu": 80.0}
     rows = counters.table([unlock, step, combine]).splitlines()
     assert len(rows) == 4
-    assert "10.0 | 2000, 20.0, – | – | 62, – | 32" in rows[1]
+    assert "10.0, 1.75 | 2000, 20.0, – | – | 62, – | 32" in rows[1]
     assert rows[1].endswith("waits for wait 2.5, long_scoreboard 1.5")
 
 

@@ -36,6 +36,7 @@ TO_WRITE = 6.0
 """Seconds that the tool needs after the last operation, and after the request to end."""
 NAMES = {
     "gpu__time_duration.sum": "ns",
+    "gpc__cycles_elapsed.avg.per_second": "clock_hz",
     "dram__bytes.sum.per_second": "dram_bytes_s",
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
     "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
@@ -138,14 +139,16 @@ def figures(row: dict[str, str]) -> dict[str, Any]:
 def table(kernels: list[dict[str, Any]]) -> str:
     """A row for each kernel: time, bytes a second and in all, occupancy, the busiest pipes and what warps wait for most
     (warps waiting for each instruction issued)."""
-    rows = ["counters: µs | DRAM GB/s, MB, % | SM % | occupancy %, of at most % | registers, programs x threads"]
+    rows = ["counters: µs, GHz | DRAM GB/s, MB, % | SM % | occupancy %, of at most % | registers, programs x threads"]
     for kernel in kernels:
         ns, rate = kernel.get("ns", 0.0), kernel.get("dram_bytes_s", 0.0)
 
         def of(name: str, kernel: dict[str, Any] = kernel) -> str:
             return f"{kernel[name]:.0f}" if name in kernel else "–"
 
-        text = f"{ns / 1e3:.1f} | {rate / 1e9:.0f}, {rate * ns / 1e15:.1f}, {of('dram_percent')} | {of('sm_percent')}"
+        clock = f"{kernel['clock_hz'] / 1e9:.2f}" if "clock_hz" in kernel else "–"
+        text = f"{ns / 1e3:.1f}, {clock} | {rate / 1e9:.0f}, {rate * ns / 1e15:.1f}, {of('dram_percent')}"
+        text += f" | {of('sm_percent')}"
         text += f" | {of('occupancy_percent')}, {of('most_occupancy_percent')} | {of('registers')}, {of('programs')}"
         text += f" x {of('threads')} | {_largest(kernel['pipes'], '%')} | waits for {_largest(kernel['stalls'])}"
         rows.append(f"{kernel['operation']}: {kernel['kernel']}: {text}")

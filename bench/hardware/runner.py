@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +31,7 @@ from bench.hardware.process import EVERYTHING, NO_GPU
 from bench.hardware.stages import Stage
 from bench.hardware.work import BROKEN
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "share_of_spare"]
 
 ROOT = Path(__file__).parents[2]
 GRACE = 2.0
@@ -42,6 +43,13 @@ MARK = "SCX_HARDWARE_STAGE"
 LOG_BYTES = 1_200_000
 """Of a stage's output that are kept from its beginning; beyond them the last ones."""
 LAST_BYTES = 50_000
+
+
+def share_of_spare(left: float, stages: Sequence[Stage]) -> float:
+    """Seconds beyond its limit for the first of the stages that are still to run, of those that none of them needs."""
+    takers = sum(stage.takes_spare for stage in stages)
+    spare = left - sum(stage.seconds for stage in stages)
+    return max(0.0, spare) / takers if stages[0].takes_spare else 0.0
 
 
 class Log:
@@ -150,12 +158,13 @@ class Runner:
         log = Log(self.folder / "log.txt")
         try:
             for number, stage in enumerate(stages):
+                left = self._end - time.monotonic()
                 kept = sum(later.seconds for later in stages[number + 1 :] if later.is_last)
-                self._run_within(stage, self._end - time.monotonic() - kept, log)
+                self._run_within(stage, stage.seconds + share_of_spare(left, stages[number:]), left - kept, log)
         finally:
             log.close()
 
-    def _run_within(self, stage: Stage, left: float, log: Log) -> None:
+    def _run_within(self, stage: Stage, seconds: float, left: float, log: Log) -> None:
         if left < LEAST:
             self._say(stage, LATE, 0.0, cause=f"left out, no time: {max(0.0, left):.0f} s left")
             return
@@ -164,7 +173,7 @@ class Runner:
             return
         log.write(f"\n===== {stage.name}: {stage.about}\n".encode())
         start, offset = time.monotonic(), self.lines.size()
-        limit = min(stage.seconds, left)
+        limit = min(seconds, left)
         watched = _Watched(self, stage, start + limit, offset, log)
         try:
             watched.run()

@@ -24,6 +24,7 @@ from scx_kernels.checks import check_attention, check_attention_step
 from scx_kernels.kernels.chacha import EMPTY, head_word, load_key, load_unsealed
 from scx_kernels.kernels.launch import (
     Target,
+    begin,
     by_tokens,
     check_dtype,
     choose_tile,
@@ -31,6 +32,7 @@ from scx_kernels.kernels.launch import (
     exceeds_int32,
     launch,
     narrow,
+    prefetch,
     strides,
     target_of,
 )
@@ -54,6 +56,16 @@ def _load_tile(pointers, mask, limit: tl.constexpr, IS_FULL: tl.constexpr, BLOCK
     elif limit >= BLOCK:
         return tl.load(pointers, mask=mask[:, None], other=0)
     return tl.load(pointers, mask=mask[:, None] & (tl.arange(0, BLOCK) < limit)[None, :], other=0)
+
+
+@triton.jit
+def _prefetch_rows(head_ptr, first, N, stride_n, stride_d, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
+    """Have rows `first`.. of a head of K or V, of N rows, on their way to L2."""
+    LINE: tl.constexpr = 1024 // head_ptr.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (HEAD_DIM + LINE - 1) // LINE
+    rows = tl.minimum(first + tl.arange(0, ROWS), N - 1).to(tl.int64)
+    for line in tl.static_range(LINES):
+        prefetch(head_ptr + rows * stride_n + line * LINE * stride_d)
 
 
 @triton.jit
@@ -315,6 +327,7 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
 ):
+    begin()
     # The last queries see the most keys: they start first. Heads of a group run side by side and share keys in L2.
     sequences_heads = tl.num_programs(0) // (tl.cdiv(S, BLOCK_M) + tl.cdiv(R, BLOCK_M))
     block = tl.cdiv(S, BLOCK_M) - 1 - tl.program_id(0) // sequences_heads
@@ -503,11 +516,9 @@ def _step_kernel(
     if INT64:
         columns = columns.to(tl.int64)
         tail_columns = tail_columns.to(tl.int64)
-    q_rows = q_ptr + b * stride_qb + head * stride_qh + token * stride_qs
-    q = _load_rows(q_rows, columns, stride_qd, in_rows, HEAD_DIM, BLOCK_D)
-    if BLOCK_TAIL:
-        q_tail = _load_rows(q_rows, tail_columns, stride_qd, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
-
+    IS_KNOWN: tl.constexpr = not (HAS_START or HAS_LENGTH or HAS_POSITION)  # which rows these are
+    if not IS_KNOWN:
+        begin()
     key_start = 0
     key_end = N
     if HAS_START:
@@ -520,9 +531,18 @@ def _step_kernel(
     chunk = tl.cdiv(tl.cdiv(tl.maximum(key_end - first, 0), splits), BLOCK_N) * BLOCK_N
     lo = first + split * chunk
     hi = tl.minimum(lo + chunk, key_end)
-
     k_ptr += b * stride_kb + group * stride_kh
     v_ptr += b * stride_vb + group * stride_vh
+    if IS_KNOWN:
+        if ENCODING != "sealed":  # a cipher has enough to wait for
+            _prefetch_rows(k_ptr, lo, N, stride_kn, stride_kd, HEAD_DIM, BLOCK_N)
+            _prefetch_rows(v_ptr, lo, N, stride_vn, stride_vd, HEAD_DIM, BLOCK_N)
+        begin()
+
+    q_rows = q_ptr + b * stride_qb + head * stride_qh + token * stride_qs
+    q = _load_rows(q_rows, columns, stride_qd, in_rows, HEAD_DIM, BLOCK_D)
+    if BLOCK_TAIL:
+        q_tail = _load_rows(q_rows, tail_columns, stride_qd, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
     key = None
     word14 = None
     if ENCODING == "sealed":
@@ -616,20 +636,22 @@ def _combine_kernel(
     token = row % S
     split = tl.arange(0, BLOCK_SPLITS)
     in_splits = split < splits
+    columns = tl.arange(0, BLOCK_D)
+    in_head = columns < HEAD_DIM
+    if HAS_INDEX:  # a key, older than the kernel that is waited for
+        index_ptr = output_index_ptr + b * stride_xb + head * stride_xh
+        index = tl.load(index_ptr + columns * stride_xd, mask=in_head, other=0).to(tl.int32)
+    begin()
     row_max = tl.load(max_ptr + row * splits + split, mask=in_splits, other=float("-inf"))
     row_sum = tl.load(sum_ptr + row * splits + split, mask=in_splits, other=0)
     total_max = tl.max(row_max, axis=0)
     share = tl.math.exp2(row_max - tl.where(total_max == float("-inf"), 0.0, total_max))
     total = tl.sum(row_sum * share, axis=0)
 
-    columns = tl.arange(0, BLOCK_D)
-    in_head = columns < HEAD_DIM
     pointers = partial_ptr + (row * splits + split)[:, None] * HEAD_DIM + columns[None, :]
     partial = tl.load(pointers, mask=in_splits[:, None] & in_head[None, :], other=0)
     out = tl.sum(partial * share[:, None], axis=0, keep_dims=True) / tl.where(total == 0, 1.0, total)
-    if HAS_INDEX:  # on the chip: gathered from memory, features would come one by one, and after the index
-        index_ptr = output_index_ptr + b * stride_xb + head * stride_xh
-        index = tl.load(index_ptr + columns * stride_xd, mask=in_head, other=0).to(tl.int32)
+    if HAS_INDEX:  # on the chip: gathered from memory, features would come one by one
         out = tl.gather(out, index[None, :], axis=1)
     out_row = out_ptr + b * stride_ob + head * stride_oh + token * stride_os
     place = columns.to(tl.int64)[None, :] * stride_od
@@ -695,7 +717,8 @@ def step_tile(
     """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread.
 
     On an H100 one program a multiprocessor, with three tiles on their way, reads a cache faster than two. A sealed one
-    is arithmetic: four programs of one block of the cipher a thread are faster than two of two."""
+    is arithmetic: four programs of one block of the cipher a thread are faster than two of two. Those of a
+    multiprocessor do not end together, so in a long cache four others follow them."""
     blocks = _head_blocks(size)
     width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
     block_m = max(16, triton.next_power_of_2(rows))
@@ -727,10 +750,21 @@ def step_tile(
             stages = 3
         block_m = 16 if blocks["BLOCK_TAIL"] and dtype == torch.float32 else block_m
         if dtype != torch.float32 and target.backend == "cuda" and width <= 128 and not blocks["BLOCK_TAIL"]:
-            block_n, programs, splits = 4096 // width, 4, triton.cdiv(keys, 64)
-    splits = min(splits, max(1, programs * target.multiprocessors // max(1, batch * groups)))
+            block_n, splits = 4096 // width, triton.cdiv(keys, 64)
+            programs = 8 if keys * batch * groups >= 8 * 192 * target.multiprocessors else 4
+    splits = max(1, min(splits, programs * target.multiprocessors // max(1, batch * groups)))
+    # Programs take whole tiles: some would find none left.
+    chunk = triton.cdiv(triton.cdiv(keys, splits), block_n) * block_n
+    splits = triton.cdiv(keys, max(1, chunk))
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     return blocks | tile | {"splits": max(1, splits)}
+
+
+def combine_tile(splits: int, size: int) -> dict[str, Any]:
+    """Meta-parameters of the pass that adds up what `attention_step`'s programs found: few threads, which wait for each
+    other less, unless there is much to add."""
+    blocks = {"BLOCK_SPLITS": triton.next_power_of_2(splits), "BLOCK_D": triton.next_power_of_2(size)}
+    return blocks | {"num_warps": 2 if math.prod(blocks.values()) <= 4096 else 4}
 
 
 def _check_head(q: Tensor, v: Tensor) -> None:
@@ -908,9 +942,7 @@ def attention_step(
         *(tokens, heads, splits, *strides(output_index, 3), *out.stride()),
         HEAD_DIM=size,
         HAS_INDEX=output_index is not None,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
-        BLOCK_D=triton.next_power_of_2(size),
-        num_warps=4,
+        **combine_tile(splits, size),
         device=q.device,
     )
     return out

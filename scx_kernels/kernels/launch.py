@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from scx_kernels import tiles
 from scx_kernels.kernels import plans
@@ -17,6 +18,7 @@ from scx_kernels.kernels import plans
 __all__ = [
     "INTERPRET",
     "Target",
+    "begin",
     "by_tokens",
     "check_dtype",
     "choose_tile",
@@ -44,6 +46,11 @@ class Target:
     multiprocessors: int
     shared_memory: int
     name: str = ""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a kernel may be launched before the one ahead of it has ended."""
+        return self.backend == "cuda" and self.arch >= 90
 
     @property
     def warp_size(self) -> int:
@@ -110,6 +117,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
     """Run `kernel` over `grid` on `device` and its current stream; an empty grid launches nothing."""
     if 0 in grid:
         return
+    if target_of(device).overlaps:
+        meta["launch_pdl"] = True
     if _recorder:
         _recorder[-1](kernel, grid, args, meta)
         return
@@ -141,6 +150,36 @@ def by_tokens(heads: int, tokens: int, size: int) -> tuple[int, ...]:
 def check_dtype(name: str, x: Tensor) -> None:
     if x.dtype not in KERNEL_DTYPES:
         raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {x.dtype}")
+
+
+@tl.core.builtin
+def _is_overlapped(_semantic=None):
+    """Whether what is compiled is launched before the kernel ahead of it has ended."""
+    return tl.constexpr(bool(getattr(_semantic.builder.options, "launch_pdl", False)))
+
+
+@triton.jit
+def begin():
+    """First of all in a kernel: wait until the kernels launched before it have ended and what they wrote is seen.
+
+    Kernels are launched ahead where a GPU can do that (Programmatic Dependent Launch): their programs take their places
+    while the last programs of the kernel before still run, so that a launch costs less than its latency.
+    """
+    if not INTERPRET:
+        if _is_overlapped():
+            gdc_wait()
+            gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Have the lines at `pointers` on their way to L2, before `begin`: what an earlier kernel still writes to them is
+    seen all the same, because L2 is where it writes."""
+    if not INTERPRET:
+        if _is_overlapped():
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+            )
 
 
 @triton.jit

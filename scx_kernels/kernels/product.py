@@ -22,6 +22,7 @@ from torch import Tensor
 from scx_kernels.checks import check_linear, check_linears
 from scx_kernels.kernels.launch import (
     Target,
+    begin,
     check_dtype,
     choose_tile,
     dot,
@@ -180,6 +181,7 @@ def _matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,  # tiles of this many row blocks follow each other, so that they share weights in L2
 ):
+    begin()
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_0 = tl.cdiv(N_0, BLOCK_N)
     blocks_1 = blocks_0 + tl.cdiv(N_1 - N_0, BLOCK_N)
@@ -320,6 +322,7 @@ def _sum_splits_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    begin()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (row < M)[:, None] & (column < N)[None, :]

@@ -23,6 +23,7 @@ from scx_kernels.checks import check_qkv, check_return_unsealed
 from scx_kernels.kernels.chacha import head_word, load_key, seal
 from scx_kernels.kernels.launch import (
     Target,
+    begin,
     by_tokens,
     check_dtype,
     choose_tile,
@@ -278,6 +279,7 @@ def _qkv_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    begin()
     blocks = tl.cdiv(S, BLOCK_S)
     # int64: sequence * stride, row * stride and slot * stride grow with the whole tensor.
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -337,14 +339,21 @@ def qkv_tile(
     """Meta-parameters of `qkv_decode_encode`: a tile of about 4 KB; several heads to share cos and sin where tokens
     alone fill the machine, one head a program where they do not.
 
-    Several heads are on their way at once, with 64 bytes a thread: few threads and deep loads were fastest on an H100.
+    Several heads are on their way at once, in tiles of 2 KB with 64 bytes a thread: few threads and deep loads were
+    fastest on an H100.
     Not beside noise, whose images take the registers, nor beside a cipher, which gives the loads time anyhow; there a
     thread holds a block of it: with fewer bytes, several would compute the same one."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_s = max(1, min(triton.next_power_of_2(max(1, tokens)), 4096 // dtype.itemsize // block_d))
-    programs = triton.cdiv(tokens, block_s)
-    per_program = max(1, min(8, heads, programs * heads // (8 * target.multiprocessors)))
+
+    def shared(tile_bytes: int) -> tuple[int, int]:
+        """Tokens and heads of a program."""
+        block_s = max(1, min(triton.next_power_of_2(max(1, tokens)), tile_bytes // dtype.itemsize // block_d))
+        return block_s, max(1, min(8, heads, triton.cdiv(tokens, block_s) * heads // (8 * target.multiprocessors)))
+
+    block_s, per_program = shared(2048)
     ahead = per_program > 2 and not noisy and not sealed and target.backend == "cuda"
+    if not ahead:
+        block_s, per_program = shared(4096)
     held = BLOCK_BYTES if sealed or ahead else 8 * dtype.itemsize
     warps = block_s * block_d * dtype.itemsize // (held * target.warp_size)
     return {

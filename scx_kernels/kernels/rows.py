@@ -18,6 +18,7 @@ from torch import Tensor
 from scx_kernels.checks import check_inject, check_rows, check_strip
 from scx_kernels.kernels.launch import (
     Target,
+    begin,
     check_dtype,
     choose_tile,
     exceeds_int32,
@@ -85,6 +86,7 @@ def _inject_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    begin()
     blocks = tl.cdiv(T, BLOCK_M)
     # int64: sequence * stride and row * stride grow with the whole tensor.
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
@@ -189,6 +191,7 @@ def _strip_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    begin()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = row < rows
     # int64: sequence * stride and row * stride grow with the whole tensor.

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.kernels.chacha import block_words, head_word, load_key, row_words, stripe, stripe_columns
-from scx_kernels.kernels.launch import Target, launch, strides, target_of
+from scx_kernels.kernels.launch import Target, begin, launch, strides, target_of
 from scx_kernels.kernels.plans import empty, planned
 from scx_kernels.sealing import Sealing, blocks_of, check_out, check_sealing, check_streams, patterns, row_format
 
@@ -81,6 +81,7 @@ def _seal_kernel(
     OLD_ROUNDS: tl.constexpr,  # 0 where there is no keystream to take off
     BLOCK_U: tl.constexpr,
 ):
+    begin()
     # int64: sequence, head, row and feature times their stride grow with the whole tensor.
     chunks = tl.cdiv(N * BLOCKS, BLOCK_U)
     b = (tl.program_id(0) // chunks // G).to(tl.int64)
@@ -128,6 +129,7 @@ def _random_kernel(
     ROUNDS: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
+    begin()
     # int64: stream * count grows with the whole tensor.
     chunks = tl.cdiv(tl.cdiv(count, 16), BLOCK_U)
     stream = (tl.program_id(0) // chunks).to(tl.int64)

@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from scx_kernels.checks import check_unlock
-from scx_kernels.kernels.launch import Target, check_dtype, choose_tile, exceeds_int32, launch, strides, target_of
+from scx_kernels.kernels.launch import (
+    Target,
+    begin,
+    check_dtype,
+    choose_tile,
+    exceeds_int32,
+    launch,
+    strides,
+    target_of,
+)
 
 __all__ = ["unlock", "unlock_in_place", "unlock_tile"]
 
@@ -51,6 +60,7 @@ def _take_rows_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    begin()
     # int64: sequence, head and row times their stride grow with the whole cache.
     b = (tl.program_id(1) // G).to(tl.int64)
     head = (tl.program_id(1) % G).to(tl.int64)
