@@ -165,6 +165,12 @@ def integer_work(counts: dict[str, int], keystream_bytes: int, threads: int) -> 
     return text
 
 
+def waits(ptx: str) -> bool:
+    """Whether a kernel waits for those launched before it, before it writes anything."""
+    wait = ptx.find("griddepcontrol.wait")
+    return 0 <= wait < ptx.find("st.global")
+
+
 def compile_case(case_name: str, dtype_name: str, target: Target) -> list[Row]:
     case = next(case for case in cases() if case.name == case_name)
     launches: list[tuple[Any, ...]] = []
@@ -198,6 +204,8 @@ def compile_case(case_name: str, dtype_name: str, target: Target) -> list[Row]:
             problems.append(f"spills ({row.stack} B, {counts.get('LDL', 0)} LDL/STL)")
         if row.shared > target.shared_memory:
             problems.append("shared memory")
+        if options.get("launch_pdl") and not waits(compiled.asm["ptx"]):
+            problems.append("is launched ahead and does not wait")
         if case.matrix and dtype_name != "fp32" and "combine" not in kernel.__name__ and "sum" not in kernel.__name__:
             wanted = {90: case.matrix, 80: "HMMA", 100: "MMA", 942: "MFMA"}[target.arch]
             if wanted not in row.matrix:

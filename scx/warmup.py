@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 import scx_kernels as ops
 from scx.models.llama import EncodedModel
+from scx_kernels.operations import is_refused_on_sealed
 
 __all__ = ["warm_up"]
 
@@ -44,11 +45,13 @@ def warm_up(
             f"tokens, batch_size, longest: expected positive numbers, got {tokens}, {batch_size}, {longest}"
         )
     seals = bool(decoder._scx.generator.sealed(decoder._scx.shape))
+    head = decoder.layers[0].self_attn.q_proj.weight.new_empty(0, decoder._scx.shape.head_dim)
+    turns_are_refused = seals and is_refused_on_sealed(head)
     for count in tokens:
-        _converse(model, 1, count, turn=count if seals and count > 1 else 0)
+        _converse(model, 1, count, turn=count if seals and count > 1 and not turns_are_refused else 0)
     for batch in _powers_of_two(batch_size):
-        for is_padded in (False, True):
-            _converse(model, batch, _TURN + 1, turn=_TURN, is_padded=is_padded)
+        for is_padded in (False,) if turns_are_refused else (False, True):
+            _converse(model, batch, _TURN + 1, turn=0 if turns_are_refused else _TURN, is_padded=is_padded)
     _warm_up_long_caches(decoder, longest)
 
 

@@ -496,6 +496,13 @@ _attention = Operator(
 )
 
 
+def is_refused_on_sealed(q: Tensor) -> bool:
+    """Whether `attention` of q, (..., d), on a sealed cache is refused: what failed on a GPU, for a reason that is not
+    known (bench/results/h100/README.md)."""
+    size = q.shape[-1]
+    return q.is_cuda and q.dtype.itemsize == 2 and size & (size - 1) != 0
+
+
 @operation(reference.attention)
 def attention(
     q: Tensor,
@@ -513,6 +520,11 @@ def attention(
     redundant: Tensor | None = None,
     sealing: Sealing | None = None,
 ) -> Tensor:
+    if sealing is not None and is_refused_on_sealed(q):
+        raise NotImplementedError(
+            "attention: on a sealed cache, several tokens or a padded one gave wrong results on a GPU, in half "
+            f"precision with heads of {q.shape[-1]} features; take a permuted cache, or float32, or read prompts whole"
+        )
     # PyTorch's fused backends hold whole prompts better; what they would need a mask for is the kernel's.
     limited = window is not None or kv_start is not None or kv_length is not None
     # A sealed cache must not lie unsealed in memory, where they would need it.

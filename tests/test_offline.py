@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from bench.offline import digest
+from bench.offline import digest, waits
 from bench.provenance import RESULTS
 
 
@@ -23,3 +23,11 @@ def test_table_in_the_repository_is_of_these_kernels() -> None:
     *_, summary = (RESULTS / "offline.txt").read_text().splitlines()
     assert f"kernels {digest()}" in summary, "make offline writes it anew"
     assert summary.endswith(", 0 failures")
+
+
+def test_who_is_launched_ahead_waits_before_it_writes() -> None:
+    """What `make offline` asks of every kernel that may begin before the one ahead of it has ended."""
+    wait, load, store = "griddepcontrol.wait;\n", "ld.global.b32 %r1, [%rd1];\n", "st.global.b32 [%rd1], %r1;\n"
+    assert waits(load + wait + store)
+    assert not waits(store + wait)
+    assert not waits(load + store)

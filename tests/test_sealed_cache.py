@@ -1,6 +1,7 @@
 """Operations on a sealed cache: what they give is, bit by bit, what they give on the cache unsealed."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import parity
 import pytest
@@ -9,7 +10,7 @@ from parity import assert_same_bits, by_dtype, integers, nans, permutations, ran
 from torch import Tensor
 
 import scx_kernels
-from scx_kernels import Sealing, WriteCounter, backend, key_words, reference, sealing
+from scx_kernels import Sealing, WriteCounter, backend, key_words, operations, reference, sealing
 from scx_kernels.kernels import attention, launch, qkv, unlock
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4}
@@ -51,7 +52,7 @@ def test_attention(dtype, case):
     options = {"softmax_scale": 0.3, **tensors(options, batch, tokens, keys)}
     own = sealed_by(batch, keys)
     stored = sealed(k, v, own)
-    hidden, target = "window" in options or "mask" in options, launch.target_of(q.device)
+    hidden, target = not options.keys().isdisjoint(("window", "mask", "kv_start")), launch.target_of(q.device)
     production = attention.attention_tile(tokens, size, dtype, hidden, True, target)
     tile = SMALL if parity.MODE.tiles == "small" else production
     expected = attention.attention(q, k, v, **options, tile=tile)  # of other tiles, sums in another order
@@ -113,17 +114,41 @@ def test_what_a_seal_changes_of_a_step_s_tile(target, size):
             assert plain | {"num_stages": 0} == sealed | {"num_stages": 0}
 
 
+def test_what_failed_on_a_gpu_is_refused_there():
+    """Only that: half precision, and heads whose size is no power of two."""
+
+    def is_refused(size, dtype, is_cuda=True):
+        return operations.is_refused_on_sealed(SimpleNamespace(shape=(1, 1, 3, size), dtype=dtype, is_cuda=is_cuda))
+
+    assert is_refused(40, torch.float16)
+    assert is_refused(96, torch.bfloat16)
+    assert not is_refused(64, torch.float16)
+    assert not is_refused(96, torch.float32)
+    assert not is_refused(96, torch.float16, is_cuda=False)
+
+
+def test_a_refusal_says_what_works(monkeypatch):
+    """On the kernels' way, and before anything runs."""
+    monkeypatch.setattr(operations, "is_refused_on_sealed", lambda q: True)
+    q, k, v = (randn(1, 1, n, 96) for n in (3, 17, 17))
+    own = sealed_by(1, 17)
+    with backend("triton"), pytest.raises(NotImplementedError, match="heads of 96 features; take a permuted cache"):
+        scx_kernels.attention(q, *sealed(k, v, own), softmax_scale=0.3, sealing=own)
+    with backend("triton"):
+        scx_kernels.attention(q, k, v, softmax_scale=0.3)
+
+
 def test_short_caches_are_spread_over_the_machine():
     """One sequence of eight heads: a program a multiprocessor, four where a cipher is at work, each with 64 keys or
-    more."""
+    more, eight where the cache is long; and none that finds no tile left."""
     target = launch.TARGETS["cuda", 90]
 
     def splits(keys, seal, batch=1):
         return attention.step_tile(batch, 8, 4, keys, 128, torch.bfloat16, False, seal, target)["splits"]
 
     assert [splits(keys, False) for keys in (1, 64, 65, 1024, 8192, 65_536)] == [1, 1, 2, 16, 16, 16]
-    assert [splits(keys, True) for keys in (1, 64, 65, 1024, 8192, 65_536)] == [1, 1, 2, 16, 66, 66]
-    assert splits(8192, False, batch=64) == splits(8192, True, batch=64) == 1
+    assert [splits(keys, True) for keys in (1, 64, 65, 1024, 8192, 65_536)] == [1, 1, 2, 16, 64, 128]
+    assert [splits(8192, seal, batch=64) for seal in (False, True)] == [1, 2]
 
 
 def qkv_arguments(batch: int, tokens: int, heads: int, groups: int, size: int, dtype: torch.dtype) -> list:

@@ -327,7 +327,6 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
 ):
-    begin()
     # The last queries see the most keys: they start first. Heads of a group run side by side and share keys in L2.
     sequences_heads = tl.num_programs(0) // (tl.cdiv(S, BLOCK_M) + tl.cdiv(R, BLOCK_M))
     block = tl.cdiv(S, BLOCK_M) - 1 - tl.program_id(0) // sequences_heads
@@ -866,6 +865,7 @@ def attention(
         HAS_REDUNDANT=redundant is not None,
         **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(q, k, v, redundant),
+        ahead=False,  # what it takes is not the launch
         device=q.device,
         **meta,
     )

@@ -48,7 +48,7 @@ class Target:
     name: str = ""
 
     @property
-    def overlaps(self) -> bool:
+    def launches_ahead(self) -> bool:
         """Whether a kernel may be launched before the one ahead of it has ended."""
         return self.backend == "cuda" and self.arch >= 90
 
@@ -113,11 +113,17 @@ def recording(target: Target, record: Callable[..., None]) -> Iterator[None]:
         _recorder.pop()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any) -> None:
-    """Run `kernel` over `grid` on `device` and its current stream; an empty grid launches nothing."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, ahead: bool = True, **meta: Any
+) -> None:
+    """Run `kernel` over `grid` on `device` and its current stream; an empty grid launches nothing.
+
+    Args:
+        ahead: the kernel calls `begin` and may be launched before the one ahead of it has ended.
+    """
     if 0 in grid:
         return
-    if target_of(device).overlaps:
+    if ahead and target_of(device).launches_ahead:
         meta["launch_pdl"] = True
     if _recorder:
         _recorder[-1](kernel, grid, args, meta)
@@ -153,7 +159,7 @@ def check_dtype(name: str, x: Tensor) -> None:
 
 
 @tl.core.builtin
-def _is_overlapped(_semantic=None):
+def _is_launched_ahead(_semantic=None):
     """Whether what is compiled is launched before the kernel ahead of it has ended."""
     return tl.constexpr(bool(getattr(_semantic.builder.options, "launch_pdl", False)))
 
@@ -166,7 +172,7 @@ def begin():
     while the last programs of the kernel before still run, so that a launch costs less than its latency.
     """
     if not INTERPRET:
-        if _is_overlapped():
+        if _is_launched_ahead():
             gdc_wait()
             gdc_launch_dependents()
 
@@ -176,7 +182,7 @@ def prefetch(pointers):
     """Have the lines at `pointers` on their way to L2, before `begin`: what an earlier kernel still writes to them is
     seen all the same, because L2 is where it writes."""
     if not INTERPRET:
-        if _is_overlapped():
+        if _is_launched_ahead():
             tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
             )
