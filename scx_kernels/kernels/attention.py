@@ -865,7 +865,6 @@ def attention(
         HAS_REDUNDANT=redundant is not None,
         **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(q, k, v, redundant),
-        ahead=False,  # what it takes is not the launch
         device=q.device,
         **meta,
     )
@@ -932,6 +931,7 @@ def attention_step(
         HAS_POSITION=position is not None,
         **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(q, k, v),
+        ahead=True,
         device=q.device,
         **meta,
     )
@@ -943,6 +943,7 @@ def attention_step(
         HEAD_DIM=size,
         HAS_INDEX=output_index is not None,
         **combine_tile(splits, size),
+        ahead=True,
         device=q.device,
     )
     return out

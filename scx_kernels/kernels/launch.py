@@ -114,12 +114,13 @@ def recording(target: Target, record: Callable[..., None]) -> Iterator[None]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, ahead: bool = True, **meta: Any
+    kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, ahead: bool = False, **meta: Any
 ) -> None:
     """Run `kernel` over `grid` on `device` and its current stream; an empty grid launches nothing.
 
     Args:
-        ahead: the kernel calls `begin` and may be launched before the one ahead of it has ended.
+        ahead: the kernel calls `begin`, and so may be launched before the one ahead of it has ended. One that does not
+            call it must not be: whoever is launched after it would wait for it alone.
     """
     if 0 in grid:
         return

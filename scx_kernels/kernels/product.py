@@ -516,6 +516,7 @@ def _multiply(
         SAME_STRIDE=redundant is None or redundant.stride(2) == x.stride(2),
         HAS_NOISE=noise is not None,
         EVEN_K=inner % meta["BLOCK_K"] == 0,
+        ahead=True,
         device=x.device,
         **flags,
         **meta,
@@ -531,6 +532,7 @@ def _multiply(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=4,
+            ahead=True,
             device=x.device,
             **flags,
         )

@@ -339,8 +339,8 @@ def qkv_tile(
     """Meta-parameters of `qkv_decode_encode`: a tile of about 4 KB; several heads to share cos and sin where tokens
     alone fill the machine, one head a program where they do not.
 
-    Several heads are on their way at once, in tiles of 2 KB with 64 bytes a thread: few threads and deep loads were
-    fastest on an H100.
+    Several heads are on their way at once, with 64 bytes a thread, on an H100 in tiles of 2 KB: few threads and deep
+    loads were fastest there.
     Not beside noise, whose images take the registers, nor beside a cipher, which gives the loads time anyhow; there a
     thread holds a block of it: with fewer bytes, several would compute the same one."""
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -350,7 +350,7 @@ def qkv_tile(
         block_s = max(1, min(triton.next_power_of_2(max(1, tokens)), tile_bytes // dtype.itemsize // block_d))
         return block_s, max(1, min(8, heads, triton.cdiv(tokens, block_s) * heads // (8 * target.multiprocessors)))
 
-    block_s, per_program = shared(2048)
+    block_s, per_program = shared(2048 if target.arch == 90 else 4096)
     ahead = per_program > 2 and not noisy and not sealed and target.backend == "cuda"
     if not ahead:
         block_s, per_program = shared(4096)
@@ -450,6 +450,7 @@ def qkv_decode_encode(
         HAS_OFFSETS=offsets is not None,
         **encoding_of(sealing),
         INT64=force_int64 or exceeds_int32(z_q, z_k, z_v, *wide_images, cos, sin, out, keys, values, fresh_k, fresh_v),
+        ahead=True,
         device=z_q.device,
         **meta,
     )

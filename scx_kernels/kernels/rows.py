@@ -288,6 +288,7 @@ def inject_permute(
         HAS_NOISE=noise is not None,
         ONE_TILE=meta["BLOCK_D"] >= features,
         INT64=force_int64 or exceeds_int32(x, redundant, noise, out),
+        ahead=True,
         device=x.device,
         **meta,
     )
@@ -333,6 +334,7 @@ def strip_restore(
         HAS_RESIDUAL=residual is not None,
         HAS_IMAGE=image is not None,
         INT64=force_int64 or exceeds_int32(z, residual, image, out),
+        ahead=True,
         device=z.device,
         **meta,
     )

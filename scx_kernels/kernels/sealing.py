@@ -190,6 +190,7 @@ def _launch(
         BLOCKS=blocks,
         ROUNDS=sealing.rounds,
         OLD_ROUNDS=0 if old is None else old.rounds,
+        ahead=True,
         device=x.device,
         **meta,
     )
@@ -244,6 +245,7 @@ def random_bits(
         (triton.cdiv(units, meta["BLOCK_U"]) * len(streams),),
         *(key, streams, out, count, *streams.stride()),
         ROUNDS=rounds,
+        ahead=True,
         device=key.device,
         **meta,
     )

@@ -96,6 +96,7 @@ def _take_rows(cache: Tensor, position: Tensor | None, out: Tensor, meta: dict[s
         *(*cache.stride(), *strides(position, 2), *out.stride()),
         HAS_POSITION=position is not None,
         INT64=force_int64 or exceeds_int32(cache, out),
+        ahead=True,
         device=cache.device,
         **meta,
     )
