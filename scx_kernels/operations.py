@@ -534,6 +534,7 @@ def attention(
     redundant: Tensor | None = None,
     sealing: Sealing | None = None,
 ) -> Tensor:
+    # Unsealing into memory instead would break the cache's promise, and a result that may be wrong would break any.
     if sealing is not None and is_refused_on_sealed(q):
         raise NotImplementedError(
             "attention: on a sealed cache, several tokens or a padded one gave wrong results on a GPU, in half "
