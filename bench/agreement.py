@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from bench.prompts import PROMPTS, tokenize
 from bench.provenance import save
 from scx import SCXKeyGenerator, encoded_llama, load_secure_model
+from scx.commands.smollm2 import smollm2_path
 from scx.models.llama import model_shape
-from scx.models.split import split_plan
 from scx.party.launch import running_worker
 from scx.party.loading import weight_bytes
 from scx.party.plan import CROSSINGS
 from scx.party.process import RemoteParty
-from scx.smollm2 import smollm2_path
+from scx.party.secure import split_plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALL = {"redundant_num": 64, "alp": True}

@@ -26,7 +26,7 @@ from bench.run import Run, attempt
 from bench.shapes import SHAPES
 from bench.timing import TransferCounter, peak_memory, spread_twice, synchronize
 from scx import EncodedCache, SCXKeyGenerator, encode_llama, record_transcript
-from scx.smollm2 import smollm2_path
+from scx.commands.smollm2 import smollm2_path
 
 __all__ = ["Field", "allowed_error", "load", "measure", "run_compiled", "run_models", "run_split"]
 

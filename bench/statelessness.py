@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from bench.provenance import save
 from scx import SCXKeyGenerator, decode_kvcache, encoded_llama
-from scx.smollm2 import smollm2_path
+from scx.commands.smollm2 import smollm2_path
 
 __all__ = ["Held", "encoded_and_plain", "losses", "measure"]
 

@@ -9,15 +9,20 @@ if missing := [name for name in ("cryptography", "safetensors", "transformers") 
         name=missing[0],
     )
 
-from scx.cachefile import load_kvcache, save_kvcache
-from scx.container import FileRefusedError
-from scx.keyfile import load_keys, save_keys
-from scx.keys import SCXKeyGenerator, Session
+from scx.files import (
+    FileRefusedError,
+    load_keys,
+    load_kvcache,
+    load_shared_keys,
+    save_keys,
+    save_kvcache,
+    save_shared_keys,
+)
+from scx.keys import SCXKeyGenerator, Session, SharedKeys
 from scx.kvcache import EncodedCache, decode_kvcache, merge_kvcache_dynamic, split_kvcache_dynamic
 from scx.models.llama import decode_llama, encode_llama, encoded_llama
 from scx.models.split import record_transcript, restore_conversation
 from scx.party.loading import load_secure_model
-from scx.party.sharing import SharedKeys, load_shared_keys, save_shared_keys
 from scx.warmup import warm_up
 
 __all__ = [

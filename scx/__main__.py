@@ -4,9 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from scx import audit, demo
+from scx.commands import audit, demo, demo_split, transcript
 from scx.keys import CACHE_ENCODINGS
-from scx.party import transcript
 from scx.party.plan import CROSSINGS
 
 
@@ -64,9 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(transcript.run(**options))
         return 0
     if command == "demo-split":
-        from scx.party import demo as split_demo
-
-        return 0 if split_demo.run(**options) else 1
+        return 0 if demo_split.run(**options) else 1
     return 0 if demo.run(**options) else 1
 
 

@@ -4,35 +4,29 @@ Index arrays and their direction are described in `scx_kernels.reference`. Notat
 rows, T = S + R, D features, H query heads, G key/value heads, d head size, L layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import scx_kernels as ops
+from scx.architecture import is_plain_rms_norm
 from scx.devices import upload
 
 __all__ = [
     "ENCODINGS",
+    "CrossingKey",
     "FeatureKey",
     "LayerKeys",
     "Noise",
     "RedundantScale",
     "ResidualKey",
     "RowKey",
-    "TokenKey",
     "TokenKeys",
     "inverse",
-    "is_plain_linear",
-    "is_plain_rms_norm",
 ]
-
-PLAIN_RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 
 ENCODINGS = ("attention", "output", "feed_forward")
 """Where token-permuted rows enter the untrusted side: q, k and v; the output projection; the feed-forward."""
@@ -42,18 +36,6 @@ def inverse(permutation: Tensor) -> Tensor:
     """The inverse of (..., n) permutations."""
     places = torch.arange(permutation.shape[-1], device=permutation.device).expand(permutation.shape)
     return torch.empty_like(permutation).scatter_(-1, permutation, places)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module(x)` is just `x @ weight.T + bias`: no subclass, no hook, no forward put around it."""
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not is_hooked
-
-
-def is_plain_rms_norm(module: nn.Module) -> bool:
-    """Whether `module(x)` is just Llama's RMS norm: one of transformers' classes for it, with no hook around it."""
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) in PLAIN_RMS_NORMS and not is_hooked
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,31 +67,48 @@ class FeatureKey:
         """The keys of the given sequences, (B',) int64."""
         return FeatureKey(*(getattr(self, f.name).index_select(0, sequences) for f in fields(self)))
 
+    def encode(
+        self, products: Sequence[Tensor], cos: Tensor, sin: Tensor, position: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The products of rows -> q (B, H, S, d), k and v (B, G, S, d) in token order, rotated, features permuted.
+
+        Args:
+            products: of q, k and v, (B, T, *) each. cos, sin: (B or 1, S, d).
+            position: (B, S), where each token lies among the rows; None for rows in token order.
+            options: the other arguments of `qkv_decode_encode`: norms of heads, images of noise, a cache to write into.
+        """
+        q, k, v = products
+        return ops.qkv_decode_encode(q, k, v, position, cos, sin, self.query, self.key, self.value, **options)
+
     def decode_cache(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Plain K and V (B, G, N, d) from encoded ones."""
         return ops.permute_features(keys, self.key_inverse), ops.permute_features(values, self.value_inverse)
 
 
 @dataclass(frozen=True, repr=False)
-class TokenKey:
-    """π_l of one encoding in one layer. Without index arrays it is the identity: a lone token has no order to hide.
+class RowKey:
+    """π_l and r of one encoding of rows. Without index arrays it is the identity: a lone token has no order to hide.
 
-    Rows come from the residual stream, which lies under an encoding of its own (`ResidualKey`), or in token order:
-    `entry` (B, T) leads into this encoding in one gather, with `redundant` (B, R, D) behind the rows that come.
-    `back` (B, T) is where each row of the residual stream lies here, `position` (B, S) where each token does.
+    Rows come in token order, or from the residual stream, which lies under an encoding of its own (`ResidualKey`):
+    `entry` (B, T) leads into this encoding in one gather, with `redundant` (B, R, F) behind the rows that come.
+    `position` (B, S) is where each token lies here, `back` (B, T) where each row of the residual stream does.
     """
 
     entry: Tensor | None = None
+    position: Tensor | None = None
     redundant: Tensor | None = None
     back: Tensor | None = None
-    position: Tensor | None = None
 
     def __repr__(self) -> str:
-        return "TokenKey(identity)" if self.entry is None else f"TokenKey(rows={self.entry.shape[1]})"
+        return "RowKey(identity)" if self.entry is None else f"RowKey(rows={self.entry.shape[1]})"
 
-    def enter(self, rows: Tensor, norm: nn.Module, noise: "Noise | None" = None) -> Tensor:
-        """(B, N, D) -> the (B, T, D) rows of this encoding, with fresh redundant rows, normalised and under noise."""
+    def enter(self, rows: Tensor, norm: nn.Module | None = None, noise: "Noise | None" = None) -> Tensor:
+        """(B, N, F) -> the (B, T, F) rows of this encoding, with fresh redundant rows; normalised and under noise if
+        these are given."""
         added = None if noise is None else noise.noise
+        if norm is None:
+            is_identity = self.entry is None and added is None
+            return rows if is_identity else ops.inject_permute(rows, self.entry, self.redundant, noise=added)
         if is_plain_rms_norm(norm):
             weight: Any = norm.weight
             eps: Any = norm.variance_epsilon
@@ -117,50 +116,34 @@ class TokenKey:
         entered: Tensor = norm(rows if self.entry is None else ops.inject_permute(rows, self.entry, self.redundant))
         return entered if added is None else ops.inject_permute(entered, None, noise=added)
 
+    def enter_heads(self, heads: Tensor, feature_index: Tensor) -> Tensor:
+        """(B, S, H, d) attention output -> (B, T, H*d) encoded rows, their features in the order of feature_index."""
+        return ops.inject_permute(heads.flatten(2), self.entry, self.redundant, feature_index=feature_index)
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """(B, T, F) -> (B, S, F) in token order, redundant rows dropped."""
+        return rows if self.position is None else ops.strip_restore(rows, self.position)
+
     def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
         """The residual stream plus rows of this encoding, both (B, T, D)."""
         return residual + rows if self.back is None else ops.strip_restore(rows, self.back, residual)
 
 
 @dataclass(frozen=True, repr=False)
-class RowKey:
-    """π_l and r of one crossing of a boundary, from token order and back.
+class CrossingKey(RowKey):
+    """The key of rows that cross a boundary, from token order and back."""
 
-    `row_index` (B, T) orders tokens and redundant rows, `position` (B, S) says where each token lies, `redundant`
-    (B, R, F) are the redundant rows or None.
-    """
-
-    row_index: Tensor
+    entry: Tensor
     position: Tensor
-    redundant: Tensor | None = None
-
-    def __repr__(self) -> str:
-        return f"RowKey(rows={self.row_index.shape[1]})"
-
-    def encode(self, rows: Tensor, norm: nn.Module | None = None, noise: "Noise | None" = None) -> Tensor:
-        """(B, S, F) rows in token order -> (B, T, F) encoded rows, normalised and under noise if these are given."""
-        if norm is not None:
-            return TokenKey(self.row_index, self.redundant).enter(rows, norm, noise)
-        return ops.inject_permute(rows, self.row_index, self.redundant)
-
-    def encode_heads(self, heads: Tensor, feature_index: Tensor) -> Tensor:
-        """(B, H, S, d) attention output -> (B, T, H*d) encoded rows, their features in the order of feature_index."""
-        return ops.inject_permute(
-            heads.transpose(1, 2).flatten(2), self.row_index, self.redundant, feature_index=feature_index
-        )
-
-    def decode(self, rows: Tensor) -> Tensor:
-        """(B, T, F) -> (B, S, F) in token order, redundant rows dropped."""
-        return ops.strip_restore(rows, self.position)
 
 
 @dataclass(frozen=True, repr=False)
 class LayerKeys:
-    """The token keys of one layer in one forward pass."""
+    """The row keys of one layer in one forward pass, by the names of ENCODINGS."""
 
-    attention: TokenKey = TokenKey()
-    output: TokenKey = TokenKey()
-    feed_forward: TokenKey = TokenKey()
+    attention: RowKey = RowKey()
+    output: RowKey = RowKey()
+    feed_forward: RowKey = RowKey()
 
     def __repr__(self) -> str:
         return f"LayerKeys({self.attention!r})"
@@ -196,7 +179,7 @@ class ResidualKey:
 
 @dataclass(frozen=True, repr=False)
 class TokenKeys:
-    """The token keys of all layers in one forward pass, stacked by encoding (E, in the order of ENCODINGS) and layer.
+    """The row keys of all layers in one forward pass, stacked by encoding (E, in the order of ENCODINGS) and layer.
 
     `entry` (E, L, B, T), `back` (2, L, B, T) of output and feed-forward, `position` (L, B, S) of attention, and per
     encoding `redundant` (L, B, R, D) or None.
@@ -248,9 +231,9 @@ class TokenKeys:
         """The keys layer by layer."""
         absent: list[None] = [None] * self.entry.shape[1]
         redundant = [absent if x is None else x for x in self.redundant]
-        attention = map(TokenKey, self.entry[0], redundant[0], absent, self.position)
-        output = map(TokenKey, self.entry[1], redundant[1], self.back[0])
-        feed_forward = map(TokenKey, self.entry[2], redundant[2], self.back[1])
+        attention = map(RowKey, self.entry[0], self.position, redundant[0])
+        output = map(RowKey, self.entry[1], absent, redundant[1], self.back[0])
+        feed_forward = map(RowKey, self.entry[2], absent, redundant[2], self.back[1])
         return [LayerKeys(*keys) for keys in zip(attention, output, feed_forward, strict=True)]
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 import scx_kernels as ops
-from scx.models.llama import EncodedModel
+from scx.architecture import Decoder, encoded_decoders
 from scx_kernels.operations import is_refused_on_sealed
 
 __all__ = ["warm_up"]
@@ -37,7 +37,7 @@ def warm_up(
 
     Raises: ValueError for a model that is not encoded, or lengths that are none.
     """
-    decoder = next((module for module in model.modules() if isinstance(module, EncodedModel)), None)
+    decoder = next(encoded_decoders(model), None)
     if decoder is None:
         raise ValueError("model: it is not encoded; encode_llama does that")
     if not tokens or min(tokens) < 1 or batch_size < 1 or longest < 1:
@@ -75,7 +75,7 @@ def _converse(model: PreTrainedModel, batch: int, tokens: int, *, turn: int, is_
             first += count
 
 
-def _warm_up_long_caches(decoder: EncodedModel, longest: int) -> None:
+def _warm_up_long_caches(decoder: Decoder, longest: int) -> None:
     """One step of attention at every power of two of keys: they choose over how many programs a cache is split."""
     shape = decoder._scx.shape
     weight = decoder.layers[0].self_attn.q_proj.weight

@@ -21,7 +21,7 @@ from bench.rehearsal.rehearsal import ALL_TARGETS, Failure, Rehearsal
 from bench.rehearsal.requests import REQUESTS, Pair
 from bench.rehearsal.settings import Setting
 from scx.keystream import KeyStream
-from scx.models import llama
+from scx.models import fused, swap
 from scx_kernels.kernels import attention, rows
 from scx_kernels.operations import OPERATORS
 
@@ -68,7 +68,7 @@ def reading(function: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     # As in a module's own source: the rehearsal tells blocks by their functions' names.
-    forward.__code__ = forward.__code__.replace(co_filename=llama.__file__, co_qualname="EncodedDecoderLayer.forward")
+    forward.__code__ = forward.__code__.replace(co_filename=fused.__file__, co_qualname="EncodedDecoderLayer.forward")
     return forward
 
 
@@ -79,9 +79,9 @@ def nothing() -> Iterator[None]:
 
 @contextmanager
 def a_block_that_reads() -> Iterator[None]:
-    forward = reading(llama.EncodedDecoderLayer.forward)
+    forward = reading(fused.EncodedDecoderLayer.forward)
     # Classes that were made before hold the forward of their time.
-    with patch.object(llama.EncodedDecoderLayer, "forward", forward), patch.dict(llama._encoded_classes, clear=True):
+    with patch.object(fused.EncodedDecoderLayer, "forward", forward), patch.dict(swap._encoded_classes, clear=True):
         yield
 
 

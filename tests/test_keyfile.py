@@ -36,9 +36,9 @@ from scx import (
     save_kvcache,
     split_kvcache_dynamic,
 )
-from scx import container as containers
-from scx.container import read_container, write_container
 from scx.encoding import ENCODINGS, RedundantScale
+from scx.files import container as containers
+from scx.files.container import read_container, write_container
 from scx.keys import ModelShape
 
 KEY = bytes(range(100, 132))

@@ -368,7 +368,7 @@ def test_token_keys_without_redundant_rows() -> None:
 def test_an_accelerator_draws_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits drawn by the device are the library's, so that keys do not depend on where they are drawn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stream, streams = session()._branch.stream, [(0, 1, 2), (3, 0, 2**32 - 1)]
+    stream, streams = session().one_time.stream, [(0, 1, 2), (3, 0, 2**32 - 1)]
 
     class Accelerator:
         type = "cuda"

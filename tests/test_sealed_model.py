@@ -27,7 +27,7 @@ from scx import (
     split_kvcache_dynamic,
 )
 from scx.audit import read_first_block
-from scx.container import read_container, write_container
+from scx.files.container import read_container, write_container
 from scx.kvcache import SealedLayer, SealedSlidingLayer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -61,7 +61,7 @@ def run_passes(model, passes: list[Tensor], mask: Tensor | None = None, **option
     """Logits of passes one after the other, under the same session keys every time, and the cache."""
     logits, cache, seen = [], None, 0
     with encoded_llama(model, keys_for(model, master_key=KEY, **options)), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scx.keys.secrets.token_bytes", lambda size: b"\x22" * size)
+        patch.setattr("secrets.token_bytes", lambda size: b"\x22" * size)
         for ids in passes:
             seen += ids.shape[1]
             given = None if mask is None else mask[:, :seen]
@@ -139,7 +139,7 @@ def test_chunked_prefill_is_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
 def test_what_is_unsealed_in_a_pass(prompt, monkeypatch, attention) -> None:
     """The pass that opens a cache unseals nothing; one that meets tokens in it unseals K and V once a layer."""
     unsealed = []
-    for module in ("scx_kernels.reference", "scx.models.llama.ops"):
+    for module in ("scx_kernels.reference", "scx.models.fused.ops"):
         monkeypatch.setattr(f"{module}.unseal", lambda x, *args, **options: unsealed.append(x) or x)
     model = tiny_model(layers=2)
     model.set_attn_implementation(attention)
@@ -565,7 +565,7 @@ class TestRefused:
         with encoded_llama(llama, keys_for(llama)):
             cache = llama(prompt(4)).past_key_values
             before = [x.clone() for x in stored(cache)]
-            cache.session._branch.writes = ops.WriteCounter(count=2**31)
+            cache.session.one_time.writes = ops.WriteCounter(count=2**31)
             with pytest.raises(OverflowError, match="write numbers"):
                 llama(prompt(1), past_key_values=cache)
             assert cache.get_seq_length() == 4

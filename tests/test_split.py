@@ -30,14 +30,15 @@ from scx import (
 )
 from scx.audit import order_rows
 from scx.encoding import FeatureKey, LayerKeys, Noise, RowKey, TokenKeys
-from scx.keys import PassKeys, Step
+from scx.keys import PassKeys
 from scx.keystream import KeyStream, Secret
 from scx.models.llama import model_shape
-from scx.models.split import split_plan
+from scx.models.step import Step
 from scx.party import MESSAGES, PartyLostError, Plan, SecureParty, SplitCache, UntrustedParty
 from scx.party.boundary import Request
 from scx.party.prefill import Prefill
 from scx.party.replies import ReplyRule
+from scx.party.secure import split_plan
 from scx.party.transcript import expected_bytes, format_table
 
 KEYS = (

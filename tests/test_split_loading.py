@@ -34,11 +34,11 @@ from scx.__main__ import main
 from scx.calibration import CALIBRATION_TOKENS
 from scx.encoding import RedundantScale
 from scx.models.llama import model_shape
-from scx.models.split import split_plan
 from scx.party import PartyLostError, UntrustedParty
 from scx.party.boundary import Request
 from scx.party.loading import weight_bytes
 from scx.party.process import RemoteParty
+from scx.party.secure import split_plan
 from scx.party.transcript import expected_bytes
 
 LAYERS = 4

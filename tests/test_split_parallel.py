@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from scx import SCXKeyGenerator, encode_llama, record_transcript, restore_conversation
 from scx.models.llama import model_shape
-from scx.models.split import split_plan
 from scx.party import PartyLostError
 from scx.party.boundary import MESSAGES, Crossing, Request
 from scx.party.plan import CROSSINGS
 from scx.party.process import RemoteParty
 from scx.party.ranks import HEADS, join_heads, share_heads
+from scx.party.secure import split_plan
 from scx.party.untrusted import UntrustedParty
 from scx.party.worker import main
 

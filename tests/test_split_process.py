@@ -14,11 +14,11 @@ from torch import Tensor
 
 from scx import SCXKeyGenerator, encode_llama, restore_conversation
 from scx.models.llama import model_shape
-from scx.models.split import split_plan
 from scx.party import PartyLostError
 from scx.party.boundary import Request
 from scx.party.process import RemoteParty
 from scx.party.replies import ReplyRule
+from scx.party.secure import split_plan
 
 PROMPT, NEW = 9, 12
 

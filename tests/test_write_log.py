@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from scx.kvcache import SealedLayer, SharedLogs
+from scx.kvcache.layers import SealedLayer, SharedLogs
 
 HEADS, SIZE = 2, 16
 

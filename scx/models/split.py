@@ -1,4 +1,4 @@
-"""The split placement of a Llama-like model: the decoder leads the protocol between two parties.
+"""The split placement: the decoder leads the protocol between two parties.
 
 The blocks stay as transformers made them and belong to the untrusted party; embedding, final norm and head go to the
 secure side's device, where token ids, masks and logits are. Only the decoder's class is changed.
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +17,30 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from scx.architecture import Decoder, ModelShape
 from scx.devices import CPU, upload
 from scx.encoding import RedundantScale
-from scx.keys import ModelShape, SCXKeyGenerator
-from scx.models.llama import (
-    Decoder,
-    EncodedModel,
-    ModelEncoding,
-    cached_tokens,
-    calibration_tokens,
-    check_input,
-    check_positions,
-    is_prefill,
-)
+from scx.keys import SCXKeyGenerator
+from scx.models.encoded import EncodedModel, ModelEncoding
+from scx.models.request import Admitted
+from scx.models.swap import encode_class
 from scx.party.boundary import Boundary, Receiver, Transcript
-from scx.party.cache import CachePart, SplitCache
+from scx.party.cache import ConversationPart, SplitCache
 from scx.party.generation import Generation
 from scx.party.plan import Plan
 from scx.party.prefill import Prefill, TopLogits
+from scx.party.process import RemoteParty
 from scx.party.replies import ReplyRule
-from scx.party.secure import Rope, SecureParty, secure_parameters
+from scx.party.secure import Rope, SecureParty
 from scx.party.untrusted import UntrustedParty
 
-if TYPE_CHECKING:
-    from scx.party.process import RemoteParty
-
-__all__ = ["SplitModel", "record_transcript", "restore_conversation", "secure_device"]
+__all__ = ["SplitCausalLM", "SplitModel", "divide", "record_transcript", "restore_conversation", "secure_device"]
 
 
 class SplitEncoding(ModelEncoding):
     """What a split model knows beyond its weights: the secure party and the way to the untrusted one."""
+
+    cache_kind, part_kind = SplitCache, ConversationPart
 
     def __init__(
         self, generator: SCXKeyGenerator, shape: ModelShape, scale: RedundantScale | None, dtype: torch.dtype,
@@ -59,16 +53,9 @@ class SplitEncoding(ModelEncoding):
     def __deepcopy__(self, memo: dict) -> "SplitEncoding":
         raise TypeError("a model in the split placement is one of two parties and is not copied; decode_llama it first")
 
-    def restore_devices(self) -> None:
-        """Bring what was moved to the secure side back to where it was."""
+    def undo(self, decoder: Decoder) -> None:
         for module, device in self.outer:
             module.to(device)
-
-    def check_empty(self, cache: Cache | None) -> None:
-        """An empty cache given to a prefill must be one that can become a conversation."""
-        if cache is not None and (type(cache) not in (DynamicCache, SplitCache) or cache.offloading):
-            kind = "an off-loading cache" if getattr(cache, "offloading", False) else type(cache).__name__
-            raise TypeError(f"past_key_values: the split placement fills a DynamicCache, got {kind}")
 
     def check_conversation(self, cache: Cache | None, batch: int) -> SplitCache:
         """A cache that is to be continued by `batch` sequences."""
@@ -100,53 +87,31 @@ class SplitModel(EncodedModel):
     norm: nn.Module
 
     @torch.no_grad()
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        *,
-        mode: str | None = None,
-        cache_position: Tensor | None = None,
-        gpu_kvcache: Any = None,
-        cpu_kvcache: Any = None,
-        return_dict: bool | None = None,
+    def _serve(
+        self, request: Admitted, *, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool,
         **kwargs: Any,
-    ) -> Any:
-        encoding = self._scx
-        batch, tokens = check_input(input_ids, inputs_embeds, self.config.vocab_size)
-        cache = _join_parts(past_key_values, gpu_kvcache, cpu_kvcache)
-        past, opens = cached_tokens(cache), is_prefill(mode, cache)
-        check_positions(cache_position, past, tokens)
+    ) -> SplitOutput:  # fmt: skip
+        encoding, past = self._scx, request.past
         _check_inference(self, kwargs)
-        first_key = _padding(attention_mask, batch, past + tokens)
-        if use_cache is None:
-            use_cache = self.config.use_cache
-
-        if opens:
-            encoding.check_empty(cache)
+        first_key = _padding(attention_mask, request.batch, past + request.tokens)
+        if request.opens:
+            encoding.check_adoptable(request.cache)
         else:
-            conversation = encoding.check_conversation(cache, batch)
+            conversation = encoding.check_conversation(request.cache, request.batch)
             _check_padding(first_key, conversation.first_key)
-        hidden = self._embed(input_ids, inputs_embeds)
+        hidden = self._embed(request.input_ids, request.inputs_embeds)
         rope = self._rope(hidden, position_ids, past)
+        kept: SplitCache | None
         result: Tensor | TopLogits
-        if opens:
-            result, kept = self._prefill(hidden, rope, first_key, cache, use_cache)
+        if request.opens:
+            result, kept = self._prefill(hidden, rope, first_key, request.cache, use_cache)
         else:
             result, kept = Generation(encoding.party, conversation, rope).run(hidden), conversation
         if kept is not None:
-            kept.remember(input_ids, rope.positions)
+            kept.remember(request.input_ids, rope.positions)
         if isinstance(result, TopLogits):
-            outputs = SplitOutput(past_key_values=kept, top_logits=result)
-        else:
-            outputs = SplitOutput(last_hidden_state=self.norm(result), past_key_values=kept)
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return outputs if return_dict else outputs.to_tuple()
+            return SplitOutput(past_key_values=kept, top_logits=result)
+        return SplitOutput(last_hidden_state=self.norm(result), past_key_values=kept)
 
     def _prefill(
         self, hidden: Tensor, rope: Rope, first_key: Tensor | None, cache: Cache | None, use_cache: bool
@@ -166,8 +131,7 @@ class SplitModel(EncodedModel):
         """Have the untrusted side measure the scale of real rows, once, where blocks are not here to do it with."""
         encoding = self._scx
         if encoding.generator.redundant_num and encoding.party.scale is None:
-            tokens = calibration_tokens(encoding.generator, encoding.shape)
-            encoding.party.calibrate(self._embed(tokens, None))
+            encoding.party.calibrate(self._embed(encoding.generator.calibration_tokens(encoding.shape), None))
 
     @torch.no_grad()
     def restore(self, cache: SplitCache) -> None:
@@ -255,20 +219,6 @@ def causal_lm(model: nn.Module, decoder: Decoder) -> Any:
     raise ValueError(f"prefill_top_k: expected a model with a language-modelling head, got {type(model).__name__}")
 
 
-def _join_parts(past: Cache | None, gpu_kvcache: Any, cpu_kvcache: Any) -> Cache | None:
-    if gpu_kvcache is None and cpu_kvcache is None:
-        return past
-    if past is not None:
-        raise ValueError("past_key_values: give either a whole cache, or gpu_kvcache and cpu_kvcache")
-    for name, part in (("gpu_kvcache", gpu_kvcache), ("cpu_kvcache", cpu_kvcache)):
-        if not isinstance(part, CachePart):
-            raise TypeError(f"{name}: expected a part of a cache of the split placement, got {type(part).__name__}")
-    if gpu_kvcache.conversation is not cpu_kvcache.conversation:
-        raise ValueError("gpu_kvcache and cpu_kvcache: they are parts of different conversations")
-    conversation: Cache = gpu_kvcache.conversation
-    return conversation
-
-
 def _check_inference(model: Any, kwargs: dict[str, Any]) -> None:
     """Gradients and inner states do not come back over the boundary."""
     if model.training:
@@ -330,37 +280,7 @@ def _outer_modules(model: PreTrainedModel, decoder: Decoder) -> list[nn.Module]:
     return [decoder.embed_tokens, decoder.norm, decoder.rotary_emb, *heads]
 
 
-def split_plan(
-    generator: SCXKeyGenerator,
-    shape: ModelShape,
-    crossings: str,
-    reuse_feature_keys: bool,
-    prefill_top_k: int | None = None,
-) -> Plan:
-    """The agreement of the parties. Raises ValueError for settings that it cannot keep."""
-    start, end = generator.protected(shape)
-    if generator.alp and not start:
-        raise ValueError(
-            "decode_start_layers: in the split placement alp=True needs the first layer among them; noise on a block "
-            "whose keys are shared would stay in its cache"
-        )
-    if generator.sealed(shape):
-        raise ValueError("cache_encoding: 'sealed' belongs to the fused placement; expected 'permuted'")
-    plan = Plan(shape.num_layers, len(start), len(end), crossings, reuse_feature_keys, generator.alp, prefill_top_k)
-    if prefill_top_k is not None and prefill_top_k > shape.vocab_size:
-        raise ValueError(f"prefill_top_k: expected at most {shape.vocab_size}, the vocabulary, got {prefill_top_k}")
-    return plan
-
-
-def needed_here(decoder: Decoder, plan: Plan | None, remote: "RemoteParty | None") -> list[str]:
-    """The blocks' parameters that must have data in this process: those of the secure side where the untrusted one is
-    in another, else all."""
-    if plan is not None and remote is not None:
-        return secure_parameters(decoder.layers, plan)
-    return [name for name, _ in decoder.layers.named_parameters()]
-
-
-def make_parties(
+def divide(
     model: PreTrainedModel,
     decoder: Decoder,
     plan: Plan,
@@ -368,10 +288,10 @@ def make_parties(
     shape: ModelShape,
     scale: RedundantScale | None,
     device: torch.device,
-    remote: "RemoteParty | None",
-) -> SplitEncoding:
-    """Divide a model: blocks to an untrusted party where they lie, or to one in another process, the rest to the secure
-    side's device."""
+    remote: RemoteParty | None,
+) -> None:
+    """Put a model into the split placement: blocks to an untrusted party where they lie, or to one in another process,
+    the rest to the secure side's device."""
     untrusted: Receiver
     if remote is None:
         untrusted_device = _one_device(decoder.layers)
@@ -388,7 +308,11 @@ def make_parties(
     boundary = Boundary(untrusted, ReplyRule(plan, shape), device, untrusted_device)
     scale = None if scale is None else scale.to(CPU)  # where redundant rows are drawn
     party = SecureParty(decoder.layers, plan, shape, scale, boundary)
-    return SplitEncoding(generator, shape, scale, decoder.embed_tokens.weight.dtype, party, outer)
+    dtype = decoder.embed_tokens.weight.dtype
+    decoder._scx = SplitEncoding(generator, shape, scale, dtype, party, outer)
+    encode_class(decoder, SplitModel)
+    if plan.prefill_top_k is not None:
+        encode_class(causal_lm(model, decoder), SplitCausalLM)
 
 
 def _untrusted_head(

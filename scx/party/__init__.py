@@ -1,10 +1,11 @@
 """Who runs where: a secure and an untrusted party, and the boundary between them."""
 
+from scx.files import load_shared_keys, save_shared_keys
+from scx.keys import SharedKeys
 from scx.party.boundary import MESSAGES, Boundary, PartyLostError, Transcript
 from scx.party.cache import SplitCache
 from scx.party.plan import Plan
 from scx.party.secure import SecureParty
-from scx.party.sharing import SharedKeys, load_shared_keys, save_shared_keys
 from scx.party.untrusted import UntrustedParty
 
 __all__ = [

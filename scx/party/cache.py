@@ -6,23 +6,34 @@ untrusted party under the session's public id, and goes when this object does.
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from scx.keys import Session
-from scx.kvcache import AbsentLayer, GrowingLayer
-from scx.party.sharing import SharedKeys
+from scx.keys import Session, SharedKeys
+from scx.kvcache.conversation import ConversationCache
+from scx.kvcache.layers import AbsentLayer, GrowingLayer
+from scx.party.plan import Plan
 
-if TYPE_CHECKING:
-    from scx.party.secure import SecureParty
-
-__all__ = ["CachePart", "SplitCache"]
+__all__ = ["ConversationPart", "SplitCache"]
 
 
-class SplitCache(DynamicCache):
+class Leader(Protocol):
+    """What a cache needs of the secure party that leads its conversation (`scx.party.secure.SecureParty`)."""
+
+    plan: Plan
+    device: torch.device
+
+    def forget(self, conversation: str) -> None: ...
+
+    def share(self, cache: "SplitCache", shared: SharedKeys | None = None) -> None: ...
+
+    def select(self, cache: "SplitCache", rows: Tensor) -> None: ...
+
+
+class SplitCache(ConversationCache):
     """A conversation whose cache is divided between the parties.
 
     `session` has its keys, `party` the secure side that leads it. `tokens` counts cached tokens, `steps` those of its
@@ -32,7 +43,7 @@ class SplitCache(DynamicCache):
     """
 
     session: Session
-    party: "SecureParty"
+    party: Leader
     tokens: int
     steps: int
     rows: int
@@ -46,14 +57,14 @@ class SplitCache(DynamicCache):
     pending_keys: dict[int, Tensor]
 
     @classmethod
-    def adopt(cls, cache: DynamicCache, session: Session, party: "SecureParty", rows: int) -> "SplitCache":
+    def adopt(cls, cache: DynamicCache, session: Session, party: Leader, rows: int) -> "SplitCache":
         """Turn an empty plain cache, in place, into that of a session; its other holders see the same object."""
         adopted: Any = cache
         adopted.__class__ = cls
         start = party.plan.start_blocks
         layers = [GrowingLayer() if i in start else AbsentLayer() for i in range(party.plan.num_layers)]
         Cache.__init__(adopted, layers=layers)
-        adopted.session, adopted.party = session, party
+        adopted.session, adopted.session_id, adopted.party = session, session.id, party
         adopted.tokens = adopted.steps = adopted.prefill_rows = 0
         adopted.rows, adopted.first_key = rows, None
         adopted.is_shared, adopted.sequences = False, None
@@ -75,11 +86,6 @@ class SplitCache(DynamicCache):
 
     def __deepcopy__(self, memo: dict) -> "SplitCache":
         return self.__reduce_ex__(4)
-
-    @property
-    def session_id(self) -> str:
-        """The session's public id, in hexadecimal."""
-        return self.session.id
 
     @property
     def is_croppable(self) -> bool:
@@ -106,10 +112,6 @@ class SplitCache(DynamicCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.tokens + query_length, 0
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What a plain model would call."""
-        raise RuntimeError("a plain model was given a cache of the split placement")
 
     def select_rows(self, index: Tensor) -> None:
         """Go on with the given rows of the batch, (rows',) int64, here and on the untrusted side."""
@@ -169,8 +171,13 @@ class SplitCache(DynamicCache):
     def reset(self) -> None:
         raise RuntimeError("reset: a conversation of the split placement is not reused; begin another one")
 
-    def divide(self, gpu_layers: Iterable[int]) -> tuple["CachePart", "CachePart"]:
-        """(untrusted part, secure part), as `split_kvcache_dynamic` returns them.
+    def divide(
+        self,
+        gpu_layers: Iterable[int],
+        gpu_device: torch.device | str | None = None,
+        cpu_device: torch.device | str = "cpu",
+    ) -> tuple["ConversationPart", "ConversationPart"]:
+        """(untrusted part, secure part), as `split_kvcache_dynamic` returns them; each lies where its side is.
 
         Raises: ValueError if `gpu_layers` are not the middle blocks, of which alone the untrusted side holds the cache.
         """
@@ -180,10 +187,10 @@ class SplitCache(DynamicCache):
                 f"gpu_layers: in the split placement the untrusted side holds the layers {middle} between "
                 f"decode_start_layers and decode_end_layers, got {wanted}"
             )
-        return CachePart(self, tuple(middle)), CachePart(self, self.party.plan.protected_blocks)
+        return ConversationPart(self, tuple(middle)), ConversationPart(self, self.party.plan.protected_blocks)
 
 
-class CachePart:
+class ConversationPart:
     """One side's part of a divided conversation. It grows with the conversation."""
 
     def __init__(self, conversation: SplitCache, layer_indices: tuple[int, ...]) -> None:
@@ -191,8 +198,14 @@ class CachePart:
         self.layer_indices = layer_indices
 
     def __repr__(self) -> str:
-        return f"CachePart(session={self.conversation.session_id}, layers={list(self.layer_indices)})"
+        return f"ConversationPart(session={self.conversation.session_id}, layers={list(self.layer_indices)})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens."""
         return self.conversation.get_seq_length()
+
+    def join(self, cpu_kvcache: "ConversationPart") -> SplitCache:
+        """The conversation that both are parts of. Raises ValueError if they are of different ones."""
+        if cpu_kvcache.conversation is not self.conversation:
+            raise ValueError("gpu_kvcache and cpu_kvcache: they are parts of different conversations")
+        return self.conversation

@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 
 import scx_kernels as ops
-from scx.encoding import FeatureKey, Noise, TokenKey
+from scx.encoding import FeatureKey, RowKey
+from scx.kvcache.layers import append
 from scx.party.cache import SplitCache
 from scx.party.secure import Rope, SecureParty
-from scx.party.untrusted import append
+from scx.party.stage import Stage
 
 __all__ = ["Generation"]
 
-_IN_ORDER = TokenKey()
+_IN_ORDER = RowKey()
 
 
-class Generation:
+class Generation(Stage):
     """One step: n new tokens of a conversation, as a rule one.
 
     Args:
@@ -24,11 +25,8 @@ class Generation:
     """
 
     def __init__(self, party: SecureParty, cache: SplitCache, rope: Rope) -> None:
-        self.party = party
-        self.plan = party.plan
+        super().__init__(party, cache.session, rope)
         self.cache = cache
-        self.session = cache.session
-        self.rope = rope
 
     def run(self, hidden: Tensor) -> Tensor:
         """Embeddings (B, n, D) -> hidden states behind the last block, (B, n, D). A step that fails leaves the cache as
@@ -46,12 +44,12 @@ class Generation:
 
     def _run_paper(self, hidden: Tensor) -> Tensor:
         for block in self.plan.start_blocks:
-            hidden = self._feed_forward(block, hidden + self._attend(block, hidden))
+            hidden = self._feed_forward(block, hidden + self._attend(block, hidden), _IN_ORDER)
         if self.plan.middle_blocks:
             hidden = self.line.ask("run_middle", hidden=hidden, positions=self.rope.positions)["hidden"]
         for block in self.plan.end_blocks:
             reply = self.line.ask("score", block, hidden=hidden, positions=self.rope.positions)
-            hidden = self._feed_forward(block, hidden + self._finish(block, reply))
+            hidden = self._feed_forward(block, hidden + self._finish(block, reply), _IN_ORDER)
         return hidden
 
     def _run_few(self, hidden: Tensor) -> Tensor:
@@ -60,7 +58,7 @@ class Generation:
         for last in self.plan.start_blocks:
             hidden = hidden + self._attend(last, hidden)
             if last + 1 in self.plan.start_blocks:
-                hidden = self._feed_forward(last, hidden)
+                hidden = self._feed_forward(last, hidden, _IN_ORDER)
         reply = self._pass_on(last, hidden)
         for block in self.plan.end_blocks:
             reply = self._pass_on(block, reply["hidden"] + self._finish(block, reply))
@@ -69,50 +67,27 @@ class Generation:
     def _pass_on(self, block: int, hidden: Tensor) -> dict[str, Tensor]:
         return self.line.ask("pass_on", block, hidden=hidden, positions=self.rope.positions)
 
-    def _feed_forward(self, block: int, hidden: Tensor) -> Tensor:
-        return hidden + self.line.ask("feed_forward", block, feed_forward_input=hidden)["feed_forward"]
-
     def _attend(self, block: int, hidden: Tensor) -> Tensor:
         """A start block's attention on the secure side's own cache: (B, n, D), projected."""
         batch, tokens, _ = hidden.shape
         noise = self.party.noise(self.session, block, batch, tokens)
-        rows = _IN_ORDER.enter(hidden, self.party.weights.attention_norm[block], noise)
-        products = self.line.ask("project_qkv", block, attention_input=rows)
+        products = self._project_qkv(block, hidden, _IN_ORDER, noise)
         key = self._feature_key(block, batch)
-        q, k, v = self._restore(block, products, noise, key)
-        all_k, all_v = append(self.cache.layers[block], *key.decode_cache(k, v))
+        q, k, v = self._restore(block, products, key)
+        all_k, all_v, _ = append(self.cache.layers[block], *key.decode_cache(k, v))
         if not self.plan.reuse_feature_keys:
             k, v = ops.permute_features(all_k, key.key), ops.permute_features(all_v, key.value)
         attended = self.line.ask("attend", block, query=q, key=k, value=v)["attention"]
-        return self._project(block, ops.permute_features(attended, key.output))
+        return self._project_output(block, _IN_ORDER.enter_heads(attended.transpose(1, 2), key.output))
 
     def _feature_key(self, block: int, batch: int) -> FeatureKey:
         if self.plan.reuse_feature_keys:
             return self.party.feature_key(self.session, block, self.cache.sequences)
-        return self.session.draw_feature_key(block, batch, self.party.device)
+        return self.session.one_time.draw_feature_key(block, batch, self.party.device)
 
-    def _restore(
-        self, block: int, products: dict[str, Tensor], noise: Noise | None, key: FeatureKey
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Subtract the noise's image, rotate, permute features: q (B, H, n, d), k and v (B, G, n, d)."""
-        weights = self.party.weights
-        return ops.qkv_decode_encode(
-            products["query_product"],
-            products["key_product"],
-            products["value_product"],
-            None,
-            self.rope.cos,
-            self.rope.sin,
-            key.query,
-            key.key,
-            key.value,
-            images=None if noise is None else noise.images,
-            dtype=weights.dtype,
-            **weights.head_norms[block],
-        )
-
-    def _project(self, block: int, heads: Tensor) -> Tensor:
-        projected: Tensor = self.party.weights.o_proj[block](heads.transpose(1, 2).flatten(2))
+    def _project_output(self, block: int, rows: Tensor) -> Tensor:
+        """A protected block's output projection of rows (B, n, H*d), which is the secure side's own."""
+        projected: Tensor = self.party.weights.o_proj[block](rows)
         return projected
 
     def _finish(self, block: int, reply: dict[str, Tensor]) -> Tensor:
@@ -125,7 +100,7 @@ class Generation:
         probabilities = self._mask(block, scores.gather(-1, index)).softmax(dim=-1).to(value.dtype)
         groups = values.shape[1]
         attended = probabilities.unflatten(1, (groups, -1)) @ values.unsqueeze(2)
-        return self._project(block, attended.flatten(1, 2))
+        return self._project_output(block, attended.flatten(1, 2).transpose(1, 2).flatten(2))
 
     def _extend_columns(self, block: int, rows: int, tokens: int) -> Tensor:
         """Which column of the scores is which token, (B, N): new tokens' keys were appended in order."""

@@ -13,11 +13,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from scx.keys import SCXKeyGenerator
-from scx.models.llama import FINGERPRINT_ROWS, SUPPORTED, check_generator, model_shape
-from scx.models.split import split_plan
+from scx.architecture import (
+    FINGERPRINT_ROWS,
+    SUPPORTED,
+    SUPPORTED_NAMES,
+    keep_query_rows,
+    kept_query_rows,
+    model_shape,
+)
+from scx.keys import SCXKeyGenerator, check_generator
 from scx.party.plan import Plan
-from scx.party.secure import secure_parameters
+from scx.party.secure import secure_parameters, split_plan
 
 __all__ = ["WeightBytes", "load_secure_model", "weight_bytes"]
 
@@ -38,7 +44,7 @@ class WeightBytes:
 def weight_bytes(model: PreTrainedModel) -> WeightBytes:
     """What a model's weights take, those that were loaded and all of them; tied weights count once."""
     parameters = list(model.parameters())
-    kept = [vars(module)["_scx_query_rows"] for module in model.modules() if "_scx_query_rows" in vars(module)]
+    kept = [rows for module in model.modules() if (rows := kept_query_rows(module)) is not None]
     return WeightBytes(
         held=sum(x.nbytes for x in (*parameters, *kept) if not x.is_meta), whole=sum(x.nbytes for x in parameters)
     )
@@ -157,8 +163,7 @@ def _empty_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     decoder = model.base_model
     if type(decoder) not in SUPPORTED:
-        names = ", ".join(sorted(kind.__name__ for kind in SUPPORTED))
-        raise TypeError(f"path: expected a model of {names}, got {type(decoder).__name__}")
+        raise TypeError(f"path: expected a model of {SUPPORTED_NAMES}, got {type(decoder).__name__}")
     decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
     # A checkpoint may come without this file, and the model's own settings stand.
     with suppress(OSError):
@@ -178,7 +183,7 @@ def _fill_common(model: PreTrainedModel, checkpoint: _Checkpoint) -> None:
         raise ValueError(f"path: {checkpoint.path} has no tensors {sorted(absent)}")
     _fill(model, checkpoint, _secure_names(model, Plan(len(decoder.layers), 0, 0)))
     name = f"{inside}0.self_attn.q_proj.weight"
-    decoder._scx_query_rows = checkpoint.read(name, model.get_parameter(name), FINGERPRINT_ROWS)
+    keep_query_rows(decoder, checkpoint.read(name, model.get_parameter(name), FINGERPRINT_ROWS))
 
 
 def _secure_names(model: PreTrainedModel, plan: Plan) -> list[str]:

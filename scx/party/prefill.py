@@ -5,31 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import scx_kernels as ops
-from scx.encoding import Noise, RowKey, inverse
-from scx.keys import Session
+from scx.encoding import CrossingKey, FeatureKey, inverse
+from scx.keys import Session, SharedKeys
+from scx.kvcache.layers import append
 from scx.party.boundary import Pending
 from scx.party.cache import SplitCache
 from scx.party.secure import Rope, SecureParty
-from scx.party.sharing import SharedKeys
-from scx.party.untrusted import append
+from scx.party.stage import Products, Stage
 
 __all__ = ["Prefill", "TopLogits"]
-
-
-@dataclass(frozen=True)
-class Products:
-    """q, k and v products of encoded rows, (B, T, *), the key of their order, and the noise that is still in them."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    rows: RowKey
-    noise: Noise | None = None
-
-    @classmethod
-    def read(cls, reply: dict[str, Tensor], rows: RowKey, noise: Noise | None = None) -> "Products":
-        return cls(reply["query_product"], reply["key_product"], reply["value_product"], rows, noise)
 
 
 @dataclass(frozen=True)
@@ -40,7 +24,7 @@ class TopLogits:
     tokens: Tensor
 
     @classmethod
-    def read(cls, reply: dict[str, Tensor], rows: RowKey) -> "TopLogits":
+    def read(cls, reply: dict[str, Tensor], rows: CrossingKey) -> "TopLogits":
         """Of encoded rows: in token order, redundant rows dropped."""
         places = rows.position[:, :, None].expand(-1, -1, reply["top_logits"].shape[2])
         return cls(reply["top_logits"].gather(1, places), reply["top_tokens"].gather(1, places))
@@ -52,7 +36,7 @@ class TopLogits:
         return everything.scatter(2, index, logits)
 
 
-class Prefill:
+class Prefill(Stage):
     """The prefill of one session.
 
     Args:
@@ -66,10 +50,7 @@ class Prefill:
     def __init__(
         self, party: SecureParty, session: Session, rope: Rope, first_key: Tensor | None, cache: SplitCache | None
     ) -> None:
-        self.party = party
-        self.plan = party.plan
-        self.session = session
-        self.rope = rope
+        super().__init__(party, session, rope)
         self.first_key = first_key
         self.cache = cache
         self.token_position: list[Tensor] = []  # of the middle blocks, (B, S) each
@@ -80,7 +61,7 @@ class Prefill:
         batch, tokens, _ = hidden.shape
         party = self.party
         self.line = party.line(self.session.id, "prefill")
-        self.keys = self.session.open_pass(tokens, batch, party.scale, hidden.dtype, party.device)
+        self.keys = self.session.one_time.open_pass(tokens, batch, party.scale, hidden.dtype, party.device)
         padding = {} if self.first_key is None else {"first_key": self.first_key}
         self.line.ask("open", -1, **padding)
         run = self._run_few if self.plan.few else self._run_paper
@@ -94,20 +75,18 @@ class Prefill:
     def _run_paper(self, hidden: Tensor) -> "Tensor | TopLogits":
         """Four round trips per block: rows come back after every product."""
         for block in range(self.plan.num_layers):
-            products = self._project(block, hidden)
+            products = self._project_rows(block, hidden)
             attention = self._attend(block, products)
             hidden = hidden + self._project_output(block, attention, self.keys.draw(block, "output"))
-            key = self.keys.draw(block, "feed_forward")
-            reply = self.line.ask("feed_forward", block, feed_forward_input=key.encode(hidden))
-            hidden = hidden + key.decode(reply["feed_forward"])
+            hidden = self._feed_forward(block, hidden, self.keys.draw(block, "feed_forward"))
         if self.plan.prefill_top_k is None:
             return hidden
         key = self.keys.draw(block, "head", like="feed_forward")
-        return TopLogits.read(self.line.ask("head", block, head_input=key.encode(hidden)), key)
+        return TopLogits.read(self.line.ask("head", block, head_input=key.enter(hidden)), key)
 
     def _run_few(self, hidden: Tensor) -> "Tensor | TopLogits":
         """Two round trips per block: between one attention and the next, rows stay where they are."""
-        products = self._project(0, hidden)
+        products = self._project_rows(0, hidden)
         for block in range(self.plan.num_layers):
             attention = self._attend(block, products)
             if self.plan.is_border(block):
@@ -115,59 +94,45 @@ class Prefill:
                 key = self.keys.draw(block, "feed_forward")
                 rows = self._project_output(block, attention, self._output_key(block, residual))
                 hidden = hidden + rows if block == 0 else rows
-                reply = self.line.ask("enter", block, feed_forward_input=key.encode(hidden))
+                reply = self.line.ask("enter", block, feed_forward_input=key.enter(hidden))
             else:
                 key = products.rows
                 attended = self._encode(block, attention, self._output_key(block, key))
                 reply = self.line.ask("advance", block, attention_rows=attended)
             if block + 1 < self.plan.num_layers:
                 products = Products.read(reply, key)
-        return key.decode(reply["hidden"]) if self.plan.prefill_top_k is None else TopLogits.read(reply, key)
+        return key.leave(reply["hidden"]) if self.plan.prefill_top_k is None else TopLogits.read(reply, key)
 
-    def _output_key(self, block: int, residual: RowKey | None) -> RowKey:
+    def _output_key(self, block: int, residual: CrossingKey | None) -> CrossingKey:
         """The key of rows that enter the output projection: that of residual rows which lie on the untrusted side, for
         it to add them, with fresh redundant rows; a fresh one without such."""
         return self.keys.draw(block, "output") if residual is None else self.keys.renew(residual, block, "output")
 
-    def _project(self, block: int, hidden: Tensor) -> Products:
-        """Encode a block's attention input, under noise in the first; q, k and v products come back."""
+    def _project_rows(self, block: int, hidden: Tensor) -> Products[CrossingKey]:
+        """q, k and v products of rows under a fresh key, under noise in the first block."""
         key = self.keys.draw(block, "attention")
-        noise = self.party.noise(self.session, 0, len(hidden), key.row_index.shape[1]) if block == 0 else None
-        rows = key.encode(hidden, self.party.weights.attention_norm[block], noise)
-        return Products.read(self.line.ask("project_qkv", block, attention_input=rows), key, noise)
+        noise = self.party.noise(self.session, 0, len(hidden), self.keys.rows) if block == 0 else None
+        return self._project_qkv(block, hidden, key, noise)
 
-    def _attend(self, block: int, products: Products) -> Pending:
-        """Restore, subtract the noise's image, rotate, permute features; attention is under way, (B, H, S, d)."""
-        weights, feature_key = self.party.weights, self.party.feature_key(self.session, block)
-        q, k, v = ops.qkv_decode_encode(
-            products.query,
-            products.key,
-            products.value,
-            products.rows.position,
-            self.rope.cos,
-            self.rope.sin,
-            feature_key.query,
-            feature_key.key,
-            feature_key.value,
-            images=None if products.noise is None else products.noise.images,
-            dtype=weights.dtype,
-            **weights.head_norms[block],
-        )
+    def _attend(self, block: int, products: Products[CrossingKey]) -> Pending:
+        """Attention on what `_restore` gives is under way, (B, H, S, d); what generation will need is kept."""
+        feature_key = self.party.feature_key(self.session, block)
+        q, k, v = self._restore(block, products, feature_key)
         attention = self.line.begin("attend", block, query=q, key=k, value=v)
         if self.cache is not None:
             self._keep(block, products, feature_key.decode_cache(k, v) if block in self.plan.protected_blocks else None)
         return attention
 
-    def _encode(self, block: int, attention: Pending, key: RowKey) -> Tensor:
+    def _encode(self, block: int, attention: Pending, key: CrossingKey) -> Tensor:
         feature_key = self.party.feature_key(self.session, block)
-        return key.encode_heads(attention.wait()["attention"], feature_key.output)
+        return key.enter_heads(attention.wait()["attention"].transpose(1, 2), feature_key.output)
 
-    def _project_output(self, block: int, attention: Pending, key: RowKey) -> Tensor:
+    def _project_output(self, block: int, attention: Pending, key: CrossingKey) -> Tensor:
         """Undo π_r, encode rows; their output projection comes back, in token order: (B, S, D)."""
         reply = self.line.ask("project_output", block, attention_rows=self._encode(block, attention, key))
-        return key.decode(reply["output"])
+        return key.leave(reply["output"])
 
-    def _keep(self, block: int, products: Products, plain: tuple[Tensor, Tensor] | None) -> None:
+    def _keep(self, block: int, products: Products[CrossingKey], plain: tuple[Tensor, Tensor] | None) -> None:
         """What generation will need of this block."""
         cache = self.cache
         if cache is None or plain is None:
@@ -179,14 +144,14 @@ class Prefill:
             cache.values[block] = plain[1]
             cache.pending_keys[block], cache.columns[block] = self._encode_keys(block, products, plain[0])
 
-    def _encode_keys(self, block: int, products: Products, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_keys(self, block: int, products: Products[CrossingKey], keys: Tensor) -> tuple[Tensor, Tensor]:
         """Kᶜ (B, G, T, d) = π_l(K ⊕ r) of rotated K, and where each token lies in it, (B, S).
 
         The redundant rows are keys of the pass's own redundant rows, at positions of tokens: like K in every feature.
         """
         batch, groups, tokens, size = keys.shape
         row_index, place = self.keys.permutation(block, "encoded keys")
-        decoys = inverse(products.rows.row_index)[:, tokens:].contiguous()
+        decoys = inverse(products.rows.entry)[:, tokens:].contiguous()
         if decoys.shape[1]:
             # Drawn apart from the rows' order: a position that followed from a row's place would mark it as redundant.
             drawn, _ = self.keys.permutation(block, "positions of redundant keys")
@@ -196,7 +161,7 @@ class Prefill:
         return keys.gather(2, index), place[:, :tokens].contiguous()
 
     def _rotated_decoys(
-        self, block: int, products: Products, decoys: Tensor, at: Tensor, groups: int, size: int
+        self, block: int, products: Products[CrossingKey], decoys: Tensor, at: Tensor, groups: int, size: int
     ) -> Tensor:
         """Keys (B, G, R, d) of redundant rows, which lie in `decoys`, rotated to the positions of tokens `at`."""
         batch, count = decoys.shape
@@ -206,15 +171,15 @@ class Prefill:
         )
         plain = torch.arange(size, device=decoys.device).expand(batch, groups, size)
         noise, norms = products.noise, self.party.weights.head_norms[block]
-        _, keys, _ = ops.qkv_decode_encode(
-            products.key, products.key, products.key, decoys, cos, sin, plain, plain, plain,
-            images=None if noise is None else [noise.images[1]] * 3, dtype=self.party.weights.dtype, **norms,
-        )  # fmt: skip
+        images = None if noise is None else [noise.images[1]] * 3
+        own = FeatureKey(plain, plain, plain, plain, plain, plain)
+        product, dtype = products.tensors[1], self.party.weights.dtype
+        _, keys, _ = own.encode([product] * 3, cos, sin, decoys, images=images, dtype=dtype, **norms)
         return keys
 
     def _finish(self, cache: SplitCache, tokens: int) -> None:
         position = torch.stack(self.token_position).cpu() if self.token_position else torch.empty(0, dtype=torch.int64)
-        self.session._shared_keys = SharedKeys(
+        self.session.shared_keys = SharedKeys(
             self.session.id,
             self.session.shape.fingerprint,
             tuple(self.plan.middle_blocks),

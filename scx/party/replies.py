@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from scx.keys import ModelShape
+from scx.architecture import ModelShape
 from scx.party.boundary import PartyLostError, Request
 from scx.party.plan import Plan
 

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scx.architecture import QKV, head_norms, root_mean_square, sliding_window
 from scx.devices import CPU, upload
 from scx.encoding import ENCODINGS, FeatureKey, Noise, RedundantScale
-from scx.keys import ModelShape, Session
+from scx.keys import ModelShape, SCXKeyGenerator, Session, SharedKeys
 from scx.party.boundary import Boundary, Pending
 from scx.party.cache import SplitCache
 from scx.party.plan import Plan
-from scx.party.sharing import SharedKeys
-from scx.party.untrusted import sliding_window
 
-__all__ = ["Line", "Rope", "SecureParty", "secure_parameters"]
+__all__ = ["Line", "Rope", "SecureParty", "secure_parameters", "split_plan"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,28 @@ class Line:
         )
 
 
+def split_plan(
+    generator: SCXKeyGenerator,
+    shape: ModelShape,
+    crossings: str,
+    reuse_feature_keys: bool,
+    prefill_top_k: int | None = None,
+) -> Plan:
+    """The agreement of the parties. Raises ValueError for settings that it cannot keep."""
+    start, end = generator.protected(shape)
+    if generator.alp and not start:
+        raise ValueError(
+            "decode_start_layers: in the split placement alp=True needs the first layer among them; noise on a block "
+            "whose keys are shared would stay in its cache"
+        )
+    if generator.sealed(shape):
+        raise ValueError("cache_encoding: 'sealed' belongs to the fused placement; expected 'permuted'")
+    plan = Plan(shape.num_layers, len(start), len(end), crossings, reuse_feature_keys, generator.alp, prefill_top_k)
+    if prefill_top_k is not None and prefill_top_k > shape.vocab_size:
+        raise ValueError(f"prefill_top_k: expected at most {shape.vocab_size}, the vocabulary, got {prefill_top_k}")
+    return plan
+
+
 def secure_parameters(layers: Any, plan: Plan) -> list[str]:
     """The names of the blocks' parameters that the secure side uses: what `SecureWeights` reads."""
     names = []
@@ -72,7 +93,7 @@ def secure_parameters(layers: Any, plan: Plan) -> list[str]:
         for module in modules:
             names += [f"{block}.{module}.{name}" for name, _ in layer.get_submodule(module).named_parameters()]
         if plan.noisy and block in plan.start_blocks:
-            names += [f"{block}.self_attn.{x}_proj.weight" for x in "qkv"]
+            names += [f"{block}.self_attn.{x}.weight" for x in QKV]
     return names
 
 
@@ -96,15 +117,11 @@ class SecureWeights:
         return module if parameter.device == self._device else copy.deepcopy(module).to(self._device)
 
     def _head_norms(self, attention: Any) -> dict[str, Any]:
-        """Qwen3 normalises every head of q and k before the rotary step."""
-        if not hasattr(attention, "q_norm"):
-            return {}
-        q_norm, k_norm = self._here(attention.q_norm), self._here(attention.k_norm)
-        return {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.variance_epsilon}
+        norms = head_norms(attention)
+        return {name: x.to(self._device) if isinstance(x, Tensor) else x for name, x in norms.items()}
 
     def _qkv(self, attention: Any) -> list[Tensor]:
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        return [projection.weight.detach().to(self._device) for projection in projections]
+        return [attention.get_submodule(name).weight.detach().to(self._device) for name in QKV]
 
 
 class SecureParty:
@@ -161,7 +178,7 @@ class SecureParty:
             return None
         rms = self.shape.first_norm_rms
         if block:
-            rms = float(self.weights.attention_norm[block].weight.float().square().mean().sqrt())
+            rms = root_mean_square(self.weights.attention_norm[block])
         return session.take_noise(batch, rows, weights, layer=block, rms=rms)
 
     def feature_key(self, session: Session, block: int, sequences: Tensor | None = None) -> FeatureKey:

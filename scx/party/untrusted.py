@@ -13,40 +13,16 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import scx_kernels as ops
+from scx.architecture import QKV, sliding_window
 from scx.calibration import measure_scale
-from scx.kvcache import GrowingLayer
+from scx.kvcache.layers import GrowingLayer, append
 from scx.party.boundary import Request
+from scx.party.held import Held
 from scx.party.plan import Plan
 
 __all__ = ["UntrustedParty"]
 
 _HEAD_ROWS = 256  # of which all logits lie in memory at once
-
-
-class _Held:
-    """What the untrusted side holds of one conversation."""
-
-    def __init__(self, first_key: Tensor | None) -> None:
-        self.first_key = first_key  # (B,) first token that is no padding
-        self.step = 0  # of the generation, counted by the secure side
-        self.residual: Tensor | None = None  # encoded rows of the prefill under way
-        self.products: dict[int, tuple[Tensor, Tensor]] = {}  # middle blocks: k and v before key sharing, (B, T, G*d)
-        self.unlocked: dict[int, GrowingLayer] = {}  # middle blocks: K and V after it
-        self.encoded: dict[int, GrowingLayer] = {}  # start blocks under a reused π_r
-        self.keys: dict[int, Tensor] = {}  # end blocks: Kᶜ (B, G, rows, d)
-
-    def truncate(self, past: int, key_rows: int) -> None:
-        """Forget what a step that was not completed, or a crop, has left behind."""
-        for layer in (*self.unlocked.values(), *self.encoded.values()):
-            if layer.get_seq_length() > past:
-                layer.crop(past - layer.get_seq_length())
-        self.keys = {block: keys[:, :, :key_rows] for block, keys in self.keys.items()}
-
-    def select(self, rows: Tensor) -> None:
-        self.first_key = None if self.first_key is None else self.first_key.index_select(0, rows)
-        for layer in (*self.unlocked.values(), *self.encoded.values()):
-            layer.batch_select_indices(rows)
-        self.keys = {block: keys.index_select(0, rows) for block, keys in self.keys.items()}
 
 
 class UntrustedParty:
@@ -70,7 +46,7 @@ class UntrustedParty:
         self.rotary = rotary
         self.plan = plan
         self.head_of_rows = head
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
 
     def __repr__(self) -> str:
         return f"UntrustedParty(layers={len(self.layers)}, conversations={len(self._held)})"
@@ -89,14 +65,14 @@ class UntrustedParty:
     def receive(self, request: Request) -> Mapping[str, Tensor]:
         """Do what a request asks for. Raises KeyError for an operation or a conversation that is not known."""
         if request.operation == "open":
-            self._held[request.conversation] = _Held(request.tensors.get("first_key"))
+            self._held[request.conversation] = Held(request.tensors.get("first_key"))
             return {}
         if request.operation == "close":
             self._held.pop(request.conversation, None)
             return {}
         if request.operation == "calibrate":
             return self.calibrate(request.tensors["embeddings"])
-        answer: Callable[[_Held, Request], Mapping[str, Tensor]] = _OPERATIONS[request.operation].__get__(self)
+        answer: Callable[[Held, Request], Mapping[str, Tensor]] = _OPERATIONS[request.operation].__get__(self)
         held = self._held[request.conversation]
         if request.step != held.step:
             held.step = request.step
@@ -106,50 +82,50 @@ class UntrustedParty:
     def calibrate(self, rows: Tensor) -> dict[str, Tensor]:
         """Embeddings (1, n, D) -> the scale of rows where they enter attention, output projection and feed-forward,
         (L, D), (L, H*d) and (L, D)."""
-        held, blocks = _Held(None), range(len(self.layers))
+        held, blocks = Held(None), range(len(self.layers))
         held.unlocked = {block: GrowingLayer() for block in blocks}
         positions = torch.arange(rows.shape[1], device=rows.device)[None]
         scales = measure_scale(self.layers, lambda: self._run_blocks(held, blocks, rows, positions), rows.device)
         return {f"{name}_scale": scale for name, scale in scales.items()}
 
-    def project_qkv(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def project_qkv(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Rows (B, T, D) that enter q, k and v -> their products."""
         return self._project(held, request.block, request.tensors["attention_input"])
 
-    def attend(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def attend(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Causal attention of feature-permuted q (B, H, n, d) on k and v (B, G, N, d) -> (B, H, n, d)."""
         q, k, v = (request.tensors[name] for name in ("query", "key", "value"))
         if self.plan.reuse_feature_keys and request.block in self.plan.start_blocks:
-            k, v = append(held.encoded.setdefault(request.block, GrowingLayer()), k, v)
+            k, v, _ = append(held.encoded.setdefault(request.block, GrowingLayer()), k, v)
         return {"attention": self._attend(held, request.block, q, k, v)}
 
-    def project_output(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def project_output(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Rows (B, T, H*d) -> their output projection, (B, T, D), upon the residual rows if these are here."""
         rows = self.layers[request.block].self_attn.o_proj(request.tensors["attention_rows"])
         if held.residual is not None:
             rows, held.residual = held.residual + rows, None
         return {"output": rows}
 
-    def feed_forward(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def feed_forward(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Rows (B, T, D) -> norm and feed-forward."""
         return {"feed_forward": self._feed_forward(request.block, request.tensors["feed_forward_input"])}
 
-    def enter(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def enter(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Residual rows (B, T, D) -> through the feed-forward to the next block's products. The rows stay here."""
         return self._go_on(held, request.block, request.tensors["feed_forward_input"])
 
-    def advance(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def advance(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Attention rows (B, T, H*d) -> output projection, residual, feed-forward, and the next block's products."""
         projected = self.layers[request.block].self_attn.o_proj(request.tensors["attention_rows"])
         if held.residual is None:
             raise RuntimeError(f"advance: no residual rows are here in block {request.block}")
         return self._go_on(held, request.block, held.residual + projected)
 
-    def head(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def head(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Rows (B, T, D) behind the last block -> their largest logits."""
         return self._top_logits(request.tensors["head_input"])
 
-    def unlock(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def unlock(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Strip and order the middle blocks' own products with shared positions (M, B, S), and rotate the keys."""
         for position, block in zip(request.tensors["token_position"], self.plan.middle_blocks, strict=True):
             k, v = (ops.unlock(self._heads(block, z), position) for z in held.products.pop(block))
@@ -157,21 +133,21 @@ class UntrustedParty:
             append(held.unlocked.setdefault(block, GrowingLayer()), k, v)
         return {}
 
-    def encoded_keys(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def encoded_keys(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Keep an end block's Kᶜ, (B, G, T, d)."""
         held.keys[request.block] = request.tensors["encoded_keys"]
         return {}
 
-    def run_middle(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def run_middle(self, held: Held, request: Request) -> dict[str, Tensor]:
         """New tokens' hidden states (B, n, D) -> behind the middle blocks."""
         rows, positions = request.tensors["hidden"], request.tensors["positions"]
         return {"hidden": self._run_blocks(held, self.plan.middle_blocks, rows, positions)}
 
-    def score(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def score(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Hidden states (B, n, D) -> an end block's scores (B, H, n, rows) on its Kᶜ, and the new V (B, G, n, d)."""
         return self._score(held, request.block, request.tensors["hidden"], request.tensors["positions"])
 
-    def pass_on(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def pass_on(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Hidden states behind a block's attention -> its feed-forward, the middle blocks if these follow, and the next
         end block's scores if one follows."""
         rows, positions, block = request.tensors["hidden"], request.tensors["positions"], request.block
@@ -184,19 +160,19 @@ class UntrustedParty:
             return {"hidden": rows}
         return {"hidden": rows, **self._score(held, block + 1, rows, positions)}
 
-    def select(self, held: _Held, request: Request) -> dict[str, Tensor]:
+    def select(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Go on with the given rows of the batch, (B',) int64."""
         held.select(request.tensors["rows"])
         return {}
 
-    def _project(self, held: _Held, block: int, rows: Tensor) -> dict[str, Tensor]:
+    def _project(self, held: Held, block: int, rows: Tensor) -> dict[str, Tensor]:
         attention = self.layers[block].self_attn
-        q, k, v = (_linear(module, rows) for module in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (_linear(attention.get_submodule(name), rows) for name in QKV)
         if block in self.plan.middle_blocks:
             held.products[block] = (k, v)
         return {"query_product": q, "key_product": k, "value_product": v}
 
-    def _go_on(self, held: _Held, block: int, rows: Tensor) -> dict[str, Tensor]:
+    def _go_on(self, held: Held, block: int, rows: Tensor) -> dict[str, Tensor]:
         rows = rows + self._feed_forward(block, rows)
         if block + 1 == self.plan.num_layers:
             held.residual = None
@@ -220,18 +196,18 @@ class UntrustedParty:
         result: Tensor = layer.mlp(layer.post_attention_layernorm(rows))
         return result
 
-    def _run_blocks(self, held: _Held, blocks: Sequence[int], rows: Tensor, positions: Tensor) -> Tensor:
+    def _run_blocks(self, held: Held, blocks: Sequence[int], rows: Tensor, positions: Tensor) -> Tensor:
         """Plain rows (B, n, D) through blocks whose cache is plain."""
         for block in blocks:
             layer = self.layers[block]
             q, k, v = self._plain_heads(block, layer.input_layernorm(rows), positions)
-            k, v = append(held.unlocked[block], k, v)
+            k, v, _ = append(held.unlocked[block], k, v)
             attended = self._attend(held, block, q, k, v).transpose(1, 2).flatten(2)
             rows = rows + layer.self_attn.o_proj(attended)
             rows = rows + self._feed_forward(block, rows)
         return rows
 
-    def _score(self, held: _Held, block: int, rows: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def _score(self, held: Held, block: int, rows: Tensor, positions: Tensor) -> dict[str, Tensor]:
         q, k, v = self._plain_heads(block, self.layers[block].input_layernorm(rows), positions)
         held.keys[block] = keys = torch.cat((held.keys[block], k), dim=2)
         wide = ops.accumulation_dtype(q.dtype)
@@ -242,7 +218,7 @@ class UntrustedParty:
     def _plain_heads(self, block: int, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Plain q (B, H, n, d), k and v (B, G, n, d) of normalised rows, rotated."""
         attention = self.layers[block].self_attn
-        q, k, v = (self._heads(block, m(rows)) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (self._heads(block, attention.get_submodule(name)(rows)) for name in QKV)
         q, k = self._rotate(block, q, k, positions)
         return q, k, v
 
@@ -258,7 +234,7 @@ class UntrustedParty:
         rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, cos, sin)
         return rotated
 
-    def _attend(self, held: _Held, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, held: Held, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attention = self.layers[block].self_attn
         window, scale = sliding_window(attention), attention.scaling
         if q.shape[2] == 1:
@@ -275,22 +251,6 @@ _OPERATIONS: dict[str, Any] = {
         "encoded_keys", "run_middle", "score", "pass_on", "select",
     )
 }  # fmt: skip
-
-
-def append(layer: GrowingLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Append (B, G, n, d) to a layer that grows in place. Returns all of its K and V."""
-    batch, groups, tokens, size = k.shape
-    slots = layer.room(tokens, (batch, groups, size), k)
-    slots.keys[:, :, slots.offset : slots.offset + tokens] = k
-    slots.values[:, :, slots.offset : slots.offset + tokens] = v
-    keys, values, _ = layer.take_in(slots)
-    return keys, values
-
-
-def sliding_window(attention: Any) -> int | None:
-    """How many keys a query of this attention sees at most; None for all."""
-    window: int | None = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    return window
 
 
 def _linear(module: Any, rows: Tensor) -> Tensor:

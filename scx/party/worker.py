@@ -11,7 +11,7 @@ import sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from scx.models.llama import model_shape
+from scx.architecture import model_shape
 from scx.party.process import follow, serve
 from scx.party.ranks import ParallelRanks, check_ranks, hold_shares, join_ranks
 

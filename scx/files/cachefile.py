@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from scx.container import Container, FileRefusedError, read_container, write_container
-from scx.keys import BRANCH_BYTES, Session, public_bytes
+from scx.files.container import Container, FileRefusedError, read_container, write_container
+from scx.keys import Session, public_bytes
+from scx.keys.settings import BRANCH_BYTES
 from scx.kvcache import EncodedCache, GrowingLayer, SealedLayer, SealedSlidingLayer
 
 __all__ = ["load_kvcache", "save_kvcache"]

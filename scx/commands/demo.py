@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from scx.commands.smollm2 import smollm2_path
 from scx.keys import SCXKeyGenerator
 from scx.kvcache import EncodedCache, decode_kvcache
 from scx.models.llama import encoded_llama
-from scx.smollm2 import smollm2_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,24 +11,16 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from scx.container import FileRefusedError, read_container, write_container
-from scx.keys import (
-    BRANCH_BYTES,
-    CIPHER_ROUNDS,
-    NOISE_DISTRIBUTIONS,
-    SESSION_ID_BYTES,
-    KeySettings,
-    ModelShape,
-    Session,
-)
+from scx.architecture import ModelShape, encoded_decoders, model_shape
+from scx.files.container import FileRefusedError, read_container, write_container
+from scx.keys import CIPHER_ROUNDS, KeySettings, Session
+from scx.keys.settings import BRANCH_BYTES, NOISE_DISTRIBUTIONS, SESSION_ID_BYTES
 from scx.keystream import KEY_BYTES, Secret
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["load_keys", "save_keys"]
 
@@ -77,7 +69,7 @@ def load_keys(
     *,
     passphrase: str | bytes | None = None,
     key: Secret | bytes | None = None,
-    model: "PreTrainedModel | ModelShape | None" = None,
+    model: PreTrainedModel | ModelShape | None = None,
 ) -> Session:
     """Read a session that `save_keys` wrote, to go on with it here.
 
@@ -110,16 +102,14 @@ def load_keys(
         raise FileRefusedError("format", f"the header describes no session: {error!s:.200}") from None
 
 
-def _fingerprint(model: "PreTrainedModel | ModelShape") -> str:
-    from scx.models.llama import EncodedModel, model_shape
-
+def _fingerprint(model: PreTrainedModel | ModelShape) -> str:
     if isinstance(model, ModelShape):
         return model.fingerprint
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a model or a ModelShape, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module, EncodedModel):
-            return module._scx.shape.fingerprint
+    for decoder in encoded_decoders(model):
+        shape: ModelShape = decoder._scx.shape
+        return shape.fingerprint
     return model_shape(model).fingerprint
 
 

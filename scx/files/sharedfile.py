@@ -1,42 +1,18 @@
-"""Key sharing (stage 2): the token permutations of the middle blocks, as an object and as a file.
-
-With them the untrusted side strips and orders its own products of those blocks. Keys of the first and last blocks are
-not in it, and follow from nothing in it.
-"""
+"""Shared keys on disk: what stage 2 gives to the untrusted side, in an encrypted file."""
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from scx.container import FileRefusedError, read_container, write_container
+from scx.files.container import FileRefusedError, read_container, write_container
+from scx.keys.sharing import SharedKeys
 from scx.keystream import Secret
 
-__all__ = ["SharedKeys", "load_shared_keys", "save_shared_keys"]
+__all__ = ["load_shared_keys", "save_shared_keys"]
 
 _KIND = "shared keys"
-
-
-@dataclass(frozen=True, repr=False)
-class SharedKeys:
-    """What the secure side gives away in stage 2.
-
-    `token_position` (M, B, S) int64: where each token lies among the rows of each middle block in the prefill.
-    `positions` (B or 1, S) int64: the tokens' rotary positions. `blocks`: the M middle blocks. `session` and `model`:
-    public id and fingerprint of what they belong to.
-    """
-
-    session: str
-    model: str
-    blocks: tuple[int, ...]
-    token_position: Tensor
-    positions: Tensor
-
-    def __repr__(self) -> str:
-        return f"SharedKeys(session={self.session}, blocks={len(self.blocks)}, tokens={self.positions.shape[1]})"
 
 
 def save_shared_keys(

@@ -7,15 +7,16 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from scx.demo import DEFAULT_PROMPT, tokenize
+from scx.commands.demo import DEFAULT_PROMPT, tokenize
+from scx.commands.smollm2 import smollm2_path
 from scx.keys import SCXKeyGenerator
 from scx.models.llama import encoded_llama, model_shape
-from scx.models.split import record_transcript, split_plan
+from scx.models.split import record_transcript
 from scx.party.boundary import STAGES
 from scx.party.launch import running_worker
 from scx.party.loading import load_secure_model, weight_bytes
 from scx.party.process import RemoteParty
-from scx.smollm2 import smollm2_path
+from scx.party.secure import split_plan
 
 __all__ = ["run"]
 

@@ -1,0 +1,193 @@
+"""What an architecture is: the families that are served, a model's sizes, and its fingerprint.
+
+Nothing here knows a key. A family is one whose block is Llama's: norm, attention with rotary positions, residual, norm,
+gated feed-forward, residual.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralDecoderLayer,
+    MistralModel,
+    MistralRMSNorm,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2Model, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model, Qwen3RMSNorm
+
+__all__ = [
+    "FINGERPRINT_ROWS",
+    "QKV",
+    "SUPPORTED",
+    "SUPPORTED_NAMES",
+    "Decoder",
+    "ModelShape",
+    "encoded_decoders",
+    "find_decoder",
+    "head_norms",
+    "is_plain_linear",
+    "is_plain_rms_norm",
+    "keep_query_rows",
+    "kept_query_rows",
+    "model_shape",
+    "root_mean_square",
+    "sliding_window",
+]
+
+Decoder = Any
+"""A decoder stack, whose modules have no types to speak of."""
+
+SUPPORTED: dict[type[Decoder], tuple[type[Any], type[Any]]] = {
+    LlamaModel: (LlamaDecoderLayer, LlamaAttention),
+    MistralModel: (MistralDecoderLayer, MistralAttention),
+    Qwen2Model: (Qwen2DecoderLayer, Qwen2Attention),
+    Qwen3Model: (Qwen3DecoderLayer, Qwen3Attention),
+}
+"""Decoder class -> the classes of its blocks and their attention."""
+SUPPORTED_NAMES = ", ".join(sorted(kind.__name__ for kind in SUPPORTED))
+PLAIN_RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+
+QKV = ("q_proj", "k_proj", "v_proj")
+_PROJECTIONS = (*(f"self_attn.{x}" for x in (*QKV, "o_proj")), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FINGERPRINT_ROWS = 8
+"""Rows of the embedding and of the first block's q_proj that a model's fingerprint covers."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What keys need to know of a model.
+
+    `first_norm_rms` is the root mean square of the first block's normalised rows, the unit of the noise scale;
+    `fingerprint` is public and tells two models apart.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    first_norm_rms: float
+    fingerprint: str
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module(x)` is just `x @ weight.T + bias`: no subclass, no hook, no forward put around it."""
+    return type(module) is nn.Linear and not _is_hooked(module)
+
+
+def is_plain_rms_norm(module: nn.Module) -> bool:
+    """Whether `module(x)` is just Llama's RMS norm: one of transformers' classes for it, with no hook around it."""
+    return type(module) in PLAIN_RMS_NORMS and not _is_hooked(module)
+
+
+def head_norms(attention: Any) -> dict[str, Any]:
+    """Qwen3 normalises every head of q and k before the rotary step: as arguments of `qkv_decode_encode`."""
+    norm = attention._modules.get("q_norm")
+    if norm is None:
+        return {}
+    return {"q_norm": norm.weight, "k_norm": attention.k_norm.weight, "eps": norm.variance_epsilon}
+
+
+def sliding_window(attention: Any) -> int | None:
+    """How many keys a query of this attention sees at most; None for all."""
+    window: int | None = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return window
+
+
+def root_mean_square(norm: Any) -> float:
+    """Of rows behind an RMS norm: that of its weight."""
+    return float(norm.weight.detach().float().square().mean().sqrt())
+
+
+def encoded_decoders(model: nn.Module) -> Iterator[Decoder]:
+    """The decoder stacks inside `model` that are encoded."""
+    return (module for module in model.modules() if "_scx" in vars(module))
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """The one decoder stack inside `model` that can be encoded. Raises TypeError, ValueError if there is none."""
+    if any(encoded_decoders(model)):
+        raise ValueError("model: it is encoded already; decode_llama undoes that")
+    found = [module for module in model.modules() if type(module) in SUPPORTED]
+    if len(found) != 1:
+        raise TypeError(f"model: expected exactly one of {SUPPORTED_NAMES} inside, got {type(model).__name__}")
+    return found[0]
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """The sizes of a supported model, read from its modules, of which it needs the weights that the fingerprint covers.
+
+    Raises: TypeError, ValueError if it cannot be encoded.
+    """
+    decoder = find_decoder(model)
+    _check_projections(decoder)
+    first, config = decoder.layers[0], decoder.config
+    fingerprint = _fingerprint(decoder)
+    return ModelShape(
+        num_layers=len(decoder.layers),
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=first.self_attn.head_dim,
+        vocab_size=decoder.embed_tokens.weight.shape[0],
+        first_norm_rms=root_mean_square(first.input_layernorm),
+        fingerprint=fingerprint,
+    )
+
+
+def _check_projections(decoder: Decoder) -> None:
+    """Every projection must be a dense floating layer whose weight is whole."""
+    for index, layer in enumerate(decoder.layers):
+        for name in _PROJECTIONS:
+            projection = layer.get_submodule(name)
+            weight = getattr(projection, "weight", None)
+            place = f"model: layers.{index}.{name} ({type(projection).__name__})"
+            if not isinstance(weight, Tensor) or weight.dtype not in _DENSE_DTYPES:
+                kind = "no dense weight" if not isinstance(weight, Tensor) else f"a {weight.dtype} weight"
+                raise TypeError(f"{place} has {kind}; quantised projections are not supported")
+            if isinstance(weight, DTensor):
+                raise TypeError(f"{place} is split over devices; tensor parallelism is not supported")
+
+
+def keep_query_rows(decoder: Decoder, rows: Tensor) -> None:
+    """Keep the first rows of the first block's q_proj for the fingerprint, where no more of it was loaded."""
+    decoder._scx_query_rows = rows
+
+
+def kept_query_rows(module: nn.Module) -> Tensor | None:
+    """What `keep_query_rows` kept."""
+    return vars(module).get("_scx_query_rows")
+
+
+def _fingerprint(decoder: Decoder) -> str:
+    """A public digest of a few weights, which tells models apart."""
+    config, first = decoder.config, decoder.layers[0]
+    query, kept = first.self_attn.q_proj.weight, kept_query_rows(decoder)
+    if query.is_meta and kept is not None:
+        query = kept.to(query.dtype)
+    covered = {
+        "embed_tokens": decoder.embed_tokens.weight[:FINGERPRINT_ROWS],
+        "norm": decoder.norm.weight,
+        "layers.0.input_layernorm": first.input_layernorm.weight,
+        "layers.0.self_attn.q_proj": query[:FINGERPRINT_ROWS],
+    }
+    digest = hashlib.sha256(f"{config.model_type} {config.hidden_size} {len(decoder.layers)}".encode())
+    for name, weight in covered.items():
+        if weight.is_meta:
+            raise TypeError(f"model: {name} has no data (it is on the meta device)")
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

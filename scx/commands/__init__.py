@@ -1,0 +1,1 @@
+"""What `scx` does on the command line: each file is one command, above the library."""

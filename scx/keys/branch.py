@@ -1,0 +1,138 @@
+"""A branch: the life of a session in one process, and its one-time keys.
+
+Token permutations, redundant rows and noise are used once and need never be drawn again. They are numbered by counters
+that live and die with their branch. Every load of a session, and every fork of the process, starts a branch under a
+fresh random nonce. So no counter has to survive a process, and two that load one file never draw the same one-time key.
+"""
+
+import itertools
+import os
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import scx_kernels as ops
+from scx.architecture import ModelShape
+from scx.devices import CPU
+from scx.encoding import ENCODINGS, FeatureKey, Noise, RedundantScale, TokenKeys
+from scx.keys.passes import PassKeys, draw_redundant, streams_of
+from scx.keys.settings import KeySettings
+from scx.keystream import KeyStream, Secret, derive
+
+__all__ = ["Branch"]
+
+_NOISE_ROWS_AHEAD = 32
+
+
+class Branch:
+    """The one-time keys of a session in one process.
+
+    Noise rows that were drawn ahead and not taken end with the branch.
+
+    Args:
+        session_secret: the session's.
+        nonce: 16 bytes that no other holder of the session uses; its public name is `name`, in hexadecimal.
+        settings, shape: of the session.
+    """
+
+    def __init__(self, session_secret: Secret, nonce: bytes, settings: KeySettings, shape: ModelShape) -> None:
+        self.name = nonce.hex()
+        self.process = os.getpid()
+        self._settings = settings
+        self._shape = shape
+        self.stream = KeyStream(derive(session_secret, "scx branch v1", nonce))
+        self._steps = itertools.count()
+        self._noise_draws = itertools.count()
+        self._noise_ahead: dict[int, tuple[Noise, int]] = {}  # by layer: rows drawn, and how many of them are used
+        self._noise_lock = threading.Lock()
+        self.writes = ops.WriteCounter()
+
+    def __repr__(self) -> str:
+        return f"Branch({self.name})"
+
+    def draw_token_keys(
+        self,
+        tokens: int,
+        batch: int,
+        scale: RedundantScale | None,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> TokenKeys:
+        """Token permutations and redundant rows of one forward pass; never the same ones twice.
+
+        Args:
+            tokens: new tokens S per sequence.
+            batch: sequences B.
+            scale: of real rows, on `device`; needed where the settings ask for redundant rows.
+            dtype: of the redundant rows.
+
+        Returns: the keys, on `device`.
+        """
+        stream, step = self.stream, next(self._steps)
+        layers, redundant_num = self._shape.num_layers, self._settings.redundant_num
+        streams, rows = streams_of(range(layers), batch, step), streams_of([0], batch, step)
+        total = tokens + redundant_num
+        drawn = stream.permutations("token permutations", streams, total, len(ENCODINGS), device)
+        row_index = drawn.view(layers, batch, len(ENCODINGS), total).permute(2, 0, 1, 3).contiguous()
+        purpose = "token permutation of the residual stream"
+        residual_index = stream.permutations(purpose, rows, total, device=device)[:, 0]
+        decoys = stream.bits("redundant tokens", rows, redundant_num, torch.int64, device)
+        decoys = decoys.remainder_(self._shape.vocab_size)
+
+        def redundant(encoding: str) -> Tensor | None:
+            if not redundant_num:
+                return None
+            if scale is None:
+                raise ValueError("scale: redundant rows need the scale of real rows")
+            per_row = getattr(scale, encoding).repeat_interleave(batch, dim=0)
+            drawn = draw_redundant(stream, encoding, streams, redundant_num, per_row, dtype)
+            return drawn.view(layers, batch, redundant_num, -1)
+
+        return TokenKeys.compose(row_index, residual_index, decoys, tuple(map(redundant, ENCODINGS)))
+
+    def draw_feature_key(self, layer: int, batch: int, device: torch.device) -> FeatureKey:
+        """Feature permutations of one layer to be used once."""
+        heads, size = self._shape.num_kv_heads, self._shape.head_dim
+        streams = streams_of([layer], batch, next(self._steps))
+        drawn = self.stream.permutations("one-time feature keys", streams, size, 2 * heads)
+        key, value = drawn.view(batch, 2, heads, size).unbind(1)
+        return FeatureKey.compose(key, value, self._shape.num_heads // heads, device)
+
+    def open_pass(
+        self, tokens: int, batch: int, scale: RedundantScale | None, dtype: torch.dtype, device: torch.device
+    ) -> PassKeys:
+        """The row keys of one prefill over a boundary; arguments as in `draw_token_keys`, and where the keys go."""
+        redundant_num = self._settings.redundant_num
+        return PassKeys(self.stream, next(self._steps), tokens, batch, redundant_num, scale, dtype, device)
+
+    def take_noise(
+        self, batch: int, rows: int, weights: Sequence[Tensor], *, layer: int = 0, rms: float | None = None
+    ) -> Noise:
+        """One-time noise for `rows` rows of `batch` sequences entering `weights` (each (N, D)), with its images.
+
+        Noise for lone tokens is drawn several steps ahead, so that a step needs no product for its image. No row is
+        ever given out twice.
+
+        Args:
+            layer: the block whose input it covers. rms: the unit of the noise scale there; default: the first block's.
+        """
+        rms = self._shape.first_norm_rms if rms is None else rms
+        with self._noise_lock:
+            if rows > 1:
+                return self._draw_noise(batch, rows, weights, layer, rms)
+            ahead, start = self._noise_ahead.get(layer, (None, 0))
+            fits = ahead is not None and ahead.noise.shape[0] == batch and ahead.noise.device == weights[0].device
+            if ahead is None or not fits or start >= ahead.noise.shape[1]:
+                ahead, start = self._draw_noise(batch, _NOISE_ROWS_AHEAD, weights, layer, rms), 0
+            self._noise_ahead[layer] = (ahead, start + 1)
+            return ahead[start : start + 1]
+
+    def _draw_noise(self, batch: int, rows: int, weights: Sequence[Tensor], layer: int, rms: float) -> Noise:
+        draw = getattr(self.stream, self._settings.noise_distribution)
+        streams = streams_of([layer], batch, next(self._noise_draws))
+        drawn = draw("noise of the first block", streams, rows * self._shape.hidden_size, weights[0].device)
+        drawn = drawn.view(batch, rows, -1).mul_(self._settings.noise_scale * rms)
+        noise = drawn.to(ops.accumulation_dtype(weights[0].dtype))
+        return Noise(noise, tuple(ops.noise_image(noise, weight) for weight in weights))

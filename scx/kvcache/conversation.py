@@ -1,0 +1,41 @@
+"""What the caches of both placements have in common: they belong to a session, and are divided between two sides."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+__all__ = ["CachePart", "ConversationCache"]
+
+
+class CachePart(Protocol):
+    """One side's part of a divided cache."""
+
+    def join(self, cpu_kvcache: Any) -> Cache:
+        """The whole cache, of the untrusted part, which this is, and the secure one. Raises ValueError if they are not
+        the two parts of one cache."""
+
+
+class ConversationCache(DynamicCache):
+    """The cache of a session, in whichever placement its model is. `session_id` is public."""
+
+    session_id: str
+    layers: list[Any]
+
+    def divide(
+        self,
+        gpu_layers: Iterable[int],
+        gpu_device: torch.device | str | None = None,
+        cpu_device: torch.device | str = "cpu",
+    ) -> tuple[CachePart, CachePart]:
+        """(untrusted part, secure part), as `split_kvcache_dynamic` returns them, with its arguments and errors."""
+        raise NotImplementedError
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What a plain model would call; its K and V must not be mixed with encoded ones."""
+        raise RuntimeError(
+            "a plain model was given an encoded cache: encode the model, or decode the cache of a fused one with "
+            "decode_kvcache"
+        )

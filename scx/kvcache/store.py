@@ -1,0 +1,162 @@
+"""The layers of an encoded cache: how rows get in and out of them, and under which key they are sealed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+import scx_kernels as ops
+from scx.keys import Session
+from scx.kvcache.conversation import ConversationCache
+from scx.kvcache.layers import AbsentLayer, GrowingLayer, SealedLayer, SharedLogs, Slots, Stored
+
+__all__ = ["EncodedLayers"]
+
+
+class EncodedLayers(ConversationCache):
+    """K and V of some or all layers, written and read under one session's keys."""
+
+    _session: Session | None
+    # Of the pass that brought these numbers: the logs that hold them.
+    _logs_of: Tensor | None = None
+    _logs: SharedLogs
+
+    @property
+    def session(self) -> Session:
+        """The session whose keys decode this cache. Raises RuntimeError if only its id came along."""
+        if self._session is None:
+            raise RuntimeError(f"this cache carries the id of session {self.session_id}, not its keys; attach them")
+        return self._session
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the session's keys are here, or its id alone."""
+        return self._session is not None
+
+    def attach(self, session: Session) -> None:
+        """Give a cache that was pickled or saved its session back. Raises ValueError if the id differs."""
+        if session.id != self.session_id:
+            raise ValueError(f"session: this cache belongs to session {self.session_id}, got {session.id}")
+        self._session = session
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """The layers whose entries are here."""
+        return tuple(i for i, layer in enumerate(self.layers) if not isinstance(layer, AbsentLayer))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every layer's entries are here."""
+        return len(self.layer_indices) == len(self.layers)
+
+    def room(
+        self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor, writes: Tensor | None = None
+    ) -> Slots | None:
+        """Slots in a layer's own buffers for `tokens` more tokens of (B, G, d) states in like's dtype.
+
+        None where states cannot be written in place: in a sliding layer, in one that lies on another device than
+        `like`, and where gradients are to flow through them.
+
+        Args:
+            writes: (B, tokens) write numbers, which a sealed layer needs.
+
+        Raises: ValueError where gradients are to flow through a sealed layer.
+        """
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        wants_gradients = like.requires_grad and torch.is_grad_enabled()
+        if wants_gradients and isinstance(layer, SealedLayer):
+            raise ValueError(
+                "cache_encoding: gradients do not flow through a sealed cache; "
+                "use torch.no_grad(), name the mode, or use_cache=False"
+            )
+        if not isinstance(layer, GrowingLayer) or wants_gradients:
+            return None
+        if layer.is_initialized and layer.keys.device != like.device:
+            return None
+        if not isinstance(layer, SealedLayer):
+            return layer.room(tokens, shape, like)
+        if writes is None:
+            raise ValueError(f"writes: layer {layer_idx} is sealed and needs the numbers of its tokens")
+        self._own(layer_idx, layer)
+        slots = layer.room(tokens, shape, like)
+        if self._logs_of is not writes:
+            self._logs_of, self._logs = writes, {}
+        numbers = layer.number(slots, writes.to(like.device), self._logs)
+        sealing = self.session.sealing(layer_idx, numbers, self.session.branch, layer)
+        if sealing.kept is not None:
+            rows = numbers[:, slots.offset - layer.held_tokens : slots.offset + tokens]
+            sealing.kept.cover(sealing.at(rows), shape[1], shape[2], like.dtype)
+        return slots._replace(sealing=sealing)
+
+    def _own(self, layer_idx: int, layer: SealedLayer) -> None:
+        """Make a layer this branch's own: what another holder of the session wrote is sealed anew, so that no two ever
+        write under one key."""
+        branch = self.session.branch
+        if layer.is_initialized and layer.branch not in (None, branch):
+            old = self.sealing(layer_idx, layer.keys.device)
+            writes = self.session.take_writes(layer.keys.shape[0], layer.keys.shape[2], layer.keys.device)
+            new = self.session.sealing(layer_idx, writes, branch)
+            if old is None:
+                raise RuntimeError(f"layer {layer_idx} holds sealed rows without their numbers")
+            layer.keys = ops.reseal(layer.keys, old, new, is_value=False)
+            layer.values = ops.reseal(layer.values, old, new, is_value=True)
+            layer.writes = writes
+        layer.branch = branch
+
+    def sealing(self, layer_idx: int, device: torch.device) -> ops.Sealing | None:
+        """How the rows that a layer holds are sealed, for operations that read them on `device`; None if they are
+        not."""
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, SealedLayer) or layer.branch is None or layer.writes is None:
+            return None
+        return self.session.sealing(layer_idx, layer.writes.to(device), layer.branch, layer)
+
+    def take_in(self, layer_idx: int, slots: Slots) -> Stored:
+        """Count the tokens written into `slots` as the layer's. Returns the layer's K and V, of all tokens that the new
+        ones may see."""
+        return self.layers[layer_idx].take_in(slots)
+
+    def append(self, keys: Tensor, values: Tensor, layer_idx: int, writes: Tensor | None = None) -> Stored:
+        """Append feature-permuted K and V (B, G, S, d) to a layer, which seals them if it is sealed.
+
+        Args:
+            writes: (B, S) write numbers, which a sealed layer needs; `session.take_writes` gives them.
+
+        Returns: the layer's K and V as they are stored, of all tokens that the new ones may see.
+        """
+        if not isinstance(self.layers[layer_idx], SealedLayer):
+            return Stored(*DynamicCache.update(self, keys, values, layer_idx))
+        batch, groups, tokens, size = keys.shape
+        slots = self.room(layer_idx, tokens, (batch, groups, size), keys, writes)
+        if slots is None or slots.sealing is None:
+            raise ValueError(f"keys: expected them on {self.layers[layer_idx].keys.device}, where the layer lies")
+        new = slice(slots.offset, slots.offset + tokens)
+        own = slots.sealing.at(slots.sealing.writes[:, new])
+        slots.keys[:, :, new] = ops.seal(keys, own, is_value=False)
+        slots.values[:, :, new] = ops.seal(values, own, is_value=True)
+        return self.take_in(layer_idx, slots)
+
+    @contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """A pass that breaks off half-way leaves every layer with the tokens it had, so that it can be run again."""
+        before = [dict(vars(layer)) for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for layer, state in zip(self.layers, before, strict=True):
+                vars(layer).clear()
+                vars(layer).update(state)
+            raise
+
+    def _first_present(self, layer_idx: int) -> int:
+        if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], AbsentLayer):
+            return self.layer_indices[0] if self.layer_indices else len(self.layers)
+        return layer_idx
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(self._first_present(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, self._first_present(layer_idx))

@@ -1,0 +1,111 @@
+"""What an encoded model is, in either placement: whose keys it uses, and how it takes a request and answers."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from scx.architecture import Decoder, ModelShape
+from scx.encoding import RedundantScale
+from scx.keys import SCXKeyGenerator, Session
+from scx.kvcache.conversation import CachePart, ConversationCache
+from scx.models.request import Admitted, admit
+
+__all__ = ["EncodedModel", "ModelEncoding"]
+
+
+class ModelEncoding:
+    """What an encoded model knows beyond its weights: whose keys, and the sessions that are alive.
+
+    `cache_kind` is the placement's kind of cache, `part_kind` what that is divided into.
+    """
+
+    cache_kind: type[ConversationCache]
+    part_kind: type[CachePart]
+
+    def __init__(self, generator: SCXKeyGenerator, shape: ModelShape, scale: RedundantScale | None, dtype: torch.dtype):
+        self.generator = generator
+        self.shape = shape
+        self.scale = scale
+        self.dtype = dtype
+        self._sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.generator!r})"
+
+    def __deepcopy__(self, memo: dict) -> "ModelEncoding":
+        return type(self)(self.generator, self.shape, self.scale, self.dtype)
+
+    def open_session(self, batch: int) -> Session:
+        """A fresh session for `batch` sequences."""
+        session = self.generator.open_session(self.shape, batch)
+        self._sessions[session.id] = session
+        return session
+
+    def living_session(self, session_id: str) -> Session | None:
+        """A session of this model that is still alive, by its public id."""
+        return self._sessions.get(session_id)
+
+    def undo(self, decoder: Decoder) -> None:
+        """Undo what the placement did to the decoder's modules, other than to its own class."""
+        raise NotImplementedError
+
+    def check_adoptable(self, cache: Cache | None) -> None:
+        """An empty cache given to a prefill must be one that can become the session's."""
+        if cache is not None and (type(cache) not in (DynamicCache, self.cache_kind) or cache.offloading):
+            kind = "an off-loading cache" if getattr(cache, "offloading", False) else type(cache).__name__
+            raise TypeError(f"past_key_values: an encoded model fills a DynamicCache, got {kind}")
+
+
+class EncodedModel(nn.Module):
+    """A decoder stack under SCX: admits a request, has its placement serve it, and answers as transformers' own."""
+
+    config: Any
+    embed_tokens: nn.Embedding
+    layers: Any
+    gradient_checkpointing: bool
+    _scx: Any
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        mode: str | None = None,
+        cache_position: Tensor | None = None,
+        gpu_kvcache: CachePart | None = None,
+        cpu_kvcache: CachePart | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        request = admit(
+            input_ids,
+            inputs_embeds,
+            self.config.vocab_size,
+            past_key_values,
+            (gpu_kvcache, cpu_kvcache),
+            self._scx.part_kind,
+            mode,
+            cache_position,
+        )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not (self.training and self.gradient_checkpointing)
+        outputs = self._serve(
+            request, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs
+        )
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _serve(
+        self, request: Admitted, *, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """The placement's answer to a request."""
+        raise NotImplementedError
