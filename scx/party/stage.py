@@ -1,5 +1,9 @@
 """What both stages in which rows move have in common: one block's steps as the secure side leads them.
 
+A block is: rows enter the attention's encoding and are projected (`_project_qkv`), restored to token order, rotated and
+encoded by features (`_restore`), attended (`_attend`), projected (`_project_output`), added; rows enter the
+feed-forward's encoding and come back (`_feed_forward`), added. With few crossings several of these are one request.
+
 Notation: B sequences, S or n tokens, T encoded rows, D features, H query heads, G key/value heads, d head size.
 """
 
