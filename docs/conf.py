@@ -17,7 +17,7 @@ project = "SCX"
 author = "the SCX authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/*.md", "bench/NOTES.md", "bench/results/**/*.md"]
+include_patterns = ["*.md", "docs/*.md", "bench/NOTES.md", "bench/results/*.md", "bench/results/**/*.md"]
 exclude_patterns = ["docs/_build", ".venv*", ".*", "**/__pycache__", "*.egg-info"]
 
 html_theme = "furo"
