@@ -51,7 +51,7 @@ lint: $(READY) ## linter, formatter and type checker
 
 # Links, references and examples' names are checked: a warning is an error. Nothing is fetched.
 docs: $(READY) ## the documentation, into docs/_build/html
-	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going --nitpicky -c docs . docs/_build/html
+	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going --nitpicky --fresh-env -c docs . docs/_build/html
 
 # The whole package takes its CUDA path here, whatever this machine is: ONLY="qwen3 beams" narrows, BENCH=--quick too.
 rehearse: $(READY) ## the package's CUDA path on any machine; ONLY="qwen3 beams" narrows
