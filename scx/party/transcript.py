@@ -47,7 +47,7 @@ def expected_bytes(
         itemsize: bytes of an element of the model's dtype.
         padded: whether there is left padding. position_rows: rows of the rotary positions, 1 or B.
 
-    Raises: ValueError for another stage. Source: the formulas in SECURITY.md.
+    Raises: ValueError for another stage. Source: the formulas in docs/split.md.
     """
     if stage == "calibration":
         return _calibration_bytes(shape, tokens, itemsize)
