@@ -48,6 +48,7 @@ lint: $(READY) ## linter, formatter and type checker
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo
 
 # Links, references and examples' names are checked: a warning is an error. Nothing is fetched.
 docs: $(READY) ## the documentation, into docs/_build/html

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import scx_kernels as ops
 from scx import EncodedCache, SCXKeyGenerator, Session, SharedKeys, save_keys, save_kvcache, save_shared_keys
-from scx.container import read_container, write_container
+from scx.files.container import read_container, write_container
 from scx.keys import ModelShape
 from tests.golden.wrong_files import WRONG
 
