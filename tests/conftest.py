@@ -27,9 +27,9 @@ if not torch.cuda.is_available():
 import parity
 
 if not parity.is_missing("triton"):
-    from interpreter import patch_once
+    from interpreter import hasten
 
-    patch_once()
+    hasten()
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

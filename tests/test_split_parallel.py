@@ -1,6 +1,5 @@
 """An untrusted party of three ranks: tokens and messages as of one, shares of heads, and ranks that are lost."""
 
-import os
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Worker
 from tiny import tiny_model
 from torch import Tensor
 from torch.distributed import TCPStore
@@ -33,19 +33,6 @@ needs_ranks = pytest.mark.skipif(
     ON_GPUS and torch.cuda.device_count() < RANKS, reason="waits for three GPUs, or for a machine that has none"
 )
 
-FAILING_RANK = """
-from scx.party import process, worker
-
-class FailingParty(process.UntrustedParty):
-    def receive(self, request):
-        if request.stage == "generation" and request.step == 5:
-            raise RuntimeError("this rank alone fails")
-        return super().receive(request)
-
-process.UntrustedParty = FailingParty
-raise SystemExit(worker.main())
-"""
-
 
 def parallel_model(**options) -> PreTrainedModel:
     """As many heads as SmolLM2 has, and a feed-forward that three ranks cannot share evenly."""
@@ -60,15 +47,21 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(saved) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start a worker's process for an address; what still runs at the end of the test is ended."""
-    started: list[subprocess.Popen] = []
+def start(saved) -> Iterator[Callable[..., Worker | subprocess.Popen]]:
+    """Start a worker for an address, a process of its own or torchrun's; what still runs at the end of the test is
+    ended."""
+    started: list[Worker | subprocess.Popen] = []
 
-    def start_process(address: str, *launcher: str, **environment: str) -> subprocess.Popen:
-        command = [sys.executable, *launcher, "--connect", address, "--model", str(saved), "--device", DEVICE]
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env={**os.environ, **environment})
-        started.append(process)
-        return process
+    def start_process(
+        address: str, *launcher: str, fails: bool = False, **environment: str
+    ) -> Worker | subprocess.Popen:
+        arguments = ["--connect", address, "--model", str(saved), "--device", DEVICE]
+        if launcher:
+            command = [sys.executable, *launcher, *arguments]
+            started.append(subprocess.Popen(command, cwd=Path(__file__).parents[1]))
+        else:
+            started.append(Worker(arguments, environment, fails=fails))
+        return started[-1]
 
     yield start_process
     for process in started:
@@ -76,8 +69,9 @@ def start(saved) -> Iterator[Callable[..., subprocess.Popen]]:
         process.wait()
 
 
-WORKER = ("-m", "scx.party.worker")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), *WORKER)
+TORCHRUN = (
+    "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "-m", "scx.party.worker",
+)  # fmt: skip
 
 
 def split_over_processes(crossings: str, prefill_top_k: int | None = None) -> tuple[PreTrainedModel, RemoteParty]:
@@ -99,13 +93,17 @@ def kinds(crossings: list[Crossing]) -> list[tuple]:
     return [(x.direction, x.stage, x.block, x.operation, x.name, x.shape, x.dtype) for x in crossings]
 
 
-def start_ranks(start, address: str, last: tuple[str, ...] = WORKER) -> tuple[TCPStore, list[subprocess.Popen]]:
-    """Ranks without torchrun, which would end the others when one is lost. The last may be started in its own way."""
+def start_ranks(start, address: str, last_fails: bool = False) -> tuple[TCPStore, list[Worker]]:
+    """Ranks without torchrun, which would end the others when one is lost."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     ranks = [
-        start(address, *launcher, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), **common)
-        for rank, launcher in enumerate([*[WORKER] * (RANKS - 1), last])
+        start(
+            address,
+            fails=last_fails and rank == RANKS - 1,
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), **common},
+        )
+        for rank in range(RANKS)
     ]
     return store, ranks
 
@@ -145,7 +143,7 @@ def test_killed_rank_costs_no_token(start, prompt) -> None:
     model, remote = split_over_processes("paper")
     _store, ranks = start_ranks(start, remote.address)
     remote.connect()
-    start(remote.address, *WORKER)
+    start(remote.address)
     check_parity(model, "paper", prompt(PROMPT, batch=2).cpu())
     ids = prompt(PROMPT).cpu()
     plain = parallel_model().generate(ids, max_new_tokens=NEW, do_sample=False)[0, PROMPT:].tolist()
@@ -177,7 +175,7 @@ def test_killed_rank_costs_no_token(start, prompt) -> None:
 def test_rank_that_fails_alone(start, prompt) -> None:
     """A request that fails on one rank is answered by an error, and no rank waits for another in the next one."""
     model, remote = split_over_processes("few")
-    _store, ranks = start_ranks(start, remote.address, ("-c", FAILING_RANK))
+    _store, ranks = start_ranks(start, remote.address, last_fails=True)
     remote.connect()
     begun = time.monotonic()
     with pytest.raises(PartyLostError, match="project_qkv, block 0: worker 1"):
