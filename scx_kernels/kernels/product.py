@@ -38,15 +38,15 @@ __all__ = ["matmul_tile", "permuted_linear", "permuted_linears"]
 
 
 @triton.jit
-def _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bn, WEIGHTS: tl.constexpr):
+def _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bias_column, WEIGHTS: tl.constexpr):
     """float32 biases of these columns, which are those of the weights side by side."""
-    bias = tl.load(bias_ptr + column * stride_bn, mask=column < N_0, other=0).to(tl.float32)
+    bias = tl.load(bias_ptr + column * stride_bias_column, mask=column < N_0, other=0).to(tl.float32)
     if WEIGHTS > 1:
         inside = (column >= N_0) & (column < N_1)
-        bias += tl.load(bias_1_ptr + (column - N_0) * stride_bn, mask=inside, other=0).to(tl.float32)
+        bias += tl.load(bias_1_ptr + (column - N_0) * stride_bias_column, mask=inside, other=0).to(tl.float32)
     if WEIGHTS > 2:
         inside = (column >= N_1) & (column < N)
-        bias += tl.load(bias_2_ptr + (column - N_1) * stride_bn, mask=inside, other=0).to(tl.float32)
+        bias += tl.load(bias_2_ptr + (column - N_1) * stride_bias_column, mask=inside, other=0).to(tl.float32)
     return bias
 
 
@@ -61,7 +61,7 @@ def _finish_tile(
     bias_1_ptr,
     bias_2_ptr,
     image_ptr,
-    scatter_ptr,
+    scatter_index_ptr,
     out_ptr,
     # Sizes
     M,
@@ -72,15 +72,10 @@ def _finish_tile(
     T,
     out_rows,
     # Strides
-    stride_bn,
-    stride_ib,
-    stride_it,
-    stride_in,
-    stride_sb,
-    stride_st,
-    stride_ob,
-    stride_ot,
-    stride_on,
+    stride_bias_column,
+    image_strides,  # from sequence to sequence, row to row, column to column
+    scatter_index_strides,  # from sequence to sequence, row to row
+    out_strides,  # as the image's
     # Meta-parameters
     HAS_BIAS: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
@@ -97,23 +92,24 @@ def _finish_tile(
     if INT64:
         column = column.to(tl.int64)
     if HAS_IMAGE:
-        image_rows = image_ptr + sequence * stride_ib + place * stride_it
+        image_rows = image_ptr + sequence * image_strides[0] + place * image_strides[1]
         mask = in_rows[:, None] & in_columns[None, :]
-        acc -= tl.load(image_rows[:, None] + column[None, :] * stride_in, mask=mask, other=0)
+        acc -= tl.load(image_rows[:, None] + column[None, :] * image_strides[2], mask=mask, other=0)
     if HAS_BIAS:
-        acc += _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bn, WEIGHTS)[None, :]
+        acc += _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bias_column, WEIGHTS)[None, :]
     if HAS_SCATTER:
-        place = tl.load(scatter_ptr + sequence * stride_sb + place * stride_st, mask=in_rows, other=0)
+        scatter_indices = scatter_index_ptr + sequence * scatter_index_strides[0] + place * scatter_index_strides[1]
+        place = tl.load(scatter_indices, mask=in_rows, other=0)
         in_rows = in_rows & (place < out_rows)
-    out = out_ptr + sequence * stride_ob + place * stride_ot
+    out = out_ptr + sequence * out_strides[0] + place * out_strides[1]
     mask = in_rows[:, None] & in_columns[None, :]
-    tl.store(out[:, None] + column[None, :] * stride_on, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out[:, None] + column[None, :] * out_strides[2], narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 # What changes from request to request is not specialised: one compiled kernel serves every length.
 @triton.jit(
-    do_not_specialize=["M", "T", "tokens", "out_rows", "stride_jb", "stride_sb"],
-    do_not_specialize_on_alignment=["row_index_ptr", "scatter_ptr"],
+    do_not_specialize=["M", "T", "tokens", "out_rows", "stride_row_index_sequence", "stride_scatter_index_sequence"],
+    do_not_specialize_on_alignment=["row_index_ptr", "scatter_index_ptr"],
 )
 def _matmul_kernel(
     # Pointers
@@ -128,41 +124,41 @@ def _matmul_kernel(
     bias_1_ptr,
     bias_2_ptr,
     image_ptr,
-    scatter_ptr,
+    scatter_index_ptr,
     out_ptr,
     partial_ptr,
     # Sizes
-    M,
-    N,
+    M,  # encoded rows of all sequences
+    N,  # columns of all weights
     N_0,  # columns of the first weight, and up to the end of the second
     N_1,
-    K,
-    T,
-    tokens,
-    out_rows,
+    K,  # features of a row
+    T,  # encoded rows of a sequence
+    tokens,  # rows of x
+    out_rows,  # rows of the result
     # Strides
-    stride_xb,
-    stride_xn,
-    stride_xk,
-    stride_rb,
-    stride_rr,
-    stride_rk,
-    stride_jb,
-    stride_jt,
-    stride_ab,
-    stride_at,
-    stride_ak,
-    stride_wn,
-    stride_wk,
-    stride_bn,
-    stride_ib,
-    stride_it,
-    stride_in,
-    stride_sb,
-    stride_st,
-    stride_ob,
-    stride_ot,
-    stride_on,
+    stride_x_sequence,
+    stride_x_row,
+    stride_x_feature,
+    stride_redundant_sequence,
+    stride_redundant_row,
+    stride_redundant_feature,
+    stride_row_index_sequence,
+    stride_row_index_row,
+    stride_noise_sequence,
+    stride_noise_row,
+    stride_noise_feature,
+    stride_weight_row,
+    stride_weight_feature,
+    stride_bias_column,
+    stride_image_sequence,
+    stride_image_row,
+    stride_image_column,
+    stride_scatter_index_sequence,
+    stride_scatter_index_row,
+    stride_out_sequence,
+    stride_out_row,
+    stride_out_column,
     # Meta-parameters
     HAS_INDEX: tl.constexpr,
     HAS_REDUNDANT: tl.constexpr,
@@ -213,15 +209,15 @@ def _matmul_kernel(
     place = (tl.minimum(row, M - 1) % T).to(tl.int64)
     source = place
     if HAS_INDEX:
-        source = tl.load(row_index_ptr + sequence * stride_jb + place * stride_jt)
-    x_rows = x_ptr + sequence * stride_xb + source * stride_xn
-    step_xk = tl.full((BLOCK_M,), 1, tl.int32) * stride_xk
+        source = tl.load(row_index_ptr + sequence * stride_row_index_sequence + place * stride_row_index_row)
+    x_rows = x_ptr + sequence * stride_x_sequence + source * stride_x_row
+    step_xk = tl.full((BLOCK_M,), 1, tl.int32) * stride_x_feature
     if HAS_REDUNDANT:
-        redundant_rows = redundant_ptr + sequence * stride_rb + (source - tokens) * stride_rr
+        redundant_rows = redundant_ptr + sequence * stride_redundant_sequence + (source - tokens) * stride_redundant_row
         x_rows = tl.where(source < tokens, x_rows, redundant_rows)
-        step_xk = tl.where(source < tokens, step_xk, step_xk * 0 + stride_rk)
+        step_xk = tl.where(source < tokens, step_xk, step_xk * 0 + stride_redundant_feature)
     last_weight_row = column_end - first_column - 1
-    weight_rows = weight_ptr + tl.minimum(weight_row, last_weight_row).to(tl.int64) * stride_wn
+    weight_rows = weight_ptr + tl.minimum(weight_row, last_weight_row).to(tl.int64) * stride_weight_row
 
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     k_start = tl.program_id(1) * steps * BLOCK_K
@@ -230,17 +226,17 @@ def _matmul_kernel(
     if INT64:
         inner = inner.to(tl.int64)
     if SAME_STRIDE:
-        x_pointers = x_rows[:, None] + inner[None, :] * stride_xk
-        x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
+        x_pointers = x_rows[:, None] + inner[None, :] * stride_x_feature
+        x_step = tl.full((), BLOCK_K, tl.int64) * stride_x_feature
     else:
         x_pointers = x_rows[:, None] + inner[None, :] * step_xk[:, None]
         x_step = (step_xk.to(tl.int64) * BLOCK_K)[:, None]
-    weight_pointers = weight_rows[:, None] + inner[None, :] * stride_wk
-    weight_step = tl.full((), BLOCK_K, tl.int64) * stride_wk
+    weight_pointers = weight_rows[:, None] + inner[None, :] * stride_weight_feature
+    weight_step = tl.full((), BLOCK_K, tl.int64) * stride_weight_feature
     if HAS_NOISE:
-        noise_rows = noise_ptr + sequence * stride_ab + place * stride_at
-        noise_pointers = noise_rows[:, None] + inner[None, :] * stride_ak
-        noise_step = tl.full((), BLOCK_K, tl.int64) * stride_ak
+        noise_rows = noise_ptr + sequence * stride_noise_sequence + place * stride_noise_row
+        noise_pointers = noise_rows[:, None] + inner[None, :] * stride_noise_feature
+        noise_step = tl.full((), BLOCK_K, tl.int64) * stride_noise_feature
 
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
@@ -278,14 +274,19 @@ def _matmul_kernel(
         tl.store(partial[:, None] + column[None, :], acc, mask=mask)
     else:
         _finish_tile(
-            acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_ptr, out_ptr,
+            acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_index_ptr, out_ptr,
             M, N, N_0, N_1, column_end, T, out_rows,
-            stride_bn, stride_ib, stride_it, stride_in, stride_sb, stride_st, stride_ob, stride_ot, stride_on,
+            stride_bias_column, (stride_image_sequence, stride_image_row, stride_image_column),
+            (stride_scatter_index_sequence, stride_scatter_index_row),
+            (stride_out_sequence, stride_out_row, stride_out_column),
             HAS_BIAS, HAS_IMAGE, HAS_SCATTER, WEIGHTS, INT64,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "T", "out_rows", "stride_sb"], do_not_specialize_on_alignment=["scatter_ptr"])
+@triton.jit(
+    do_not_specialize=["M", "T", "out_rows", "stride_scatter_index_sequence"],
+    do_not_specialize_on_alignment=["scatter_index_ptr"],
+)
 def _sum_splits_kernel(
     # Pointers
     partial_ptr,
@@ -293,9 +294,9 @@ def _sum_splits_kernel(
     bias_1_ptr,
     bias_2_ptr,
     image_ptr,
-    scatter_ptr,
+    scatter_index_ptr,
     out_ptr,
-    # Sizes
+    # Sizes, as of `_matmul_kernel`
     M,
     N,
     N_0,
@@ -303,15 +304,15 @@ def _sum_splits_kernel(
     T,
     out_rows,
     # Strides
-    stride_bn,
-    stride_ib,
-    stride_it,
-    stride_in,
-    stride_sb,
-    stride_st,
-    stride_ob,
-    stride_ot,
-    stride_on,
+    stride_bias_column,
+    stride_image_sequence,
+    stride_image_row,
+    stride_image_column,
+    stride_scatter_index_sequence,
+    stride_scatter_index_row,
+    stride_out_sequence,
+    stride_out_row,
+    stride_out_column,
     # Meta-parameters
     HAS_BIAS: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
@@ -332,9 +333,11 @@ def _sum_splits_kernel(
         partial = partial_ptr + (row.to(tl.int64) + split * M) * N
         acc += tl.load(partial[:, None] + column[None, :], mask=mask, other=0)
     _finish_tile(
-        acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_ptr, out_ptr,
+        acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_index_ptr, out_ptr,
         M, N, N_0, N_1, N, T, out_rows,
-        stride_bn, stride_ib, stride_it, stride_in, stride_sb, stride_st, stride_ob, stride_ot, stride_on,
+        stride_bias_column, (stride_image_sequence, stride_image_row, stride_image_column),
+        (stride_scatter_index_sequence, stride_scatter_index_row),
+        (stride_out_sequence, stride_out_row, stride_out_column),
         HAS_BIAS, HAS_IMAGE, HAS_SCATTER, WEIGHTS, INT64,
     )  # fmt: skip
 
