@@ -8,6 +8,9 @@ does not matter; V's order is undone where the output is stored.
 
 A program keeps BLOCK_M queries of a head and runs over all their keys. `attention_step` (`attention_step.py`), for few
 queries, is found here as well.
+
+A long file, because the kernel stays beside its launcher; more than a quarter of it is their signatures, a line an
+argument.
 """
 
 from typing import Any

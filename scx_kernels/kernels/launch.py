@@ -169,8 +169,8 @@ def _is_launched_ahead(_semantic=None):
 def begin():
     """Wait until the kernels launched before this one have ended and what they wrote is seen.
 
-    Before it, nothing that another kernel wrote may be read and nothing may be written. What is older than the kernels
-    that are waited for, a key's index array say, may be loaded ahead of it, and any address prefetched.
+    Before it, a kernel reads nothing that one of those may have written, and writes nothing. It may load an index array
+    that is older than they are, and prefetch any address.
 
     Kernels are launched ahead where a GPU can do that (Programmatic Dependent Launch): their programs take their places
     while the last programs of the kernel before still run, so that a launch costs less than its latency.

@@ -9,6 +9,9 @@ The rows of all sequences form one list of M = B*T rows. Many rows: tiles of the
 product is turned around, `(weight @ x.T).T`, so that the weight fills the matrix unit's 64 rows and x, at most 64
 rows, its columns; where even then the tiles are too few for the machine, the inner dimension is split. Up to three
 weights sharing the rows lie side by side in the columns of the result, each beginning a tile of its own.
+
+A long file, because kernels stay beside their launcher; more than a quarter of it is their signatures, a line an
+argument.
 """
 
 from collections.abc import Sequence

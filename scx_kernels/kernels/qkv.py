@@ -8,6 +8,9 @@
 A program owns BLOCK_S tokens and HEADS heads of one of the three roles, so cos and sin are read once for several heads.
 Rows are read whole and their features permuted on the chip: a gather of two-byte elements from memory would spend four
 loads on every element (x, its rotary partner, cos, sin).
+
+A long file, because the kernel stays beside its launcher; more than a third of it is their signatures, a line an
+argument.
 """
 
 from collections.abc import Sequence
