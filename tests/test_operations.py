@@ -57,14 +57,14 @@ def test_opcheck(name: str) -> None:
 
 def test_a_schema_is_read_off_the_reference() -> None:
     """What must be given or is written into comes first; a sealing is spelled as tensors and numbers."""
-    schema = str(torch.ops.scx_kernels.qkv_into_cache.default._schema)
-    assert schema == (
+    expected = torch._C.parse_schema(
         "scx_kernels::qkv_into_cache(Tensor z_q, Tensor z_k, Tensor z_v, Tensor? position, Tensor cos, Tensor sin, "
         "Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor[]? images=None, "
-        "Tensor? q_norm=None, Tensor? k_norm=None, float eps=9.9999999999999995e-07, ScalarType? dtype=None, "
+        "Tensor? q_norm=None, Tensor? k_norm=None, float eps=1e-6, ScalarType? dtype=None, "
         "SymInt offset=0, Tensor? offsets=None, Tensor? sealing_key=None, Tensor? sealing_writes=None, "
         "SymInt[]? sealing_numbers=None) -> Tensor"
     )
+    assert torch.ops.scx_kernels.qkv_into_cache.default._schema == expected
 
 
 @by_name
