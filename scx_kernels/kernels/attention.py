@@ -8,9 +8,6 @@ does not matter; V's order is undone where the output is stored.
 
 A program keeps BLOCK_M queries of a head and runs over all their keys. `attention_step` (`attention_step.py`), for few
 queries, is found here as well.
-
-A long file, because the kernel stays beside its launcher; more than a quarter of it is their signatures, a line an
-argument.
 """
 
 from typing import Any
@@ -44,32 +41,16 @@ __all__ = ["attention", "attention_step", "attention_tile", "step_tile"]
 
 @triton.jit
 def _attend(
-    acc,
-    tail,
-    row_max,
-    row_sum,
-    q,
-    q_tail,
+    acc, tail, row_max, row_sum, q, q_tail,
     # Pointers, at the program's head
-    k_ptr,
-    v_ptr,
-    mask_rows,
-    writes_ptr,
+    k_ptr, v_ptr, mask_rows, writes_ptr,
     # Of sealed K and V
-    seal_key,
-    word14,
+    seal_key, word14,
     # The keys lo..hi-1, and which of them a query sees
-    lo,
-    hi,
-    key_end,
-    last_key,
-    window,
-    scale,
+    lo, hi, key_end, last_key, window, scale,
     # Strides
-    stride_k_row,
-    stride_k_feature,
-    stride_v_row,
-    stride_v_feature,
+    stride_k_row, stride_k_feature,
+    stride_v_row, stride_v_feature,
     stride_mask_key,
     stride_writes_row,
     # Meta-parameters
@@ -82,7 +63,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
-):
+):  # fmt: skip
     offsets = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     tail_columns = tl.arange(0, max(BLOCK_TAIL, 1)) + BLOCK_D
@@ -142,59 +123,26 @@ def _attend(
 )
 def _attention_kernel(
     # Pointers
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    kv_start_ptr,
-    kv_length_ptr,
-    output_index_ptr,
-    position_ptr,
-    redundant_ptr,
-    seal_key_ptr,
-    writes_ptr,
-    out_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, kv_start_ptr, kv_length_ptr,
+    output_index_ptr, position_ptr, redundant_ptr, seal_key_ptr, writes_ptr, out_ptr,
     # Sizes
     S,  # queries of a sequence
     N,  # its keys
     R,  # its redundant rows
     H,  # query heads
-    heads_per_group,
-    window,
-    scale,
+    heads_per_group, window, scale,
     layer,  # of sealed K and V, as the next
     first_head,
     # Strides
-    stride_q_sequence,
-    stride_q_head,
-    stride_q_token,
-    stride_q_feature,
-    stride_k_sequence,
-    stride_k_head,
-    stride_k_row,
-    stride_k_feature,
-    stride_v_sequence,
-    stride_v_head,
-    stride_v_row,
-    stride_v_feature,
-    stride_mask_sequence,
-    stride_mask_head,
-    stride_mask_query,
-    stride_mask_key,
-    stride_output_index_sequence,
-    stride_output_index_head,
-    stride_output_index_feature,
-    stride_position_sequence,
-    stride_position_row,
-    stride_redundant_sequence,
-    stride_redundant_row,
-    stride_redundant_feature,
-    stride_out_sequence,
-    stride_out_head,
-    stride_out_row,
-    stride_out_feature,
-    stride_writes_sequence,
-    stride_writes_row,
+    stride_q_sequence, stride_q_head, stride_q_token, stride_q_feature,
+    stride_k_sequence, stride_k_head, stride_k_row, stride_k_feature,
+    stride_v_sequence, stride_v_head, stride_v_row, stride_v_feature,
+    stride_mask_sequence, stride_mask_head, stride_mask_query, stride_mask_key,
+    stride_output_index_sequence, stride_output_index_head, stride_output_index_feature,
+    stride_position_sequence, stride_position_row,
+    stride_redundant_sequence, stride_redundant_row, stride_redundant_feature,
+    stride_out_sequence, stride_out_head, stride_out_row, stride_out_feature,
+    stride_writes_sequence, stride_writes_row,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -212,7 +160,7 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
-):
+):  # fmt: skip
     # The last queries see the most keys: they start first. Heads of a group run side by side and share keys in L2.
     sequences_heads = tl.num_programs(0) // (tl.cdiv(S, BLOCK_M) + tl.cdiv(R, BLOCK_M))
     block = tl.cdiv(S, BLOCK_M) - 1 - tl.program_id(0) // sequences_heads

@@ -73,44 +73,23 @@ def _prefetch_rows(head_ptr, first, N, stride_row, stride_feature, HEAD_DIM: tl.
 )
 def _step_kernel(
     # Pointers
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    kv_start_ptr,
-    kv_length_ptr,
-    position_ptr,
-    seal_key_ptr,
-    writes_ptr,
-    partial_ptr,
-    max_ptr,
-    sum_ptr,
+    q_ptr, k_ptr, v_ptr, kv_start_ptr, kv_length_ptr, position_ptr, seal_key_ptr, writes_ptr,
+    partial_ptr, max_ptr, sum_ptr,
     # Sizes
     S,  # queries of a sequence
     N,  # its keys
     H,  # query heads
     heads_per_group,
     splits,  # programs among which a sequence's keys are divided
-    window,
-    scale,
+    window, scale,
     layer,  # of sealed K and V, as the next
     first_head,
     # Strides
-    stride_q_sequence,
-    stride_q_head,
-    stride_q_token,
-    stride_q_feature,
-    stride_k_sequence,
-    stride_k_head,
-    stride_k_row,
-    stride_k_feature,
-    stride_v_sequence,
-    stride_v_head,
-    stride_v_row,
-    stride_v_feature,
-    stride_position_sequence,
-    stride_position_key,
-    stride_writes_sequence,
-    stride_writes_row,
+    stride_q_sequence, stride_q_head, stride_q_token, stride_q_feature,
+    stride_k_sequence, stride_k_head, stride_k_row, stride_k_feature,
+    stride_v_sequence, stride_v_head, stride_v_row, stride_v_feature,
+    stride_position_sequence, stride_position_key,
+    stride_writes_sequence, stride_writes_row,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     HAS_START: tl.constexpr,
@@ -123,7 +102,7 @@ def _step_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
-):
+):  # fmt: skip
     groups = H // heads_per_group
     split = tl.program_id(0) % splits
     # int64: sequence, head and row times their stride grow with the whole tensor.
@@ -218,29 +197,20 @@ def _step_kernel(
 )
 def _combine_kernel(
     # Pointers
-    partial_ptr,
-    max_ptr,
-    sum_ptr,
-    output_index_ptr,
-    out_ptr,
+    partial_ptr, max_ptr, sum_ptr, output_index_ptr, out_ptr,
     # Sizes
     S,  # queries of a sequence
     H,  # query heads
     splits,  # programs that had a part of a sequence's keys
     # Strides
-    stride_output_index_sequence,
-    stride_output_index_head,
-    stride_output_index_feature,
-    stride_out_sequence,
-    stride_out_head,
-    stride_out_token,
-    stride_out_feature,
+    stride_output_index_sequence, stride_output_index_head, stride_output_index_feature,
+    stride_out_sequence, stride_out_head, stride_out_token, stride_out_feature,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     # int64: (sequence, head, token) times splits times features grows with the whole workspace.
     row = tl.program_id(0).to(tl.int64)
     b = row // S // H

@@ -10,8 +10,7 @@ product is turned around, `(weight @ x.T).T`, so that the weight fills the matri
 rows, its columns; where even then the tiles are too few for the machine, the inner dimension is split. Up to three
 weights sharing the rows lie side by side in the columns of the result, each beginning a tile of its own.
 
-A long file, because kernels stay beside their launcher; more than a quarter of it is their signatures, a line an
-argument.
+A long file, because the kernels stay beside their launchers.
 """
 
 from collections.abc import Sequence
@@ -56,24 +55,11 @@ def _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bia
 @triton.jit
 def _finish_tile(
     # The tile and where it lies
-    acc,
-    row,
-    column,
+    acc, row, column,
     # Pointers
-    bias_ptr,
-    bias_1_ptr,
-    bias_2_ptr,
-    image_ptr,
-    scatter_index_ptr,
-    out_ptr,
+    bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_index_ptr, out_ptr,
     # Sizes
-    M,
-    N,
-    N_0,
-    N_1,
-    column_end,
-    T,
-    out_rows,
+    M, N, N_0, N_1, column_end, T, out_rows,
     # Strides
     stride_bias_column,
     image_strides,  # from sequence to sequence, row to row, column to column
@@ -85,7 +71,7 @@ def _finish_tile(
     HAS_SCATTER: tl.constexpr,
     WEIGHTS: tl.constexpr,
     INT64: tl.constexpr,
-):
+):  # fmt: skip
     """Subtract the noise's image, add the bias, write rows to their places, in columns before `column_end`."""
     in_rows = row < M
     in_columns = column < column_end
@@ -116,20 +102,9 @@ def _finish_tile(
 )
 def _matmul_kernel(
     # Pointers
-    x_ptr,
-    redundant_ptr,
-    row_index_ptr,
-    noise_ptr,
-    weight_ptr,
-    weight_1_ptr,
-    weight_2_ptr,
-    bias_ptr,
-    bias_1_ptr,
-    bias_2_ptr,
-    image_ptr,
-    scatter_index_ptr,
-    out_ptr,
-    partial_ptr,
+    x_ptr, redundant_ptr, row_index_ptr, noise_ptr,
+    weight_ptr, weight_1_ptr, weight_2_ptr, bias_ptr, bias_1_ptr, bias_2_ptr,
+    image_ptr, scatter_index_ptr, out_ptr, partial_ptr,
     # Sizes
     M,  # encoded rows of all sequences
     N,  # columns of all weights
@@ -140,28 +115,15 @@ def _matmul_kernel(
     tokens,  # rows of x
     out_rows,  # rows of the result
     # Strides
-    stride_x_sequence,
-    stride_x_row,
-    stride_x_feature,
-    stride_redundant_sequence,
-    stride_redundant_row,
-    stride_redundant_feature,
-    stride_row_index_sequence,
-    stride_row_index_row,
-    stride_noise_sequence,
-    stride_noise_row,
-    stride_noise_feature,
-    stride_weight_row,
-    stride_weight_feature,
+    stride_x_sequence, stride_x_row, stride_x_feature,
+    stride_redundant_sequence, stride_redundant_row, stride_redundant_feature,
+    stride_row_index_sequence, stride_row_index_row,
+    stride_noise_sequence, stride_noise_row, stride_noise_feature,
+    stride_weight_row, stride_weight_feature,
     stride_bias_column,
-    stride_image_sequence,
-    stride_image_row,
-    stride_image_column,
-    stride_scatter_index_sequence,
-    stride_scatter_index_row,
-    stride_out_sequence,
-    stride_out_row,
-    stride_out_column,
+    stride_image_sequence, stride_image_row, stride_image_column,
+    stride_scatter_index_sequence, stride_scatter_index_row,
+    stride_out_sequence, stride_out_row, stride_out_column,
     # Meta-parameters
     HAS_INDEX: tl.constexpr,
     HAS_REDUNDANT: tl.constexpr,
@@ -179,7 +141,7 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,  # tiles of this many row blocks follow each other, so that they share weights in L2
-):
+):  # fmt: skip
     begin()
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_0 = tl.cdiv(N_0, BLOCK_N)
@@ -292,30 +254,14 @@ def _matmul_kernel(
 )
 def _sum_splits_kernel(
     # Pointers
-    partial_ptr,
-    bias_ptr,
-    bias_1_ptr,
-    bias_2_ptr,
-    image_ptr,
-    scatter_index_ptr,
-    out_ptr,
+    partial_ptr, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_index_ptr, out_ptr,
     # Sizes, as of `_matmul_kernel`
-    M,
-    N,
-    N_0,
-    N_1,
-    T,
-    out_rows,
+    M, N, N_0, N_1, T, out_rows,
     # Strides
     stride_bias_column,
-    stride_image_sequence,
-    stride_image_row,
-    stride_image_column,
-    stride_scatter_index_sequence,
-    stride_scatter_index_row,
-    stride_out_sequence,
-    stride_out_row,
-    stride_out_column,
+    stride_image_sequence, stride_image_row, stride_image_column,
+    stride_scatter_index_sequence, stride_scatter_index_row,
+    stride_out_sequence, stride_out_row, stride_out_column,
     # Meta-parameters
     HAS_BIAS: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
@@ -325,7 +271,7 @@ def _sum_splits_kernel(
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -8,9 +8,6 @@
 A program owns BLOCK_S tokens and HEADS heads of one of the three roles, so cos and sin are read once for several heads.
 Rows are read whole and their features permuted on the chip: a gather of two-byte elements from memory would spend four
 loads on every element (x, its rotary partner, cos, sin).
-
-A long file, because the kernel stays beside its launcher; more than a third of it is their signatures, a line an
-argument.
 """
 
 from collections.abc import Sequence
@@ -65,28 +62,11 @@ def _scale_by_norm(x, norm_weight_ptr, columns, in_head, scale, stride_norm_weig
 @triton.jit
 def _encode_heads(
     # Pointers, at the program's sequence (but for the image, which may be absent)
-    z_ptr,
-    image_ptr,
-    norm_weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    index_ptr,
-    out_ptr,
-    fresh_ptr,
+    z_ptr, image_ptr, norm_weight_ptr, cos_ptr, sin_ptr, index_ptr, out_ptr, fresh_ptr,
     # What the program owns
-    b,
-    place,
-    token,
-    slot,
-    in_tokens,
-    first_head,
-    heads,
-    eps,
+    b, place, token, slot, in_tokens, first_head, heads, eps,
     # What seals it
-    seal_key_ptr,
-    writes,
-    layer,
-    sealed_head,
+    seal_key_ptr, writes, layer, sealed_head,
     # Strides
     z_strides,  # from row to row, feature to feature
     image_strides,  # from sequence to sequence, row to row, feature to feature
@@ -109,7 +89,7 @@ def _encode_heads(
     STAGES: tl.constexpr,  # heads whose rows are on their way at once
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     columns = tl.arange(0, BLOCK_D)
     in_head = columns < HEAD_DIM
@@ -175,97 +155,38 @@ def _encode_heads(
 )
 def _qkv_kernel(
     # Pointers
-    z_q_ptr,
-    z_k_ptr,
-    z_v_ptr,
-    image_q_ptr,
-    image_k_ptr,
-    image_v_ptr,
-    position_ptr,
-    cos_ptr,
-    sin_ptr,
-    query_index_ptr,  # the launcher's `query`, `key` and `value`
-    key_index_ptr,
-    value_index_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    offsets_ptr,
-    seal_key_ptr,
-    writes_ptr,
-    q_ptr,
-    keys_ptr,
-    values_ptr,
-    fresh_k_ptr,
-    fresh_v_ptr,
+    z_q_ptr, z_k_ptr, z_v_ptr, image_q_ptr, image_k_ptr, image_v_ptr, position_ptr, cos_ptr, sin_ptr,
+    query_index_ptr, key_index_ptr, value_index_ptr,  # the launcher's `query`, `key` and `value`
+    q_norm_ptr, k_norm_ptr, offsets_ptr, seal_key_ptr, writes_ptr,
+    q_ptr, keys_ptr, values_ptr, fresh_k_ptr, fresh_v_ptr,
     # Sizes
     S,  # tokens of a sequence
     H,  # query heads
     G,  # key/value heads
     offset,  # slot of the first token
-    eps,
-    layer,
-    first_head,
+    eps, layer, first_head,
     # Strides
-    stride_z_q_sequence,
-    stride_z_q_row,
-    stride_z_q_feature,
-    stride_z_k_sequence,
-    stride_z_k_row,
-    stride_z_k_feature,
-    stride_z_v_sequence,
-    stride_z_v_row,
-    stride_z_v_feature,
-    stride_image_q_sequence,
-    stride_image_q_row,
-    stride_image_q_feature,
-    stride_image_k_sequence,
-    stride_image_k_row,
-    stride_image_k_feature,
-    stride_image_v_sequence,
-    stride_image_v_row,
-    stride_image_v_feature,
-    stride_position_sequence,
-    stride_position_token,
-    stride_cos_sequence,
-    stride_cos_token,
-    stride_cos_feature,
-    stride_sin_sequence,
-    stride_sin_token,
-    stride_sin_feature,
-    stride_query_index_sequence,
-    stride_query_index_head,
-    stride_query_index_feature,
-    stride_key_index_sequence,
-    stride_key_index_head,
-    stride_key_index_feature,
-    stride_value_index_sequence,
-    stride_value_index_head,
-    stride_value_index_feature,
+    stride_z_q_sequence, stride_z_q_row, stride_z_q_feature,
+    stride_z_k_sequence, stride_z_k_row, stride_z_k_feature,
+    stride_z_v_sequence, stride_z_v_row, stride_z_v_feature,
+    stride_image_q_sequence, stride_image_q_row, stride_image_q_feature,
+    stride_image_k_sequence, stride_image_k_row, stride_image_k_feature,
+    stride_image_v_sequence, stride_image_v_row, stride_image_v_feature,
+    stride_position_sequence, stride_position_token,
+    stride_cos_sequence, stride_cos_token, stride_cos_feature,
+    stride_sin_sequence, stride_sin_token, stride_sin_feature,
+    stride_query_index_sequence, stride_query_index_head, stride_query_index_feature,
+    stride_key_index_sequence, stride_key_index_head, stride_key_index_feature,
+    stride_value_index_sequence, stride_value_index_head, stride_value_index_feature,
     stride_q_norm_feature,
     stride_k_norm_feature,
     stride_offsets_sequence,
-    stride_q_sequence,
-    stride_q_head,
-    stride_q_token,
-    stride_q_feature,
-    stride_keys_sequence,
-    stride_keys_head,
-    stride_keys_slot,
-    stride_keys_feature,
-    stride_values_sequence,
-    stride_values_head,
-    stride_values_slot,
-    stride_values_feature,
-    stride_fresh_k_sequence,
-    stride_fresh_k_head,
-    stride_fresh_k_token,
-    stride_fresh_k_feature,
-    stride_fresh_v_sequence,
-    stride_fresh_v_head,
-    stride_fresh_v_token,
-    stride_fresh_v_feature,
-    stride_writes_sequence,
-    stride_writes_slot,
+    stride_q_sequence, stride_q_head, stride_q_token, stride_q_feature,
+    stride_keys_sequence, stride_keys_head, stride_keys_slot, stride_keys_feature,
+    stride_values_sequence, stride_values_head, stride_values_slot, stride_values_feature,
+    stride_fresh_k_sequence, stride_fresh_k_head, stride_fresh_k_token, stride_fresh_k_feature,
+    stride_fresh_v_sequence, stride_fresh_v_head, stride_fresh_v_token, stride_fresh_v_feature,
+    stride_writes_sequence, stride_writes_slot,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -280,7 +201,7 @@ def _qkv_kernel(
     STAGES: tl.constexpr,  # heads whose rows are on their way at once
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     blocks = tl.cdiv(S, BLOCK_S)
     # int64: sequence * stride, row * stride and slot * stride grow with the whole tensor.

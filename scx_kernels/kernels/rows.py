@@ -44,37 +44,20 @@ def _load_rows(pointers, offsets, stride, mask):
 )
 def _inject_kernel(
     # Pointers
-    x_ptr,
-    redundant_ptr,
-    row_index_ptr,
-    feature_index_ptr,
-    norm_weight_ptr,
-    noise_ptr,
-    out_ptr,
+    x_ptr, redundant_ptr, row_index_ptr, feature_index_ptr, norm_weight_ptr, noise_ptr, out_ptr,
     # Sizes
     T,  # encoded rows of a sequence
     N,  # rows of x
     D,  # features
     eps,
     # Strides
-    stride_x_sequence,
-    stride_x_row,
-    stride_x_feature,
-    stride_redundant_sequence,
-    stride_redundant_row,
-    stride_redundant_feature,
-    stride_row_index_sequence,
-    stride_row_index_row,
-    stride_feature_index_sequence,
-    stride_feature_index_head,
-    stride_feature_index_feature,
+    stride_x_sequence, stride_x_row, stride_x_feature,
+    stride_redundant_sequence, stride_redundant_row, stride_redundant_feature,
+    stride_row_index_sequence, stride_row_index_row,
+    stride_feature_index_sequence, stride_feature_index_head, stride_feature_index_feature,
     stride_norm_weight_feature,
-    stride_noise_sequence,
-    stride_noise_row,
-    stride_noise_feature,
-    stride_out_sequence,
-    stride_out_row,
-    stride_out_feature,
+    stride_noise_sequence, stride_noise_row, stride_noise_feature,
+    stride_out_sequence, stride_out_row, stride_out_feature,
     # Meta-parameters
     HAS_INDEX: tl.constexpr,
     HAS_REDUNDANT: tl.constexpr,
@@ -85,7 +68,7 @@ def _inject_kernel(
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     blocks = tl.cdiv(T, BLOCK_M)
     # int64: sequence * stride and row * stride grow with the whole tensor.
@@ -166,37 +149,24 @@ def _inject_kernel(
 )
 def _strip_kernel(
     # Pointers
-    z_ptr,
-    position_ptr,
-    residual_ptr,
-    image_ptr,
-    out_ptr,
+    z_ptr, position_ptr, residual_ptr, image_ptr, out_ptr,
     # Sizes
     rows,  # of all sequences
     S,  # tokens of a sequence
     D,  # features
     # Strides
-    stride_z_sequence,
-    stride_z_row,
-    stride_z_feature,
-    stride_position_sequence,
-    stride_position_token,
-    stride_residual_sequence,
-    stride_residual_token,
-    stride_residual_feature,
-    stride_image_sequence,
-    stride_image_row,
-    stride_image_feature,
-    stride_out_sequence,
-    stride_out_token,
-    stride_out_feature,
+    stride_z_sequence, stride_z_row, stride_z_feature,
+    stride_position_sequence, stride_position_token,
+    stride_residual_sequence, stride_residual_token, stride_residual_feature,
+    stride_image_sequence, stride_image_row, stride_image_feature,
+    stride_out_sequence, stride_out_token, stride_out_feature,
     # Meta-parameters
     HAS_RESIDUAL: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = row < rows

@@ -45,34 +45,17 @@ def _words(
 )
 def _seal_kernel(
     # Pointers
-    x_ptr,
-    out_ptr,
-    key_ptr,
-    writes_ptr,
-    old_key_ptr,
-    old_writes_ptr,
+    x_ptr, out_ptr, key_ptr, writes_ptr, old_key_ptr, old_writes_ptr,
     # Sizes
     G,  # key/value heads
     N,  # rows of a head
     # Which rows these are
-    layer,
-    first_head,
-    word15,
-    old_layer,
-    old_first_head,
+    layer, first_head, word15, old_layer, old_first_head,
     # Strides
-    stride_x_sequence,
-    stride_x_head,
-    stride_x_row,
-    stride_x_feature,
-    stride_out_sequence,
-    stride_out_head,
-    stride_out_row,
-    stride_out_feature,
-    stride_writes_sequence,
-    stride_writes_row,
-    stride_old_writes_sequence,
-    stride_old_writes_row,
+    stride_x_sequence, stride_x_head, stride_x_row, stride_x_feature,
+    stride_out_sequence, stride_out_head, stride_out_row, stride_out_feature,
+    stride_writes_sequence, stride_writes_row,
+    stride_old_writes_sequence, stride_old_writes_row,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr,
@@ -80,7 +63,7 @@ def _seal_kernel(
     ROUNDS: tl.constexpr,
     OLD_ROUNDS: tl.constexpr,  # 0 where there is no keystream to take off
     BLOCK_U: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     # int64: sequence, head, row and feature times their stride grow with the whole tensor.
     chunks = tl.cdiv(N * BLOCKS, BLOCK_U)
@@ -118,18 +101,15 @@ def _seal_kernel(
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["streams_ptr"])
 def _random_kernel(
     # Pointers
-    key_ptr,
-    streams_ptr,
-    out_ptr,
+    key_ptr, streams_ptr, out_ptr,
     # Sizes
     count,  # words of a stream
     # Strides
-    stride_streams_stream,
-    stride_streams_word,
+    stride_streams_stream, stride_streams_word,
     # Meta-parameters
     ROUNDS: tl.constexpr,
     BLOCK_U: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     # int64: stream * count grows with the whole tensor.
     chunks = tl.cdiv(tl.cdiv(count, 16), BLOCK_U)

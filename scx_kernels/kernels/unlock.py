@@ -36,30 +36,21 @@ SCRATCH_BYTES = 64 * 2**20
 @triton.jit(do_not_specialize=["S", "stride_position_sequence"], do_not_specialize_on_alignment=["position_ptr"])
 def _take_rows_kernel(
     # Pointers
-    cache_ptr,
-    position_ptr,
-    out_ptr,
+    cache_ptr, position_ptr, out_ptr,
     # Sizes
     S,  # tokens of a sequence
     D,  # features of a head
     G,  # key/value heads
     # Strides
-    stride_cache_sequence,
-    stride_cache_head,
-    stride_cache_row,
-    stride_cache_feature,
-    stride_position_sequence,
-    stride_position_token,
-    stride_out_sequence,
-    stride_out_head,
-    stride_out_token,
-    stride_out_feature,
+    stride_cache_sequence, stride_cache_head, stride_cache_row, stride_cache_feature,
+    stride_position_sequence, stride_position_token,
+    stride_out_sequence, stride_out_head, stride_out_token, stride_out_feature,
     # Meta-parameters
     HAS_POSITION: tl.constexpr,  # without it rows are copied as they lie
     INT64: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     # int64: sequence, head and row times their stride grow with the whole cache.
     b = (tl.program_id(1) // G).to(tl.int64)
