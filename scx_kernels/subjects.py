@@ -86,6 +86,16 @@ def _sealing(device: torch.device, batch: int, tokens: int, rounds: int) -> Seal
     return Sealing(key, WriteCounter().take(batch, tokens, device), 0, rounds)
 
 
+def _of(launcher: Callable[..., Result], expected: Callable[[Arguments], Result] | None = None) -> dict[str, Any]:
+    """What a subject says of its launcher; expected of the reference of its name unless another is given."""
+    name = launcher.__name__
+    return {
+        "operation": name,
+        "run": lambda arguments, tile: launcher(**arguments, tile=tile),
+        "expected": expected or (lambda arguments: getattr(reference, name)(**arguments)),
+    }
+
+
 def _product(model: Model, count: int) -> Subject:
     columns = (model.heads + 2 * model.kv_heads) * model.head_dim
 
@@ -95,11 +105,9 @@ def _product(model: Model, count: int) -> Subject:
 
     vary = {"BLOCK_N": (32, 64, 128, 256), "BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5)}
     return Subject(
-        operation="permuted_linear",
+        **_of(product.permuted_linear),
         sizes={"rows": count, "columns": columns, "inner": model.hidden},
         make=make,
-        run=lambda arguments, tile: product.permuted_linear(**arguments, tile=tile),
-        expected=lambda arguments: reference.permuted_linear(**arguments),
         heuristic=lambda target: product.matmul_tile(count, columns, model.hidden, DTYPE, False, True, target),
         vary=vary | ({"SPLIT_K": (1, 2, 4, 8)} if count <= 64 else {"BLOCK_M": (64, 128)}),
     )
@@ -112,12 +120,10 @@ def _injection(model: Model, count: int, norm: bool) -> Subject:
         return {"x": x, "row_index": _permutations(device, 1, count), "norm_weight": weight}
 
     return Subject(
-        operation="inject_permute",
+        **_of(rows.inject_permute),
         variant="norm" if norm else "",
         sizes={"rows": count, "features": model.hidden},
         make=make,
-        run=lambda arguments, tile: rows.inject_permute(**arguments, tile=tile),
-        expected=lambda arguments: reference.inject_permute(**arguments),
         heuristic=lambda target: rows.inject_tile(model.hidden, DTYPE, norm, False, target),
         vary={"BLOCK_M": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8, 16)},
     )
@@ -135,12 +141,10 @@ def _heads(model: Model, count: int) -> Subject:
         }
 
     return Subject(
-        operation="inject_permute",
+        **_of(rows.inject_permute),
         variant="heads",
         sizes={"rows": count, "features": size},
         make=make,
-        run=lambda arguments, tile: rows.inject_permute(**arguments, tile=tile),
-        expected=lambda arguments: reference.inject_permute(**arguments),
         heuristic=lambda target: rows.inject_tile(size, DTYPE, False, False, target),
         vary={"BLOCK_M": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},
     )
@@ -167,12 +171,10 @@ def _transcoding(model: Model, count: int, rounds: int = 0) -> Subject:
         return reference.qkv_decode_encode(**{name: x for name, x in arguments.items() if name not in into})
 
     return Subject(
-        operation="qkv_decode_encode",
+        **_of(qkv.qkv_decode_encode, expected),
         variant="sealed" if rounds else "",
         sizes={"tokens": count, "heads": sum(heads), "head_dim": size},
         make=make,
-        run=lambda arguments, tile: qkv.qkv_decode_encode(**arguments, tile=tile),
-        expected=expected,
         heuristic=lambda target: qkv.qkv_tile(count, sum(heads), size, DTYPE, False, bool(rounds), target),
         # A keystream takes long to compile, and registers that a large tile would need.
         vary={"BLOCK_S": (8, 16, 32), "HEADS": (2, 4, 8), "STAGES": (1, 2), "num_warps": (2, 4, 8)}
@@ -199,11 +201,9 @@ def _prefill(model: Model, tokens: int) -> Subject:
         return {"q": q, "k": k, "v": v, "softmax_scale": size**-0.5, "is_causal": True}
 
     return Subject(
-        operation="attention",
+        **_of(attention.attention),
         sizes={"tokens": tokens, "keys": tokens, "head_dim": model.head_dim},
         make=make,
-        run=lambda arguments, tile: attention.attention(**arguments, tile=tile),
-        expected=lambda arguments: reference.attention(**arguments),
         heuristic=lambda target: attention.attention_tile(tokens, model.head_dim, DTYPE, False, False, target),
         vary={"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     )
@@ -230,12 +230,10 @@ def _step(model: Model, batch: int, keys: int, rounds: int = 0) -> Subject:
         return reference.attention_step(**given)
 
     return Subject(
-        operation="attention_step",
+        **_of(attention_step.attention_step, expected),
         variant="sealed" if rounds else "",
         sizes={"sequences": batch * model.kv_heads, "rows": group, "keys": keys, "head_dim": size},
         make=make,
-        run=lambda arguments, tile: attention_step.attention_step(**arguments, tile=tile),
-        expected=expected,
         heuristic=lambda target: attention_step.step_tile(
             batch, model.kv_heads, group, keys, size, DTYPE, False, bool(rounds), target
         ),
