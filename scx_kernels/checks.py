@@ -122,12 +122,12 @@ def check_linear(
     x: Tensor,
     weight: Tensor,
     row_index: Tensor | None,
-    redundant: Tensor | None,
-    bias: Tensor | None,
-    noise: Tensor | None,
-    image: Tensor | None,
-    scatter_index: Tensor | None,
-    out_rows: int | None,
+    redundant: Tensor | None = None,
+    bias: Tensor | None = None,
+    noise: Tensor | None = None,
+    image: Tensor | None = None,
+    scatter_index: Tensor | None = None,
+    out_rows: int | None = None,
 ) -> None:
     """x (B, N, D), weight (M, D) of x's dtype, or of half precision where x is float32."""
     check_rows(x, row_index, redundant)
@@ -205,14 +205,14 @@ def check_attention(
     k: Tensor,
     v: Tensor,
     softmax_scale: float,
-    mask: Tensor | None,
-    is_causal: bool,
-    window: int | None,
-    kv_start: Tensor | None,
-    kv_length: Tensor | None,
-    output_index: Tensor | None,
-    row_index: Tensor | None,
-    redundant: Tensor | None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    kv_start: Tensor | None = None,
+    kv_length: Tensor | None = None,
+    output_index: Tensor | None = None,
+    row_index: Tensor | None = None,
+    redundant: Tensor | None = None,
 ) -> None:
     """q (B, H, S, d); k, v (B, G, N, d) with H a multiple of G; row_index (B, T) or None."""
     _check_heads(q, k, v, softmax_scale, output_index)

@@ -7,7 +7,7 @@ computes is the secure side: it holds the key, so it may hold what the key gives
 import torch
 from torch import Tensor
 
-from scx_kernels.sealing import _DTYPES, WRITE_LIMIT, Sealing, _check_values, _cipher_in_place, blocks_of, keystream
+from scx_kernels.sealing import BIT_DTYPES, WRITE_LIMIT, Sealing, blocks_of, check_values, cipher_in_place, keystream
 
 __all__ = ["KeptKeystream"]
 
@@ -62,7 +62,7 @@ class KeptKeystream:
             start = self._first
             if not torch.equal(self._writes.narrow(1, start, rows), sealing.writes):
                 return None
-        words = self._words[is_value].narrow(2, start, rows).view(_DTYPES[dtype])
+        words = self._words[is_value].narrow(2, start, rows).view(BIT_DTYPES[dtype])
         return words if words.shape[3] == head_dim else words[..., :head_dim]
 
     def cover(self, sealing: Sealing, groups: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -175,9 +175,9 @@ def _fill(target: list[Tensor], own: Sealing, kept: _Rows | None) -> None:
 
 def _make(target: list[Tensor], own: Sealing) -> None:
     """Each of target (B, G, N, 16n) = the keystream of rows with own.writes (B, N)."""
-    _check_values(own.writes, WRITE_LIMIT, "sealing.writes")
+    check_values(own.writes, WRITE_LIMIT, "sealing.writes")
     for is_value, words in enumerate(target):
         words.zero_()
-        if not _cipher_in_place(words, own, bool(is_value), words):
+        if not cipher_in_place(words, own, bool(is_value), words):
             groups, width = words.shape[1], words.shape[3]
             words.copy_(keystream(own, groups, width, torch.float32, is_value=bool(is_value)))

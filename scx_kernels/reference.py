@@ -12,6 +12,8 @@ Notation: B batch, S tokens, R redundant rows, T encoded rows, D features, H que
 
 Two permutations in a row compose into one index array, so "leave one token order, enter the next" is one
 `inject_permute` as well. Index arrays are int64 on the device of the tensor they index.
+
+A long file, because a specification is read as one; more than half of it is signatures and what they mean.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The public operations of sealed storage: one name each, whatever device the tensors are on.
 
 CPU tensors take `scx_kernels.sealing`, CUDA and ROCm tensors take Triton, as every operation does
-(`scx_kernels.operations`, with its `backend`). Nothing here has a gradient.
+(`scx_kernels.dispatch`). Nothing here has a gradient.
 
 Names, arguments and results are those of `scx_kernels.sealing`, where they are documented.
 """
@@ -11,39 +11,36 @@ from typing import Any
 
 from torch import Tensor
 
-from scx_kernels import operations
 from scx_kernels import sealing as reference
-from scx_kernels.operations import Operator, is_accelerator, operation, spelling
+from scx_kernels.dispatch import chosen_backend, is_accelerator
+from scx_kernels.operators import Operator, operation
 from scx_kernels.sealing import Sealing, check_out, check_sealing, check_streams
 
 __all__ = ["random_bits", "reseal", "seal", "unseal"]
 
-_SEALING, _OLD, _NEW = (spelling(name) for name in ("sealing", "old", "new"))
 
-
-def _like(x: Tensor, **options: Any) -> Tensor:
+def _like(x: Tensor, **given: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _in_place(out: Tensor, **options: Any) -> None:
-    return None
-
-
-def _bits_shape(key: Tensor, streams: Tensor, count: int, rounds: int = 20) -> Tensor:
+def _bits_shape(key: Tensor, streams: Tensor, count: int, **given: Any) -> Tensor:
     return key.new_empty(streams.shape[0], count)
 
 
-_seal = Operator("seal", "sealing", f"(Tensor x, {_SEALING}, bool is_value) -> Tensor", _like)
-_reseal = Operator("reseal", "sealing", f"(Tensor x, {_OLD}, {_NEW}, bool is_value) -> Tensor", _like)
-_seal_into = Operator(
-    "seal_into", "sealing", f"(Tensor(a!) out, Tensor? x, {_SEALING}, bool is_value) -> ()", _in_place
-)
-_reseal_into = Operator(
-    "reseal_into", "sealing", f"(Tensor(a!) out, Tensor? x, {_OLD}, {_NEW}, bool is_value) -> ()", _in_place
-)
-_random_bits = Operator(
-    "random_bits", "sealing", "(Tensor key, Tensor streams, SymInt count, int rounds=20) -> Tensor", _bits_shape
-)
+# What follows writes into `out`, and in place where x is None; it has no results.
+def _seal_into_shape(out: Tensor, x: Tensor | None, sealing: Sealing, is_value: bool) -> None:
+    return None
+
+
+def _reseal_into_shape(out: Tensor, x: Tensor | None, old: Sealing, new: Sealing, is_value: bool) -> None:
+    return None
+
+
+_seal = Operator(reference.seal, "sealing", _like, fixed={"out": None})
+_reseal = Operator(reference.reseal, "sealing", _like, fixed={"out": None})
+_seal_into = Operator(_seal_into_shape, "sealing", _seal_into_shape, name="seal_into", mutates=("out",))
+_reseal_into = Operator(_reseal_into_shape, "sealing", _reseal_into_shape, name="reseal_into", mutates=("out",))
+_random_bits = Operator(reference.random_bits, "sealing", _bits_shape)
 
 
 @operation(reference.seal, _seal)
@@ -74,8 +71,8 @@ def reseal(x: Tensor, old: Sealing, new: Sealing, *, is_value: bool, out: Tensor
 
 @wraps(reference.random_bits)
 def random_bits(key: Tensor, streams: Tensor, count: int, *, rounds: int = 20) -> Tensor:
-    on_kernels = operations._backend == "triton" or (operations._backend == "auto" and is_accelerator(key.device))
-    if not on_kernels:
+    chosen = chosen_backend()
+    if chosen != "triton" and (chosen != "auto" or not is_accelerator(key.device)):
         return reference.random_bits(key, streams, count, rounds=rounds)
     check_streams(key, streams, count, rounds)
     return _random_bits(key, streams, count, rounds=rounds)

@@ -35,24 +35,25 @@ they are; `gather` and `scatter` of 16-bit floats on the CPU do not. Where those
 """
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from scx_kernels.chacha import BLOCK_BYTES, HAS_LIBRARY, ROUNDS, chacha_blocks, cipher_memory, key_bytes, key_words
 
-if TYPE_CHECKING:
-    from scx_kernels.kept import KeptKeystream
-
 __all__ = [
+    "BIT_DTYPES",
     "COUNT_BITS",
     "WRITE_LIMIT",
+    "Kept",
     "Sealing",
     "WriteCounter",
     "blocks_of",
     "check_cache",
     "check_sealing",
+    "check_values",
+    "cipher_in_place",
     "key_words",
     "keystream",
     "patterns",
@@ -66,10 +67,22 @@ COUNT_BITS = 28  # of a write number that count within word 12
 WRITE_LIMIT = 2**60
 _COUNT_LIMIT = 2**31  # half of what the field holds
 _MAX_BLOCKS = 16
-_DTYPES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+BIT_DTYPES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 # Shorter runs cost more in calls to the library than a gather of their keystream does.
 _MIN_RUN = 8
 _FEW = 64  # numbers that a list is faster for than a tensor
+
+
+class Kept(Protocol):
+    """Keystream that was made before: `scx_kernels.KeptKeystream`."""
+
+    def find(
+        self, sealing: "Sealing", groups: int, head_dim: int, dtype: torch.dtype, *, is_value: bool
+    ) -> Tensor | None:
+        """What `keystream` gives, (B, groups, N, head_dim), to be read only; None where it is not kept."""
+
+    def cover(self, sealing: "Sealing", groups: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Keep the keystream of these rows, and of no others."""
 
 
 class Sealing(NamedTuple):
@@ -91,7 +104,7 @@ class Sealing(NamedTuple):
     layer: int
     rounds: int = 20
     first_head: int = 0
-    kept: "KeptKeystream | None" = None
+    kept: Kept | None = None
 
     def at(self, writes: Tensor) -> "Sealing":
         """How other rows of the same tensor are sealed, those with these write numbers (B, N)."""
@@ -156,7 +169,7 @@ def check_sealing(x: Tensor, sealing: Sealing, name: str = "sealing") -> None:
 
     Raises: TypeError, ValueError naming the argument and what was expected.
     """
-    if x.dim() != 4 or x.dtype not in _DTYPES:
+    if x.dim() != 4 or x.dtype not in BIT_DTYPES:
         raise ValueError(f"x: expected (B, G, N, d) float32, float16 or bfloat16, got {tuple(x.shape)} {x.dtype}")
     (batch, groups, tokens, size), (key, writes, layer, rounds, first_head) = x.shape, sealing[:5]
     if not 0 < blocks_of(size, x.element_size()) <= _MAX_BLOCKS:
@@ -174,7 +187,7 @@ def check_sealing(x: Tensor, sealing: Sealing, name: str = "sealing") -> None:
     check_rounds(rounds, f"{name}.rounds")
 
 
-def _check_values(x: Tensor, limit: int, name: str) -> None:
+def check_values(x: Tensor, limit: int, name: str) -> None:
     """0 <= x < limit; on an accelerator this would wait for the device, and is left out."""
     if x.device.type == "cpu" and x.numel():
         lowest, highest = (int(value) for value in x.aminmax())
@@ -216,7 +229,7 @@ def check_out(x: Tensor, out: Tensor | None) -> None:
 
 def patterns(x: Tensor) -> Tensor:
     """A view of x as integers of its size: what may be moved by any operation without a change of bits."""
-    return x.detach().view(_DTYPES[x.dtype])
+    return x.detach().view(BIT_DTYPES[x.dtype])
 
 
 def row_format(head_dim: int, itemsize: int, is_value: bool) -> int:
@@ -277,7 +290,7 @@ def _library_keystream(sealing: Sealing, groups: int, blocks: int, word15: int) 
 
 def keystream(sealing: Sealing, groups: int, head_dim: int, dtype: torch.dtype, *, is_value: bool) -> Tensor:
     """The bits with which a (B, groups, N, head_dim) tensor of `dtype` is XORed: int32 or int16 of that shape."""
-    integer = _DTYPES[dtype]
+    integer = BIT_DTYPES[dtype]
     blocks, word15 = blocks_of(head_dim, dtype.itemsize), row_format(head_dim, dtype.itemsize, is_value)
     if _by_library(sealing.writes, sealing.rounds):
         words = _library_keystream(sealing, groups, blocks, word15)
@@ -288,7 +301,7 @@ def keystream(sealing: Sealing, groups: int, head_dim: int, dtype: torch.dtype, 
     return words.view(integer)[..., :head_dim]
 
 
-def _cipher_in_place(x: Tensor, sealing: Sealing, is_value: bool, out: Tensor) -> bool:
+def cipher_in_place(x: Tensor, sealing: Sealing, is_value: bool, out: Tensor) -> bool:
     """out = sealed x by the library alone, one call a run and head. False, and nothing done, where rows have gaps."""
     blocks = blocks_of(x.shape[3], x.element_size())
     whole = blocks * BLOCK_BYTES == x.shape[3] * x.element_size()
@@ -338,8 +351,8 @@ def seal(x: Tensor, sealing: Sealing, *, is_value: bool, out: Tensor | None = No
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if bits is None:
-        _check_values(sealing.writes, WRITE_LIMIT, "sealing.writes")
-        if _cipher_in_place(x, sealing, is_value, out.detach()):
+        check_values(sealing.writes, WRITE_LIMIT, "sealing.writes")
+        if cipher_in_place(x, sealing, is_value, out.detach()):
             return out
         bits = keystream(sealing, *sizes, is_value=is_value)
     torch.bitwise_xor(patterns(x), bits, out=patterns(out))
@@ -386,7 +399,7 @@ def random_bits(key: Tensor, streams: Tensor, count: int, *, rounds: int = 20) -
     Raises: TypeError, ValueError naming the argument that does not fit.
     """
     check_streams(key, streams, count, rounds)
-    _check_values(streams, 2**32, "streams")
+    check_values(streams, 2**32, "streams")
     if _by_library(streams, rounds):
         out = torch.zeros(len(streams), count, dtype=torch.int32)
         secret, width, first = key_bytes(key), 4 * count, out.data_ptr()

@@ -14,7 +14,7 @@ import scx_kernels as ops
 from bench import host
 from bench.null_driver import NullDriver, no_launches
 from scx_kernels import operations
-from scx_kernels.kernels import attention, plans, product, qkv, rows, sealing
+from scx_kernels.kernels import attention, attention_step, plans, product, qkv, rows, sealing
 
 HEADS, GROUPS, SIZE = 4, 2, 16
 WIDTH = HEADS * SIZE
@@ -223,7 +223,7 @@ def test_another_layout_has_another_plan() -> None:
 
 def test_layers_of_a_sealed_cache_share_a_plan(driver: Recording) -> None:
     launcher, args, options = step_sealed()
-    place = attention._step_kernel.arg_names.index("layer")
+    place = attention_step._step_kernel.arg_names.index("layer")
     for layer in (1, 5, 300):
         driver.seen.clear()
         launcher(*args, **{**options, "sealing": options["sealing"]._replace(layer=layer)})

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import scx_kernels as ops
-from scx_kernels import operations, reference
+from scx_kernels import operations, operators, reference
 
 by_name = pytest.mark.parametrize("name", NAMES)
 with_kernels = needs("triton")
@@ -51,8 +51,20 @@ def test_opcheck(name: str) -> None:
     operator = getattr(torch.ops.scx_kernels, registered.get(name, name.replace(" ", "_"))).default
     for of_the_public_name in ("in_place", "return_unsealed"):
         options.pop(of_the_public_name, None)
-    options = operations._spelled(options)
+    options = operators.spelled(options)
     torch.library.opcheck(operator, args, options)
+
+
+def test_a_schema_is_read_off_the_reference() -> None:
+    """What must be given or is written into comes first; a sealing is spelled as tensors and numbers."""
+    expected = torch._C.parse_schema(
+        "scx_kernels::qkv_into_cache(Tensor z_q, Tensor z_k, Tensor z_v, Tensor? position, Tensor cos, Tensor sin, "
+        "Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor[]? images=None, "
+        "Tensor? q_norm=None, Tensor? k_norm=None, float eps=1e-6, ScalarType? dtype=None, "
+        "SymInt offset=0, Tensor? offsets=None, Tensor? sealing_key=None, Tensor? sealing_writes=None, "
+        "SymInt[]? sealing_numbers=None) -> Tensor"
+    )
+    assert torch.ops.scx_kernels.qkv_into_cache.default._schema == expected
 
 
 @by_name
@@ -102,7 +114,7 @@ def test_double_precision_takes_the_reference() -> None:
 def test_few_rows_and_many(monkeypatch) -> None:
     """A product of many rows is a gather and the vendor's product; a noisy one, or one of few rows, is the kernel."""
     called = []
-    monkeypatch.setattr(operations, "_takes_triton", lambda args, options: True)
+    monkeypatch.setattr(operators, "takes_triton", lambda args, options: True)
     monkeypatch.setattr(operations, "_permuted_linear", lambda *args, **options: called.append("kernel"))
     monkeypatch.setattr(operations, "_inject_permute", lambda x, *args: called.append("gather") or x)
     weight = randn(4, 8)
@@ -117,7 +129,7 @@ def test_few_rows_and_many(monkeypatch) -> None:
 )
 def test_what_a_vendors_kernel_computes(monkeypatch, name: str) -> None:
     """On a GPU large products and plain attention go to the vendor; the permutations around them are the kernels'."""
-    monkeypatch.setattr(operations, "_takes_triton", lambda args, options: True)
+    monkeypatch.setattr(operators, "takes_triton", lambda args, options: True)
     monkeypatch.setattr(operations, "_FEW_ROWS", 1)
     args, options = arguments(name)
     for absent in ("noise", "image", "window", "kv_start", "kv_length"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity import permutations, randn
 
-from scx_kernels import tiles
+from scx_kernels import subjects, tiles
 from scx_kernels import tune as tuner
 from scx_kernels.kernels import launch, rows
 from scx_kernels.kernels.launch import TARGETS, Target
@@ -113,14 +113,14 @@ def test_tuning_keeps_the_fastest_right_tile() -> None:
         tune(subject(wrong=tried[0]), torch.device("cpu"), tile, clock())
 
 
-NARROW = tuner.MODELS[-1]
+NARROW = subjects.MODELS[-1]
 SMALL = (
-    tuner._product(NARROW, 1),
-    *(tuner._injection(NARROW, 9, norm) for norm in (False, True)),
-    tuner._heads(NARROW, 9),
-    *(tuner._transcoding(NARROW, 9, rounds) for rounds in (0, 8)),
-    tuner._prefill(NARROW, 9),
-    *(tuner._step(NARROW, 1, 40, rounds) for rounds in (0, 8)),
+    subjects._product(NARROW, 1),
+    *(subjects._injection(NARROW, 9, norm) for norm in (False, True)),
+    subjects._heads(NARROW, 9),
+    *(subjects._transcoding(NARROW, 9, rounds) for rounds in (0, 8)),
+    subjects._prefill(NARROW, 9),
+    *(subjects._step(NARROW, 1, 40, rounds) for rounds in (0, 8)),
 )
 
 
@@ -143,9 +143,9 @@ def test_every_kind_of_subject_runs(smallest: Subject) -> None:
         patch.setattr(tiles, "nearest", nearest)
         got = smallest.run(arguments, None)
     assert (smallest.operation, smallest.variant, smallest.sizes) in asked
-    expected = [x.float() for x in tuner._tensors(smallest.expected(arguments))]
+    expected = [x.float() for x in subjects.tensors_of(smallest.expected(arguments))]
     assert not tuner._differs(got, expected)
-    assert tuner._differs(tuple(x * 1.1 for x in tuner._tensors(got)), expected)
+    assert tuner._differs(tuple(x * 1.1 for x in subjects.tensors_of(got)), expected)
     assert smallest.is_stored(arguments, got)
     if "keys" in arguments:
         arguments["keys"].view(torch.int16)[0, 0, -1, -1] ^= 1

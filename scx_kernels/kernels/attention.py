@@ -1,18 +1,15 @@
-"""Attention on feature-permuted Q, K, V. QKᵀ sums over features, so a feature order common to Q and K does not matter;
-V's order is undone where the output is stored.
+"""Attention of many queries on feature-permuted Q, K, V. QKᵀ sums over features, so a feature order common to Q and K
+does not matter; V's order is undone where the output is stored.
 
-| array          | shape     | values        | meaning                                                                 |
-|----------------|-----------|---------------|-------------------------------------------------------------------------|
-| `output_index` | (B, H, d) | 0..d-1        | plain feature i of the output is feature `output_index[i]` in V's order |
-| `position`     | (B, S+R)  | 0..S+R-1      | `attention`: row n of output ⊕ redundant goes to row `position[n]`      |
-| `position`     | (B, N)    | 0..capacity-1 | `attention_step`: key n lies in cache row `position[n]`                 |
+| array          | shape     | values   | meaning                                                                 |
+|----------------|-----------|----------|-------------------------------------------------------------------------|
+| `output_index` | (B, H, d) | 0..d-1   | plain feature i of the output is feature `output_index[i]` in V's order |
+| `position`     | (B, S+R)  | 0..S+R-1 | row n of output ⊕ redundant goes to row `position[n]`                   |
 
-A head of d features is cut into a power of two and a tail (80 = 64 + 16, 96 = 64 + 32), so that no product is padded
-to the next power of two. `attention` keeps BLOCK_M queries and runs over all keys;
-`attention_step` has few queries, packs those of a key head's group in one tile and splits the keys over programs.
+A program keeps BLOCK_M queries of a head and runs over all their keys. `attention_step` (`attention_step.py`), for few
+queries, is found here as well.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,121 +17,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scx_kernels.checks import check_attention, check_attention_step
-from scx_kernels.kernels.chacha import EMPTY, head_word, load_key, load_unsealed
-from scx_kernels.kernels.launch import (
-    Target,
-    begin,
-    by_tokens,
-    check_dtype,
-    choose_tile,
-    dot,
-    exceeds_int32,
-    launch,
-    narrow,
-    prefetch,
-    strides,
-    target_of,
+from scx_kernels.checks import check_attention
+from scx_kernels.kernels.attention_step import attention_step, step_tile
+from scx_kernels.kernels.chacha import EMPTY, head_word, load_key
+from scx_kernels.kernels.heads import (
+    LOG2E,
+    NO_WINDOW,
+    add_values,
+    check_head,
+    head_blocks,
+    load_rows,
+    scores_of,
+    softmax_step,
+    store_heads,
 )
+from scx_kernels.kernels.launch import Target, by_tokens, choose_tile, exceeds_int32, launch, strides, target_of
 from scx_kernels.kernels.plans import derive, empty, planned
 from scx_kernels.kernels.sealing import encoding_of, key_and_writes, layer_and_head
 from scx_kernels.sealing import Sealing, check_cache
 
 __all__ = ["attention", "attention_step", "attention_tile", "step_tile"]
 
-LOG2E = math.log2(math.e)
-NO_WINDOW = 2**30
-
-
-@triton.jit
-def _load_tile(pointers, mask, limit: tl.constexpr, IS_FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """(rows, BLOCK) of a tensor; columns from `limit` on, and rows outside `mask` unless IS_FULL, are zero."""
-    if IS_FULL and limit >= BLOCK:
-        return tl.load(pointers)
-    elif IS_FULL:
-        return tl.load(pointers, mask=(tl.arange(0, BLOCK) < limit)[None, :], other=0)
-    elif limit >= BLOCK:
-        return tl.load(pointers, mask=mask[:, None], other=0)
-    return tl.load(pointers, mask=mask[:, None] & (tl.arange(0, BLOCK) < limit)[None, :], other=0)
-
-
-@triton.jit
-def _prefetch_rows(head_ptr, first, N, stride_n, stride_d, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
-    """Have rows `first`.. of a head of K or V, of N rows, on their way to L2."""
-    LINE: tl.constexpr = 1024 // head_ptr.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = (HEAD_DIM + LINE - 1) // LINE
-    rows = tl.minimum(first + tl.arange(0, ROWS), N - 1).to(tl.int64)
-    for line in tl.static_range(LINES):
-        prefetch(head_ptr + rows * stride_n + line * LINE * stride_d)
-
-
-@triton.jit
-def _load_rows(rows, columns, stride, mask, limit: tl.constexpr, BLOCK: tl.constexpr):
-    return _load_tile(rows[:, None] + columns[None, :] * stride, mask, limit, False, BLOCK)
-
-
-@triton.jit
-def _load_stored(
-    pointers, rows, stride_d, mask, key, writes, word14, IS_VALUE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    START: tl.constexpr, BLOCK: tl.constexpr, IS_FULL: tl.constexpr, INT64: tl.constexpr, ENCODING: tl.constexpr,
-    ROUNDS: tl.constexpr,
-):  # fmt: skip
-    """(rows, BLOCK) of K or V: features START.. of a head, zero where `_load_tile` has zero. What is permuted is loaded
-    by the tile's pointers, what is sealed by those of its rows; the others are dropped by the compiler."""
-    if ENCODING == "sealed":
-        x = load_unsealed(
-            rows, stride_d, mask, key, writes, word14, IS_VALUE, HEAD_DIM, START, BLOCK, IS_FULL, INT64, ROUNDS
-        )
-    else:
-        x = _load_tile(pointers, mask, HEAD_DIM - START, IS_FULL, BLOCK)
-    return x
-
-
-@triton.jit
-def _softmax_step(scores, row_max, row_sum, acc, tail, HAS_TAIL: tl.constexpr, MAY_BE_EMPTY: tl.constexpr):
-    """One step of the online softmax in base 2. Returns the weights and the rescaled state."""
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    # A row that has seen no key yet has maximum -inf; subtracting it from itself would give NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MAY_BE_EMPTY else new_max
-    weights = tl.math.exp2(scores - shift[:, None])
-    decay = tl.math.exp2(row_max - shift)
-    row_sum = row_sum * decay + tl.sum(weights, axis=1)
-    acc = acc * decay[:, None]
-    if HAS_TAIL:
-        tail = tail * decay[:, None]
-    return weights, new_max, row_sum, acc, tail
-
 
 @triton.jit
 def _attend(
-    acc,
-    tail,
-    row_max,
-    row_sum,
-    q,
-    q_tail,
+    acc, tail, row_max, row_sum, q, q_tail,
     # Pointers, at the program's head
-    k_ptr,
-    v_ptr,
-    mask_rows,
-    writes_ptr,
+    k_ptr, v_ptr, mask_rows, writes_ptr,
     # Of sealed K and V
-    key,
-    word14,
+    seal_key, word14,
     # The keys lo..hi-1, and which of them a query sees
-    lo,
-    hi,
-    key_end,
-    last_key,
-    window,
-    scale,
+    lo, hi, key_end, last_key, window, scale,
     # Strides
-    stride_kn,
-    stride_kd,
-    stride_vn,
-    stride_vd,
-    stride_mn,
-    stride_wn,
+    stride_k_row, stride_k_feature,
+    stride_v_row, stride_v_feature,
+    stride_mask_key,
+    stride_writes_row,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     IS_MASKED: tl.constexpr,  # some of these keys are hidden from some of the queries
@@ -145,7 +63,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
-):
+):  # fmt: skip
     offsets = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     tail_columns = tl.arange(0, max(BLOCK_TAIL, 1)) + BLOCK_D
@@ -154,161 +72,77 @@ def _attend(
         columns = columns.to(tl.int64)
         tail_columns = tail_columns.to(tl.int64)
     # int64: key * stride passes 2^31 in a long cache. Within a tile 32 bits do, and cost half the registers.
-    k_tile = k_ptr + lo.to(tl.int64) * stride_kn
-    v_tile = v_ptr + lo.to(tl.int64) * stride_vn
-    k_offsets = offsets[:, None] * stride_kn + columns[None, :] * stride_kd
-    v_offsets = offsets[:, None] * stride_vn + columns[None, :] * stride_vd
+    k_tile = k_ptr + lo.to(tl.int64) * stride_k_row
+    v_tile = v_ptr + lo.to(tl.int64) * stride_v_row
+    k_offsets = offsets[:, None] * stride_k_row + columns[None, :] * stride_k_feature
+    v_offsets = offsets[:, None] * stride_v_row + columns[None, :] * stride_v_feature
+    k_tail = k_offsets
+    v_tail = v_offsets
     if BLOCK_TAIL:
-        k_tail = offsets[:, None] * stride_kn + tail_columns[None, :] * stride_kd
-        v_tail = offsets[:, None] * stride_vn + tail_columns[None, :] * stride_vd
-    step_k = tl.full((), BLOCK_N, tl.int64) * stride_kn
-    step_v = tl.full((), BLOCK_N, tl.int64) * stride_vn
+        k_tail = offsets[:, None] * stride_k_row + tail_columns[None, :] * stride_k_feature
+        v_tail = offsets[:, None] * stride_v_row + tail_columns[None, :] * stride_v_feature
+    step_k = tl.full((), BLOCK_N, tl.int64) * stride_k_row
+    step_v = tl.full((), BLOCK_N, tl.int64) * stride_v_row
     for start in range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         in_keys = keys < key_end
         writes = None
         if ENCODING == "sealed":
-            number = writes_ptr + keys.to(tl.int64) * stride_wn
+            number = writes_ptr + keys.to(tl.int64) * stride_writes_row
             writes = tl.load(number, mask=in_keys, other=EMPTY) if IS_MASKED else tl.load(number)
-        k = _load_stored(
-            k_tile + k_offsets, k_tile + offsets * stride_kn, stride_kd, in_keys, key, writes, word14, False,
-            HEAD_DIM, 0, BLOCK_D, not IS_MASKED, INT64, ENCODING, ROUNDS,
+        scores = scores_of(
+            q, q_tail, k_tile, k_offsets, k_tail, k_tile + offsets * stride_k_row, stride_k_feature, in_keys, seal_key,
+            writes, word14, HEAD_DIM, not IS_MASKED, INT64, ENCODING, ROUNDS, BLOCK_N, BLOCK_D, BLOCK_TAIL,
         )  # fmt: skip
-        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
-        if BLOCK_TAIL:
-            k = _load_stored(
-                k_tile + k_tail, k_tile + offsets * stride_kn, stride_kd, in_keys, key, writes, word14, False,
-                HEAD_DIM, BLOCK_D, BLOCK_TAIL, not IS_MASKED, INT64, ENCODING, ROUNDS,
-            )  # fmt: skip
-            scores = dot(q_tail, tl.trans(k), scores)
         scores *= scale
         if IS_MASKED:
             if MASK == "additive":
-                added = tl.load(mask_rows[:, None] + keys[None, :] * stride_mn, mask=in_keys[None, :], other=0)
+                added = tl.load(mask_rows[:, None] + keys[None, :] * stride_mask_key, mask=in_keys[None, :], other=0)
                 scores += added.to(tl.float32) * 1.4426950408889634
             seen = in_keys[None, :] & (keys[None, :] <= last_key[:, None])
             seen &= keys[None, :] > last_key[:, None] - window
             if MASK == "bool":
-                seen &= tl.load(mask_rows[:, None] + keys[None, :] * stride_mn, mask=seen, other=0) != 0
+                seen &= tl.load(mask_rows[:, None] + keys[None, :] * stride_mask_key, mask=seen, other=0) != 0
             scores = tl.where(seen, scores, float("-inf"))
-        weights, row_max, row_sum, acc, tail = _softmax_step(
+        weights, row_max, row_sum, acc, tail = softmax_step(
             scores, row_max, row_sum, acc, tail, BLOCK_TAIL > 0, IS_MASKED
         )
-        v = _load_stored(
-            v_tile + v_offsets, v_tile + offsets * stride_vn, stride_vd, in_keys, key, writes, word14, True,
-            HEAD_DIM, 0, BLOCK_D, not IS_MASKED, INT64, ENCODING, ROUNDS,
+        acc, tail = add_values(
+            acc, tail, weights, v_tile, v_offsets, v_tail, v_tile + offsets * stride_v_row, stride_v_feature, in_keys,
+            seal_key, writes, word14, HEAD_DIM, not IS_MASKED, INT64, ENCODING, ROUNDS, BLOCK_D, BLOCK_TAIL,
         )  # fmt: skip
-        weights = narrow(weights, v.dtype)
-        acc = dot(weights, v, acc)
-        if BLOCK_TAIL:
-            v = _load_stored(
-                v_tile + v_tail, v_tile + offsets * stride_vn, stride_vd, in_keys, key, writes, word14, True,
-                HEAD_DIM, BLOCK_D, BLOCK_TAIL, not IS_MASKED, INT64, ENCODING, ROUNDS,
-            )  # fmt: skip
-            tail = dot(weights, v, tail)
         k_tile += step_k
         v_tile += step_v
     return acc, tail, row_max, row_sum
 
 
-@triton.jit
-def _in_plain_order(acc, tail, index, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr):
-    """Columns `index` of acc ⊕ tail."""
-    ROWS: tl.constexpr = acc.shape[0]
-    COLUMNS: tl.constexpr = index.shape[0]
-    first = tl.broadcast_to(tl.minimum(index, BLOCK_D - 1)[None, :], (ROWS, COLUMNS))
-    taken = tl.gather(acc, first, axis=1)
-    if BLOCK_TAIL:
-        second = tl.broadcast_to(tl.maximum(index - BLOCK_D, 0)[None, :], (ROWS, COLUMNS))
-        taken = tl.where((index < BLOCK_D)[None, :], taken, tl.gather(tail, second, axis=1))
-    return taken
-
-
-@triton.jit
-def _store_heads(
-    out_rows, acc, tail, index_ptr, in_rows, stride_xd, stride_od, HEAD_DIM: tl.constexpr, HAS_INDEX: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-):  # fmt: skip
-    """Write a tile of finished rows, their features in plain order where there is an index."""
-    columns = tl.arange(0, BLOCK_D)
-    tail_columns = tl.arange(0, max(BLOCK_TAIL, 1)) + BLOCK_D
-    acc = narrow(acc, out_rows.dtype.element_ty)
-    head = acc
-    if BLOCK_TAIL:
-        tail = narrow(tail, out_rows.dtype.element_ty)
-    if HAS_INDEX:
-        index = tl.load(index_ptr + columns * stride_xd, mask=columns < HEAD_DIM, other=0).to(tl.int32)
-        head = _in_plain_order(acc, tail, index, BLOCK_D, BLOCK_TAIL)
-        if BLOCK_TAIL:
-            index = tl.load(index_ptr + tail_columns * stride_xd, mask=tail_columns < HEAD_DIM, other=0).to(tl.int32)
-            tail = _in_plain_order(acc, tail, index, BLOCK_D, BLOCK_TAIL)
-    mask = in_rows[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(out_rows[:, None] + columns[None, :].to(tl.int64) * stride_od, head, mask=mask)
-    if BLOCK_TAIL:
-        mask = in_rows[:, None] & (tail_columns < HEAD_DIM)[None, :]
-        tl.store(out_rows[:, None] + tail_columns[None, :].to(tl.int64) * stride_od, tail, mask=mask)
-
-
 # What changes from request to request is not specialised: one compiled kernel serves every length.
 @triton.jit(
-    do_not_specialize=["S", "N", "R", "stride_pb", "stride_wb", "layer", "first_head"],
+    do_not_specialize=["S", "N", "R", "stride_position_sequence", "stride_writes_sequence", "layer", "first_head"],
     do_not_specialize_on_alignment=["kv_start_ptr", "kv_length_ptr", "output_index_ptr", "position_ptr", "writes_ptr"],
 )
 def _attention_kernel(
     # Pointers
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    kv_start_ptr,
-    kv_length_ptr,
-    output_index_ptr,
-    position_ptr,
-    redundant_ptr,
-    key_ptr,
-    writes_ptr,
-    out_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, kv_start_ptr, kv_length_ptr,
+    output_index_ptr, position_ptr, redundant_ptr, seal_key_ptr, writes_ptr, out_ptr,
     # Sizes
-    S,
-    N,
-    R,
-    H,
-    heads_per_group,
-    window,
-    scale,
-    layer,
+    S,  # queries of a sequence
+    N,  # its keys
+    R,  # its redundant rows
+    H,  # query heads
+    heads_per_group, window, scale,
+    layer,  # of sealed K and V, as the next
     first_head,
     # Strides
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_vd,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    stride_mn,
-    stride_xb,
-    stride_xh,
-    stride_xd,
-    stride_pb,
-    stride_ps,
-    stride_rb,
-    stride_rr,
-    stride_rd,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_od,
-    stride_wb,
-    stride_wn,
+    stride_q_sequence, stride_q_head, stride_q_token, stride_q_feature,
+    stride_k_sequence, stride_k_head, stride_k_row, stride_k_feature,
+    stride_v_sequence, stride_v_head, stride_v_row, stride_v_feature,
+    stride_mask_sequence, stride_mask_head, stride_mask_query, stride_mask_key,
+    stride_output_index_sequence, stride_output_index_head, stride_output_index_feature,
+    stride_position_sequence, stride_position_row,
+    stride_redundant_sequence, stride_redundant_row, stride_redundant_feature,
+    stride_out_sequence, stride_out_head, stride_out_row, stride_out_feature,
+    stride_writes_sequence, stride_writes_row,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -326,7 +160,7 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
-):
+):  # fmt: skip
     # The last queries see the most keys: they start first. Heads of a group run side by side and share keys in L2.
     sequences_heads = tl.num_programs(0) // (tl.cdiv(S, BLOCK_M) + tl.cdiv(R, BLOCK_M))
     block = tl.cdiv(S, BLOCK_M) - 1 - tl.program_id(0) // sequences_heads
@@ -338,30 +172,34 @@ def _attention_kernel(
     if INT64:
         columns = columns.to(tl.int64)
         tail_columns = tail_columns.to(tl.int64)
-    out_ptr += b * stride_ob + head * stride_oh
+    out_ptr += b * stride_out_sequence + head * stride_out_head
 
     if block < 0:
         # Programs past the queries carry redundant rows to their places, this head's columns of them.
         if HAS_REDUNDANT:
             decoy = (-1 - block).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             in_rows = decoy < R
-            place = tl.load(position_ptr + b * stride_pb + (S + decoy) * stride_ps, mask=in_rows, other=0)
-            redundant_rows = redundant_ptr + b * stride_rb + decoy * stride_rr + head * HEAD_DIM * stride_rd
-            acc = _load_rows(redundant_rows, columns, stride_rd, in_rows, HEAD_DIM, BLOCK_D)
+            positions = position_ptr + b * stride_position_sequence + (S + decoy) * stride_position_row
+            place = tl.load(positions, mask=in_rows, other=0)
+            redundant_rows = redundant_ptr + b * stride_redundant_sequence + decoy * stride_redundant_row
+            redundant_rows += head * HEAD_DIM * stride_redundant_feature
+            acc = load_rows(redundant_rows, columns, stride_redundant_feature, in_rows, HEAD_DIM, BLOCK_D)
             tail = acc
             if BLOCK_TAIL:
-                tail = _load_rows(redundant_rows, tail_columns, stride_rd, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
-            out_rows = out_ptr + place * stride_os
-            _store_heads(out_rows, acc, tail, None, in_rows, 0, stride_od, HEAD_DIM, False, BLOCK_D, BLOCK_TAIL)
+                tail = load_rows(
+                    redundant_rows, tail_columns, stride_redundant_feature, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL
+                )
+            out_rows = out_ptr + place * stride_out_row
+            store_heads(out_rows, acc, tail, None, in_rows, 0, stride_out_feature, HEAD_DIM, False, BLOCK_D, BLOCK_TAIL)
         return
 
     query = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = query < S
-    q_rows = q_ptr + b * stride_qb + head * stride_qh + query * stride_qs
-    q = _load_rows(q_rows, columns, stride_qd, in_rows, HEAD_DIM, BLOCK_D)
+    q_rows = q_ptr + b * stride_q_sequence + head * stride_q_head + query * stride_q_token
+    q = load_rows(q_rows, columns, stride_q_feature, in_rows, HEAD_DIM, BLOCK_D)
     q_tail = q
     if BLOCK_TAIL:
-        q_tail = _load_rows(q_rows, tail_columns, stride_qd, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
+        q_tail = load_rows(q_rows, tail_columns, stride_q_feature, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
 
     key_start = 0
     key_end = N
@@ -387,38 +225,39 @@ def _attention_kernel(
     if MASK != "none":
         full_lo = lo
         full_hi = lo
-        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + tl.where(in_rows, query, 0) * stride_ms
+        mask_rows = mask_ptr + b * stride_mask_sequence + head * stride_mask_head
+        mask_rows += tl.where(in_rows, query, 0) * stride_mask_query
 
-    k_ptr += b * stride_kb + head // heads_per_group * stride_kh
-    v_ptr += b * stride_vb + head // heads_per_group * stride_vh
-    key = None
+    k_ptr += b * stride_k_sequence + head // heads_per_group * stride_k_head
+    v_ptr += b * stride_v_sequence + head // heads_per_group * stride_v_head
+    seal_key = None
     word14 = None
     if ENCODING == "sealed":
-        key = load_key(key_ptr)
+        seal_key = load_key(seal_key_ptr)
         word14 = head_word(layer, first_head + head // heads_per_group)
-        writes_ptr += b * stride_wb
+        writes_ptr += b * stride_writes_sequence
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tail = tl.zeros((BLOCK_M, BLOCK_TAIL if BLOCK_TAIL else 1), tl.float32)
     if HAS_WINDOW and MASK == "none":
         acc, tail, row_max, row_sum = _attend(
-            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, key, word14,
+            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, seal_key, word14,
             lo, tl.minimum(full_lo, hi), key_end, last_key, window, scale,
-            stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, stride_wn,
+            stride_k_row, stride_k_feature, stride_v_row, stride_v_feature, stride_mask_key, stride_writes_row,
             HEAD_DIM, True, MASK, ENCODING, ROUNDS, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
         )  # fmt: skip
     if MASK == "none":
         acc, tail, row_max, row_sum = _attend(
-            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, key, word14,
+            acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, seal_key, word14,
             full_lo, full_hi, key_end, last_key, window, scale,
-            stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, stride_wn,
+            stride_k_row, stride_k_feature, stride_v_row, stride_v_feature, stride_mask_key, stride_writes_row,
             HEAD_DIM, False, MASK, ENCODING, ROUNDS, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
         )  # fmt: skip
     acc, tail, row_max, row_sum = _attend(
-        acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, key, word14,
+        acc, tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, mask_rows, writes_ptr, seal_key, word14,
         full_hi, hi, key_end, last_key, window, scale,
-        stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, stride_wn,
+        stride_k_row, stride_k_feature, stride_v_row, stride_v_feature, stride_mask_key, stride_writes_row,
         HEAD_DIM, True, MASK, ENCODING, ROUNDS, INT64, BLOCK_N, BLOCK_D, BLOCK_TAIL,
     )  # fmt: skip
 
@@ -426,245 +265,14 @@ def _attention_kernel(
     scale_out = 1.0 / tl.where(row_sum == 0, 1.0, row_sum)
     row = query
     if HAS_POSITION:
-        row = tl.load(position_ptr + b * stride_pb + query * stride_ps, mask=in_rows, other=0)
+        row = tl.load(position_ptr + b * stride_position_sequence + query * stride_position_row, mask=in_rows, other=0)
     index_ptr = output_index_ptr
     if HAS_INDEX:
-        index_ptr += b * stride_xb + head * stride_xh
-    _store_heads(
-        out_ptr + row * stride_os, acc * scale_out[:, None], tail * scale_out[:, None], index_ptr, in_rows,
-        stride_xd, stride_od, HEAD_DIM, HAS_INDEX, BLOCK_D, BLOCK_TAIL,
+        index_ptr += b * stride_output_index_sequence + head * stride_output_index_head
+    store_heads(
+        out_ptr + row * stride_out_row, acc * scale_out[:, None], tail * scale_out[:, None], index_ptr, in_rows,
+        stride_output_index_feature, stride_out_feature, HEAD_DIM, HAS_INDEX, BLOCK_D, BLOCK_TAIL,
     )  # fmt: skip
-
-
-@triton.jit(
-    do_not_specialize=["S", "N", "splits", "stride_pb", "stride_wb", "layer", "first_head"],
-    do_not_specialize_on_alignment=[
-        "kv_start_ptr",
-        "kv_length_ptr",
-        "position_ptr",
-        "writes_ptr",
-        "max_ptr",
-        "sum_ptr",
-    ],
-)
-def _step_kernel(
-    # Pointers
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    kv_start_ptr,
-    kv_length_ptr,
-    position_ptr,
-    key_ptr,
-    writes_ptr,
-    partial_ptr,
-    max_ptr,
-    sum_ptr,
-    # Sizes
-    S,
-    N,
-    H,
-    heads_per_group,
-    splits,
-    window,
-    scale,
-    layer,
-    first_head,
-    # Strides
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_vd,
-    stride_pb,
-    stride_pn,
-    stride_wb,
-    stride_wn,
-    # Meta-parameters
-    HEAD_DIM: tl.constexpr,
-    HAS_START: tl.constexpr,
-    HAS_LENGTH: tl.constexpr,
-    HAS_POSITION: tl.constexpr,
-    ENCODING: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    INT64: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
-):
-    groups = H // heads_per_group
-    split = tl.program_id(0) % splits
-    # int64: sequence, head and row times their stride grow with the whole tensor.
-    b = (tl.program_id(0) // splits // groups).to(tl.int64)
-    group = (tl.program_id(0) // splits % groups).to(tl.int64)
-    # The queries of all heads of the group, head after head.
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = row < heads_per_group * S
-    head = group * heads_per_group + row // S
-    token = row % S
-    columns = tl.arange(0, BLOCK_D)
-    tail_columns = tl.arange(0, max(BLOCK_TAIL, 1)) + BLOCK_D
-    if INT64:
-        columns = columns.to(tl.int64)
-        tail_columns = tail_columns.to(tl.int64)
-    IS_KNOWN: tl.constexpr = not (HAS_START or HAS_LENGTH or HAS_POSITION)  # which rows these are
-    if not IS_KNOWN:
-        begin()
-    key_start = 0
-    key_end = N
-    if HAS_START:
-        key_start = tl.load(kv_start_ptr + b).to(tl.int32)
-    if HAS_LENGTH:
-        key_end = tl.minimum(key_start + tl.load(kv_length_ptr + b).to(tl.int32), N)
-    last_key = key_end - S + token
-    # Each sequence cuts its own keys, so that short sequences do not leave programs idle at the end of long ones.
-    first = tl.maximum(key_start, key_end - S - window + 1)
-    chunk = tl.cdiv(tl.cdiv(tl.maximum(key_end - first, 0), splits), BLOCK_N) * BLOCK_N
-    lo = first + split * chunk
-    hi = tl.minimum(lo + chunk, key_end)
-    k_ptr += b * stride_kb + group * stride_kh
-    v_ptr += b * stride_vb + group * stride_vh
-    if IS_KNOWN:
-        if ENCODING != "sealed":  # a cipher has enough to wait for
-            _prefetch_rows(k_ptr, lo, N, stride_kn, stride_kd, HEAD_DIM, BLOCK_N)
-            _prefetch_rows(v_ptr, lo, N, stride_vn, stride_vd, HEAD_DIM, BLOCK_N)
-        begin()
-
-    q_rows = q_ptr + b * stride_qb + head * stride_qh + token * stride_qs
-    q = _load_rows(q_rows, columns, stride_qd, in_rows, HEAD_DIM, BLOCK_D)
-    if BLOCK_TAIL:
-        q_tail = _load_rows(q_rows, tail_columns, stride_qd, in_rows, HEAD_DIM - BLOCK_D, BLOCK_TAIL)
-    key = None
-    word14 = None
-    if ENCODING == "sealed":
-        key = load_key(key_ptr)
-        word14 = head_word(layer, first_head + group)
-        writes_ptr += b * stride_wb
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    tail = tl.zeros((BLOCK_M, BLOCK_TAIL if BLOCK_TAIL else 1), tl.float32)
-    for start in range(lo, hi, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        in_keys = keys < hi
-        cache_row = keys.to(tl.int64)
-        if HAS_POSITION:
-            cache_row = tl.load(position_ptr + b * stride_pb + cache_row * stride_pn, mask=in_keys, other=0)
-        writes = None
-        if ENCODING == "sealed":
-            writes = tl.load(writes_ptr + cache_row * stride_wn, mask=in_keys, other=EMPTY)
-        k_rows = k_ptr + cache_row * stride_kn
-        v_rows = v_ptr + cache_row * stride_vn
-        k = _load_stored(
-            k_rows[:, None] + columns[None, :] * stride_kd, k_rows, stride_kd, in_keys, key, writes, word14, False,
-            HEAD_DIM, 0, BLOCK_D, False, INT64, ENCODING, ROUNDS,
-        )  # fmt: skip
-        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        if BLOCK_TAIL:
-            k = _load_stored(
-                k_rows[:, None] + tail_columns[None, :] * stride_kd, k_rows, stride_kd, in_keys, key, writes, word14,
-                False, HEAD_DIM, BLOCK_D, BLOCK_TAIL, False, INT64, ENCODING, ROUNDS,
-            )  # fmt: skip
-            scores = dot(q_tail, tl.trans(k), scores)
-        seen = in_keys[None, :] & (keys[None, :] <= last_key[:, None])
-        seen &= keys[None, :] > last_key[:, None] - window
-        scores = tl.where(seen, scores * scale, float("-inf"))
-        weights, row_max, row_sum, acc, tail = _softmax_step(scores, row_max, row_sum, acc, tail, BLOCK_TAIL > 0, True)
-        v = _load_stored(
-            v_rows[:, None] + columns[None, :] * stride_vd, v_rows, stride_vd, in_keys, key, writes, word14, True,
-            HEAD_DIM, 0, BLOCK_D, False, INT64, ENCODING, ROUNDS,
-        )  # fmt: skip
-        weights = narrow(weights, v.dtype)
-        acc = dot(weights, v, acc)
-        if BLOCK_TAIL:
-            v = _load_stored(
-                v_rows[:, None] + tail_columns[None, :] * stride_vd, v_rows, stride_vd, in_keys, key, writes, word14,
-                True, HEAD_DIM, BLOCK_D, BLOCK_TAIL, False, INT64, ENCODING, ROUNDS,
-            )  # fmt: skip
-            tail = dot(weights, v, tail)
-
-    # Workspaces are (B, H, S, splits(, d)), contiguous.
-    place = ((b * H + head) * S + token) * splits + split
-    tl.store(max_ptr + place, row_max, mask=in_rows)
-    tl.store(sum_ptr + place, row_sum, mask=in_rows)
-    partial_rows = partial_ptr + place * HEAD_DIM
-    _store_heads(partial_rows, acc, tail, None, in_rows, 0, 1, HEAD_DIM, False, BLOCK_D, BLOCK_TAIL)
-
-
-@triton.jit(
-    do_not_specialize=["S", "splits"],
-    do_not_specialize_on_alignment=["max_ptr", "sum_ptr", "output_index_ptr"],
-)
-def _combine_kernel(
-    # Pointers
-    partial_ptr,
-    max_ptr,
-    sum_ptr,
-    output_index_ptr,
-    out_ptr,
-    # Sizes
-    S,
-    H,
-    splits,
-    # Strides
-    stride_xb,
-    stride_xh,
-    stride_xd,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_od,
-    # Meta-parameters
-    HEAD_DIM: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # int64: (sequence, head, token) times splits times features grows with the whole workspace.
-    row = tl.program_id(0).to(tl.int64)
-    b = row // S // H
-    head = row // S % H
-    token = row % S
-    split = tl.arange(0, BLOCK_SPLITS)
-    in_splits = split < splits
-    columns = tl.arange(0, BLOCK_D)
-    in_head = columns < HEAD_DIM
-    if HAS_INDEX:  # a key, older than the kernel that is waited for
-        index_ptr = output_index_ptr + b * stride_xb + head * stride_xh
-        index = tl.load(index_ptr + columns * stride_xd, mask=in_head, other=0).to(tl.int32)
-    begin()
-    row_max = tl.load(max_ptr + row * splits + split, mask=in_splits, other=float("-inf"))
-    row_sum = tl.load(sum_ptr + row * splits + split, mask=in_splits, other=0)
-    total_max = tl.max(row_max, axis=0)
-    share = tl.math.exp2(row_max - tl.where(total_max == float("-inf"), 0.0, total_max))
-    total = tl.sum(row_sum * share, axis=0)
-
-    pointers = partial_ptr + (row * splits + split)[:, None] * HEAD_DIM + columns[None, :]
-    partial = tl.load(pointers, mask=in_splits[:, None] & in_head[None, :], other=0)
-    out = tl.sum(partial * share[:, None], axis=0, keep_dims=True) / tl.where(total == 0, 1.0, total)
-    if HAS_INDEX:  # on the chip: gathered from memory, features would come one by one
-        out = tl.gather(out, index[None, :], axis=1)
-    out_row = out_ptr + b * stride_ob + head * stride_oh + token * stride_os
-    place = columns.to(tl.int64)[None, :] * stride_od
-    tl.store(out_row + place, narrow(out, out_ptr.dtype.element_ty), mask=in_head[None, :])
-
-
-def _head_blocks(size: int) -> dict[str, int]:
-    """d as a power of two and a tail, where that pads less than the next power of two."""
-    whole = max(16, triton.next_power_of_2(size))
-    half = whole // 2
-    tail = max(16, triton.next_power_of_2(max(1, size - half)))
-    if half < 16 or half + tail >= whole:
-        return {"BLOCK_D": whole, "BLOCK_TAIL": 0}
-    return {"BLOCK_D": half, "BLOCK_TAIL": tail}
 
 
 def attention_tile(
@@ -672,7 +280,7 @@ def attention_tile(
 ) -> dict[str, Any]:
     """Meta-parameters of `attention`: the widest tile whose accumulators stay in registers (read from the compiled
     code, not timed). `hidden`: a window, a mask or a first key hides keys of the sequence, which costs registers."""
-    blocks = _head_blocks(size)
+    blocks = head_blocks(size)
     width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
     if dtype == torch.float32:
         wide = width > 128 or hidden
@@ -707,69 +315,6 @@ def attention_tile(
         elif width > 128 and not blocks["BLOCK_TAIL"] and hidden and target.backend == "cuda" and target.arch == 90:
             rows = 64  # with 128, a mask's pointers beside the cipher's state spill
     return blocks | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
-
-
-def step_tile(
-    batch: int, groups: int, rows: int, keys: int, size: int, dtype: torch.dtype, permuted: bool, sealed: bool,
-    target: Target,
-) -> dict[str, Any]:  # fmt: skip
-    """Meta-parameters of `attention_step` and, as "splits", over how many programs a sequence's keys are spread.
-
-    On an H100 one program a multiprocessor, with three tiles on their way, reads a cache faster than two. A sealed one
-    is arithmetic: four programs of one block of the cipher a thread are faster than two of two. Those of a
-    multiprocessor do not end together, so in a long cache four others follow them."""
-    blocks = _head_blocks(size)
-    width = blocks["BLOCK_D"] + blocks["BLOCK_TAIL"]
-    block_m = max(16, triton.next_power_of_2(rows))
-    programs = 2
-    if dtype == torch.float32:
-        block_m, block_n, warps, stages = min(32, block_m), 32, 8, 1
-        if width > 128:
-            block_m, block_n, stages = 16, 16, 2 if target.backend == "cuda" else 1
-    elif target.backend == "hip":
-        block_m, block_n, warps, stages = min(64, block_m), 32, 4, 2
-    elif width > 128:
-        block_m, block_n, warps, stages = min(32, block_m), 32, 4, 2
-    else:
-        block_m, warps = min(64, block_m), 4
-        block_n, stages = (32, 4) if blocks["BLOCK_TAIL"] else (64, 3)
-        if permuted and (target.arch >= 90 or not blocks["BLOCK_TAIL"]):
-            # The position is a load ahead of the loads of K and V: two stages more keep as much of those in flight.
-            stages += 2
-        elif not blocks["BLOCK_TAIL"] and not sealed:
-            programs = 1
-    # A short cache of few heads would leave most of the machine idle.
-    splits = max(triton.cdiv(keys, 256), min(32, triton.cdiv(keys, 64)))
-    if sealed:
-        # As in `attention_tile`. One stage spills where there is a tail, but in float32, where two do, unless the head
-        # is wide.
-        wide = width > 128 and target.backend == "cuda"
-        stages = 2 if blocks["BLOCK_TAIL"] and (dtype != torch.float32 or wide) else 1
-        if target.arch == 100 and width <= 64 and dtype != torch.float32:
-            stages = 3
-        block_m = 16 if blocks["BLOCK_TAIL"] and dtype == torch.float32 else block_m
-        if dtype != torch.float32 and target.backend == "cuda" and width <= 128 and not blocks["BLOCK_TAIL"]:
-            block_n, splits = 4096 // width, triton.cdiv(keys, 64)
-            programs = 8 if keys * batch * groups >= 8 * 192 * target.multiprocessors else 4
-    splits = max(1, min(splits, programs * target.multiprocessors // max(1, batch * groups)))
-    # Programs take whole tiles: some would find none left.
-    chunk = triton.cdiv(triton.cdiv(keys, splits), block_n) * block_n
-    splits = triton.cdiv(keys, max(1, chunk))
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    return blocks | tile | {"splits": max(1, splits)}
-
-
-def combine_tile(splits: int, size: int) -> dict[str, Any]:
-    """Meta-parameters of the pass that adds up what `attention_step`'s programs found: few threads, which wait for each
-    other less, unless there is much to add."""
-    blocks = {"BLOCK_SPLITS": triton.next_power_of_2(splits), "BLOCK_D": triton.next_power_of_2(size)}
-    return blocks | {"num_warps": 2 if math.prod(blocks.values()) <= 4096 else 4}
-
-
-def _check_head(q: Tensor, v: Tensor) -> None:
-    check_dtype("q", q)
-    if v.shape[3] != q.shape[3] or not 0 < q.shape[3] <= 256:
-        raise ValueError(f"v: expected q's head size, at most 256, got {v.shape[3]} and {q.shape[3]}")
 
 
 def _inverse(permutation: Tensor) -> Tensor:
@@ -823,7 +368,7 @@ def attention(
     check_attention(
         q, k, v, softmax_scale, mask, is_causal, window, kv_start, kv_length, output_index, row_index, redundant
     )
-    _check_head(q, v)
+    check_head(q, v)
     check_cache(k, v, sealing)
     (batch, heads, tokens, size), keys = q.shape, k.shape[2]
     decoys = 0 if redundant is None else redundant.shape[1]
@@ -867,83 +412,5 @@ def attention(
         INT64=force_int64 or exceeds_int32(q, k, v, redundant),
         device=q.device,
         **meta,
-    )
-    return out
-
-
-@planned
-def attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    softmax_scale: float,
-    window: int | None = None,
-    kv_start: Tensor | None = None,
-    kv_length: Tensor | None = None,
-    position: Tensor | None = None,
-    output_index: Tensor | None = None,
-    sealing: Sealing | None = None,
-    out: Tensor | None = None,
-    tile: dict[str, Any] | None = None,
-    force_int64: bool = False,
-) -> Tensor:
-    """`scx_kernels.attention_step` for float32, float16 and bfloat16, any strides, head sizes up to 256: the cache
-    split over programs, and a second kernel that combines what they found.
-
-    Args:
-        kv_length: read on the device only, so that a captured graph can move on.
-        sealing: the keystream is taken off in registers, once for all query heads of a group.
-        out: (B, H, S, d), any strides; by default in memory by tokens.
-        tile: overrides of `step_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
-
-    Source: Dao et al., Flash-Decoding (2023).
-    """
-    check_attention_step(q, k, v, softmax_scale, window, kv_start, kv_length, position, output_index)
-    _check_head(q, v)
-    check_cache(k, v, sealing)
-    (batch, heads, tokens, size), groups = q.shape, k.shape[1]
-    keys = k.shape[2] if position is None else position.shape[1]
-    if out is None:
-        out = empty(q, (batch, heads, tokens, size), strides=by_tokens(heads, tokens, size))
-    rows = heads // groups * tokens
-    target = target_of(q.device)
-    permuted, sealed = position is not None, sealing is not None
-    heuristic = step_tile(batch, groups, rows, keys, size, q.dtype, permuted, sealed, target)
-    variant = " ".join(name for name, has in (("permuted", permuted), ("sealed", sealed)) if has)
-    sizes = {"sequences": batch * groups, "rows": rows, "keys": keys, "head_dim": size}
-    meta = choose_tile("attention_step", heuristic, tile, target, q.dtype, variant, **sizes)
-    splits = meta.pop("splits")
-    parts = batch * heads * tokens * splits
-    partial, row_max, row_sum = empty(q, (parts * (size + 2),), torch.float32).split_with_sizes(
-        (parts * size, parts, parts)
-    )
-    launch(
-        _step_kernel,
-        (batch * groups * splits, triton.cdiv(rows, meta["BLOCK_M"])),
-        *(q, k, v, kv_start, kv_length, position, *key_and_writes(sealing), partial, row_max, row_sum),
-        *(tokens, keys, heads, heads // groups, splits, window or NO_WINDOW, softmax_scale * LOG2E),
-        *layer_and_head(sealing),
-        *(*q.stride(), *k.stride(), *v.stride(), *strides(position, 2), *strides(key_and_writes(sealing)[1], 2)),
-        HEAD_DIM=size,
-        HAS_START=kv_start is not None,
-        HAS_LENGTH=kv_length is not None,
-        HAS_POSITION=position is not None,
-        **encoding_of(sealing),
-        INT64=force_int64 or exceeds_int32(q, k, v),
-        ahead=True,
-        device=q.device,
-        **meta,
-    )
-    launch(
-        _combine_kernel,
-        (batch * heads * tokens,),
-        *(partial, row_max, row_sum, output_index, out),
-        *(tokens, heads, splits, *strides(output_index, 3), *out.stride()),
-        HEAD_DIM=size,
-        HAS_INDEX=output_index is not None,
-        **combine_tile(splits, size),
-        ahead=True,
-        device=q.device,
     )
     return out

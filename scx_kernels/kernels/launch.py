@@ -167,7 +167,10 @@ def _is_launched_ahead(_semantic=None):
 
 @triton.jit
 def begin():
-    """First of all in a kernel: wait until the kernels launched before it have ended and what they wrote is seen.
+    """Wait until the kernels launched before this one have ended and what they wrote is seen.
+
+    Before it, a kernel reads nothing that one of those may have written, and writes nothing. It may load an index array
+    that is older than they are, and prefetch any address.
 
     Kernels are launched ahead where a GPU can do that (Programmatic Dependent Launch): their programs take their places
     while the last programs of the kernel before still run, so that a launch costs less than its latency.

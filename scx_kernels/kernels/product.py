@@ -9,6 +9,8 @@ The rows of all sequences form one list of M = B*T rows. Many rows: tiles of the
 product is turned around, `(weight @ x.T).T`, so that the weight fills the matrix unit's 64 rows and x, at most 64
 rows, its columns; where even then the tiles are too few for the machine, the inner dimension is split. Up to three
 weights sharing the rows lie side by side in the columns of the result, each beginning a tile of its own.
+
+A long file, because the kernels stay beside their launchers.
 """
 
 from collections.abc import Sequence
@@ -38,56 +40,38 @@ __all__ = ["matmul_tile", "permuted_linear", "permuted_linears"]
 
 
 @triton.jit
-def _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bn, WEIGHTS: tl.constexpr):
+def _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bias_column, WEIGHTS: tl.constexpr):
     """float32 biases of these columns, which are those of the weights side by side."""
-    bias = tl.load(bias_ptr + column * stride_bn, mask=column < N_0, other=0).to(tl.float32)
+    bias = tl.load(bias_ptr + column * stride_bias_column, mask=column < N_0, other=0).to(tl.float32)
     if WEIGHTS > 1:
         inside = (column >= N_0) & (column < N_1)
-        bias += tl.load(bias_1_ptr + (column - N_0) * stride_bn, mask=inside, other=0).to(tl.float32)
+        bias += tl.load(bias_1_ptr + (column - N_0) * stride_bias_column, mask=inside, other=0).to(tl.float32)
     if WEIGHTS > 2:
         inside = (column >= N_1) & (column < N)
-        bias += tl.load(bias_2_ptr + (column - N_1) * stride_bn, mask=inside, other=0).to(tl.float32)
+        bias += tl.load(bias_2_ptr + (column - N_1) * stride_bias_column, mask=inside, other=0).to(tl.float32)
     return bias
 
 
 @triton.jit
 def _finish_tile(
     # The tile and where it lies
-    acc,
-    row,
-    column,
+    acc, row, column,
     # Pointers
-    bias_ptr,
-    bias_1_ptr,
-    bias_2_ptr,
-    image_ptr,
-    scatter_ptr,
-    out_ptr,
+    bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_index_ptr, out_ptr,
     # Sizes
-    M,
-    N,
-    N_0,
-    N_1,
-    column_end,
-    T,
-    out_rows,
+    M, N, N_0, N_1, column_end, T, out_rows,
     # Strides
-    stride_bn,
-    stride_ib,
-    stride_it,
-    stride_in,
-    stride_sb,
-    stride_st,
-    stride_ob,
-    stride_ot,
-    stride_on,
+    stride_bias_column,
+    image_strides,  # from sequence to sequence, row to row, column to column
+    scatter_index_strides,  # from sequence to sequence, row to row
+    out_strides,  # as the image's
     # Meta-parameters
     HAS_BIAS: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
     HAS_SCATTER: tl.constexpr,
     WEIGHTS: tl.constexpr,
     INT64: tl.constexpr,
-):
+):  # fmt: skip
     """Subtract the noise's image, add the bias, write rows to their places, in columns before `column_end`."""
     in_rows = row < M
     in_columns = column < column_end
@@ -97,72 +81,49 @@ def _finish_tile(
     if INT64:
         column = column.to(tl.int64)
     if HAS_IMAGE:
-        image_rows = image_ptr + sequence * stride_ib + place * stride_it
+        image_rows = image_ptr + sequence * image_strides[0] + place * image_strides[1]
         mask = in_rows[:, None] & in_columns[None, :]
-        acc -= tl.load(image_rows[:, None] + column[None, :] * stride_in, mask=mask, other=0)
+        acc -= tl.load(image_rows[:, None] + column[None, :] * image_strides[2], mask=mask, other=0)
     if HAS_BIAS:
-        acc += _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bn, WEIGHTS)[None, :]
+        acc += _load_bias(bias_ptr, bias_1_ptr, bias_2_ptr, column, N, N_0, N_1, stride_bias_column, WEIGHTS)[None, :]
     if HAS_SCATTER:
-        place = tl.load(scatter_ptr + sequence * stride_sb + place * stride_st, mask=in_rows, other=0)
+        scatter_indices = scatter_index_ptr + sequence * scatter_index_strides[0] + place * scatter_index_strides[1]
+        place = tl.load(scatter_indices, mask=in_rows, other=0)
         in_rows = in_rows & (place < out_rows)
-    out = out_ptr + sequence * stride_ob + place * stride_ot
+    out = out_ptr + sequence * out_strides[0] + place * out_strides[1]
     mask = in_rows[:, None] & in_columns[None, :]
-    tl.store(out[:, None] + column[None, :] * stride_on, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out[:, None] + column[None, :] * out_strides[2], narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 # What changes from request to request is not specialised: one compiled kernel serves every length.
 @triton.jit(
-    do_not_specialize=["M", "T", "tokens", "out_rows", "stride_jb", "stride_sb"],
-    do_not_specialize_on_alignment=["row_index_ptr", "scatter_ptr"],
+    do_not_specialize=["M", "T", "tokens", "out_rows", "stride_row_index_sequence", "stride_scatter_index_sequence"],
+    do_not_specialize_on_alignment=["row_index_ptr", "scatter_index_ptr"],
 )
 def _matmul_kernel(
     # Pointers
-    x_ptr,
-    redundant_ptr,
-    row_index_ptr,
-    noise_ptr,
-    weight_ptr,
-    weight_1_ptr,
-    weight_2_ptr,
-    bias_ptr,
-    bias_1_ptr,
-    bias_2_ptr,
-    image_ptr,
-    scatter_ptr,
-    out_ptr,
-    partial_ptr,
+    x_ptr, redundant_ptr, row_index_ptr, noise_ptr,
+    weight_ptr, weight_1_ptr, weight_2_ptr, bias_ptr, bias_1_ptr, bias_2_ptr,
+    image_ptr, scatter_index_ptr, out_ptr, partial_ptr,
     # Sizes
-    M,
-    N,
+    M,  # encoded rows of all sequences
+    N,  # columns of all weights
     N_0,  # columns of the first weight, and up to the end of the second
     N_1,
-    K,
-    T,
-    tokens,
-    out_rows,
+    K,  # features of a row
+    T,  # encoded rows of a sequence
+    tokens,  # rows of x
+    out_rows,  # rows of the result
     # Strides
-    stride_xb,
-    stride_xn,
-    stride_xk,
-    stride_rb,
-    stride_rr,
-    stride_rk,
-    stride_jb,
-    stride_jt,
-    stride_ab,
-    stride_at,
-    stride_ak,
-    stride_wn,
-    stride_wk,
-    stride_bn,
-    stride_ib,
-    stride_it,
-    stride_in,
-    stride_sb,
-    stride_st,
-    stride_ob,
-    stride_ot,
-    stride_on,
+    stride_x_sequence, stride_x_row, stride_x_feature,
+    stride_redundant_sequence, stride_redundant_row, stride_redundant_feature,
+    stride_row_index_sequence, stride_row_index_row,
+    stride_noise_sequence, stride_noise_row, stride_noise_feature,
+    stride_weight_row, stride_weight_feature,
+    stride_bias_column,
+    stride_image_sequence, stride_image_row, stride_image_column,
+    stride_scatter_index_sequence, stride_scatter_index_row,
+    stride_out_sequence, stride_out_row, stride_out_column,
     # Meta-parameters
     HAS_INDEX: tl.constexpr,
     HAS_REDUNDANT: tl.constexpr,
@@ -180,7 +141,7 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,  # tiles of this many row blocks follow each other, so that they share weights in L2
-):
+):  # fmt: skip
     begin()
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_0 = tl.cdiv(N_0, BLOCK_N)
@@ -213,15 +174,15 @@ def _matmul_kernel(
     place = (tl.minimum(row, M - 1) % T).to(tl.int64)
     source = place
     if HAS_INDEX:
-        source = tl.load(row_index_ptr + sequence * stride_jb + place * stride_jt)
-    x_rows = x_ptr + sequence * stride_xb + source * stride_xn
-    step_xk = tl.full((BLOCK_M,), 1, tl.int32) * stride_xk
+        source = tl.load(row_index_ptr + sequence * stride_row_index_sequence + place * stride_row_index_row)
+    x_rows = x_ptr + sequence * stride_x_sequence + source * stride_x_row
+    step_xk = tl.full((BLOCK_M,), 1, tl.int32) * stride_x_feature
     if HAS_REDUNDANT:
-        redundant_rows = redundant_ptr + sequence * stride_rb + (source - tokens) * stride_rr
+        redundant_rows = redundant_ptr + sequence * stride_redundant_sequence + (source - tokens) * stride_redundant_row
         x_rows = tl.where(source < tokens, x_rows, redundant_rows)
-        step_xk = tl.where(source < tokens, step_xk, step_xk * 0 + stride_rk)
+        step_xk = tl.where(source < tokens, step_xk, step_xk * 0 + stride_redundant_feature)
     last_weight_row = column_end - first_column - 1
-    weight_rows = weight_ptr + tl.minimum(weight_row, last_weight_row).to(tl.int64) * stride_wn
+    weight_rows = weight_ptr + tl.minimum(weight_row, last_weight_row).to(tl.int64) * stride_weight_row
 
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     k_start = tl.program_id(1) * steps * BLOCK_K
@@ -230,17 +191,17 @@ def _matmul_kernel(
     if INT64:
         inner = inner.to(tl.int64)
     if SAME_STRIDE:
-        x_pointers = x_rows[:, None] + inner[None, :] * stride_xk
-        x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
+        x_pointers = x_rows[:, None] + inner[None, :] * stride_x_feature
+        x_step = tl.full((), BLOCK_K, tl.int64) * stride_x_feature
     else:
         x_pointers = x_rows[:, None] + inner[None, :] * step_xk[:, None]
         x_step = (step_xk.to(tl.int64) * BLOCK_K)[:, None]
-    weight_pointers = weight_rows[:, None] + inner[None, :] * stride_wk
-    weight_step = tl.full((), BLOCK_K, tl.int64) * stride_wk
+    weight_pointers = weight_rows[:, None] + inner[None, :] * stride_weight_feature
+    weight_step = tl.full((), BLOCK_K, tl.int64) * stride_weight_feature
     if HAS_NOISE:
-        noise_rows = noise_ptr + sequence * stride_ab + place * stride_at
-        noise_pointers = noise_rows[:, None] + inner[None, :] * stride_ak
-        noise_step = tl.full((), BLOCK_K, tl.int64) * stride_ak
+        noise_rows = noise_ptr + sequence * stride_noise_sequence + place * stride_noise_row
+        noise_pointers = noise_rows[:, None] + inner[None, :] * stride_noise_feature
+        noise_step = tl.full((), BLOCK_K, tl.int64) * stride_noise_feature
 
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
@@ -278,40 +239,29 @@ def _matmul_kernel(
         tl.store(partial[:, None] + column[None, :], acc, mask=mask)
     else:
         _finish_tile(
-            acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_ptr, out_ptr,
+            acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_index_ptr, out_ptr,
             M, N, N_0, N_1, column_end, T, out_rows,
-            stride_bn, stride_ib, stride_it, stride_in, stride_sb, stride_st, stride_ob, stride_ot, stride_on,
+            stride_bias_column, (stride_image_sequence, stride_image_row, stride_image_column),
+            (stride_scatter_index_sequence, stride_scatter_index_row),
+            (stride_out_sequence, stride_out_row, stride_out_column),
             HAS_BIAS, HAS_IMAGE, HAS_SCATTER, WEIGHTS, INT64,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "T", "out_rows", "stride_sb"], do_not_specialize_on_alignment=["scatter_ptr"])
+@triton.jit(
+    do_not_specialize=["M", "T", "out_rows", "stride_scatter_index_sequence"],
+    do_not_specialize_on_alignment=["scatter_index_ptr"],
+)
 def _sum_splits_kernel(
     # Pointers
-    partial_ptr,
-    bias_ptr,
-    bias_1_ptr,
-    bias_2_ptr,
-    image_ptr,
-    scatter_ptr,
-    out_ptr,
-    # Sizes
-    M,
-    N,
-    N_0,
-    N_1,
-    T,
-    out_rows,
+    partial_ptr, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_index_ptr, out_ptr,
+    # Sizes, as of `_matmul_kernel`
+    M, N, N_0, N_1, T, out_rows,
     # Strides
-    stride_bn,
-    stride_ib,
-    stride_it,
-    stride_in,
-    stride_sb,
-    stride_st,
-    stride_ob,
-    stride_ot,
-    stride_on,
+    stride_bias_column,
+    stride_image_sequence, stride_image_row, stride_image_column,
+    stride_scatter_index_sequence, stride_scatter_index_row,
+    stride_out_sequence, stride_out_row, stride_out_column,
     # Meta-parameters
     HAS_BIAS: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
@@ -321,7 +271,7 @@ def _sum_splits_kernel(
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -332,9 +282,11 @@ def _sum_splits_kernel(
         partial = partial_ptr + (row.to(tl.int64) + split * M) * N
         acc += tl.load(partial[:, None] + column[None, :], mask=mask, other=0)
     _finish_tile(
-        acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_ptr, out_ptr,
+        acc, row, column, bias_ptr, bias_1_ptr, bias_2_ptr, image_ptr, scatter_index_ptr, out_ptr,
         M, N, N_0, N_1, N, T, out_rows,
-        stride_bn, stride_ib, stride_it, stride_in, stride_sb, stride_st, stride_ob, stride_ot, stride_on,
+        stride_bias_column, (stride_image_sequence, stride_image_row, stride_image_column),
+        (stride_scatter_index_sequence, stride_scatter_index_row),
+        (stride_out_sequence, stride_out_row, stride_out_column),
         HAS_BIAS, HAS_IMAGE, HAS_SCATTER, WEIGHTS, INT64,
     )  # fmt: skip
 

@@ -41,20 +41,20 @@ __all__ = ["qkv_decode_encode", "qkv_into_cache", "qkv_into_sealed_cache", "qkv_
 
 
 @triton.jit
-def _load_features(z_rows, image_rows, features, in_tokens, stride_zf, stride_if, HEAD_DIM, HAS_IMAGE: tl.constexpr):
+def _load_features(z_rows, image_rows, features, in_tokens, stride_z, stride_image, HAS_IMAGE: tl.constexpr):
     """float32 (BLOCK_S, BLOCK_D): features of the given rows, free of noise."""
     offsets, in_head = features
     mask = in_tokens[:, None] & in_head[None, :]
-    x = tl.load(z_rows[:, None] + offsets[None, :] * stride_zf, mask=mask, other=0).to(tl.float32)
+    x = tl.load(z_rows[:, None] + offsets[None, :] * stride_z, mask=mask, other=0).to(tl.float32)
     if HAS_IMAGE:
-        x -= tl.load(image_rows[:, None] + offsets[None, :] * stride_if, mask=mask, other=0)
+        x -= tl.load(image_rows[:, None] + offsets[None, :] * stride_image, mask=mask, other=0)
     return x
 
 
 @triton.jit
-def _scale_by_norm(x, norm_weight_ptr, columns, in_head, scale, stride_w, DTYPE: tl.constexpr):
+def _scale_by_norm(x, norm_weight_ptr, columns, in_head, scale, stride_norm_weight_feature, DTYPE: tl.constexpr):
     """Qwen3 rounds the normalised head to the model's dtype before and after the weight."""
-    weight = tl.load(norm_weight_ptr + columns * stride_w, mask=in_head, other=0).to(tl.float32)
+    weight = tl.load(norm_weight_ptr + columns * stride_norm_weight_feature, mask=in_head, other=0).to(tl.float32)
     normed = narrow(x * scale[:, None], DTYPE).to(tl.float32)
     return narrow(normed * weight[None, :], DTYPE).to(tl.float32)
 
@@ -62,47 +62,20 @@ def _scale_by_norm(x, norm_weight_ptr, columns, in_head, scale, stride_w, DTYPE:
 @triton.jit
 def _encode_heads(
     # Pointers, at the program's sequence (but for the image, which may be absent)
-    z_ptr,
-    image_ptr,
-    norm_weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    index_ptr,
-    out_ptr,
-    fresh_ptr,
+    z_ptr, image_ptr, norm_weight_ptr, cos_ptr, sin_ptr, index_ptr, out_ptr, fresh_ptr,
     # What the program owns
-    b,
-    place,
-    token,
-    slot,
-    in_tokens,
-    first_head,
-    heads,
-    eps,
+    b, place, token, slot, in_tokens, first_head, heads, eps,
     # What seals it
-    key_ptr,
-    writes,
-    layer,
-    sealed_head,
+    seal_key_ptr, writes, layer, sealed_head,
     # Strides
-    stride_zt,
-    stride_zf,
-    stride_ib,
-    stride_it,
-    stride_if,
-    stride_w,
-    stride_cs,
-    stride_cd,
-    stride_ss,
-    stride_sd,
-    stride_xh,
-    stride_xd,
-    stride_oh,
-    stride_ot,
-    stride_od,
-    stride_fh,
-    stride_ft,
-    stride_fd,
+    z_strides,  # from row to row, feature to feature
+    image_strides,  # from sequence to sequence, row to row, feature to feature
+    stride_norm_weight_feature,
+    cos_strides,  # from token to token, feature to feature
+    sin_strides,
+    index_strides,  # from head to head, feature to feature
+    out_strides,  # from head to head, slot to slot, feature to feature
+    fresh_strides,  # from head to head, token to token, feature to feature
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     IS_ROTARY: tl.constexpr,
@@ -116,7 +89,7 @@ def _encode_heads(
     STAGES: tl.constexpr,  # heads whose rows are on their way at once
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     columns = tl.arange(0, BLOCK_D)
     in_head = columns < HEAD_DIM
@@ -126,144 +99,94 @@ def _encode_heads(
         columns = columns.to(tl.int64)
         partner = partner.to(tl.int64)
     mask = in_tokens[:, None] & in_head[None, :]
-    z_rows = z_ptr + place * stride_zt
+    stride_z, stride_image = z_strides[1], image_strides[2]
+    z_rows = z_ptr + place * z_strides[0]
     # int64: one head of a cache holds capacity * d elements.
-    out_rows = out_ptr + slot * stride_ot + first_head.to(tl.int64) * stride_oh
+    out_rows = out_ptr + slot * out_strides[1] + first_head.to(tl.int64) * out_strides[0]
     fresh_rows = out_rows
     if HAS_FRESH:
-        fresh_rows = fresh_ptr + token * stride_ft + first_head.to(tl.int64) * stride_fh
+        fresh_rows = fresh_ptr + token * fresh_strides[1] + first_head.to(tl.int64) * fresh_strides[0]
     image_rows = z_rows
     if HAS_IMAGE:
-        image_rows = image_ptr + b * stride_ib + place * stride_it
+        image_rows = image_ptr + b * image_strides[0] + place * image_strides[1]
     if IS_ROTARY:
-        cos_rows = cos_ptr + token * stride_cs
-        sin_rows = sin_ptr + token * stride_ss
-        cos = tl.load(cos_rows[:, None] + columns[None, :] * stride_cd, mask=mask, other=0).to(tl.float32)
-        sin = tl.load(sin_rows[:, None] + columns[None, :] * stride_sd, mask=mask, other=0).to(tl.float32)
+        cos_rows = cos_ptr + token * cos_strides[0]
+        sin_rows = sin_ptr + token * sin_strides[0]
+        cos = tl.load(cos_rows[:, None] + columns[None, :] * cos_strides[1], mask=mask, other=0).to(tl.float32)
+        sin = tl.load(sin_rows[:, None] + columns[None, :] * sin_strides[1], mask=mask, other=0).to(tl.float32)
         sin = tl.where((columns < HEAD_DIM // 2)[None, :], -sin, sin)
 
     for head in tl.range(first_head, min(first_head + HEADS, heads), num_stages=STAGES):
-        index = tl.load(index_ptr + head * stride_xh + columns * stride_xd, mask=in_head, other=0).to(tl.int32)
+        index_row = index_ptr + head * index_strides[0]
+        index = tl.load(index_row + columns * index_strides[1], mask=in_head, other=0).to(tl.int32)
         own = (head * HEAD_DIM + columns, in_head)
-        x = _load_features(z_rows, image_rows, own, in_tokens, stride_zf, stride_if, HEAD_DIM, HAS_IMAGE)
+        x = _load_features(z_rows, image_rows, own, in_tokens, stride_z, stride_image, HAS_IMAGE)
         if IS_ROTARY:
             other = (head * HEAD_DIM + partner, in_head)
-            y = _load_features(z_rows, image_rows, other, in_tokens, stride_zf, stride_if, HEAD_DIM, HAS_IMAGE)
+            y = _load_features(z_rows, image_rows, other, in_tokens, stride_z, stride_image, HAS_IMAGE)
             if HAS_NORM:
                 scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)
-                x = _scale_by_norm(x, norm_weight_ptr, columns, in_head, scale, stride_w, DTYPE)
-                y = _scale_by_norm(y, norm_weight_ptr, partner, in_head, scale, stride_w, DTYPE)
+                x = _scale_by_norm(x, norm_weight_ptr, columns, in_head, scale, stride_norm_weight_feature, DTYPE)
+                y = _scale_by_norm(y, norm_weight_ptr, partner, in_head, scale, stride_norm_weight_feature, DTYPE)
             x = x * cos + y * sin
         encoded = tl.gather(narrow(x, DTYPE), tl.broadcast_to(index[None, :], (BLOCK_S, BLOCK_D)), axis=1)
         stored = encoded
         if ENCODING == "sealed":
             word14 = head_word(layer, sealed_head + head)
-            stored = seal(encoded, load_key(key_ptr), writes, word14, not IS_ROTARY, HEAD_DIM, 0, ROUNDS)
-        tl.store(out_rows[:, None] + columns[None, :] * stride_od, stored, mask=mask)
+            stored = seal(encoded, load_key(seal_key_ptr), writes, word14, not IS_ROTARY, HEAD_DIM, 0, ROUNDS)
+        tl.store(out_rows[:, None] + columns[None, :] * out_strides[2], stored, mask=mask)
         if HAS_FRESH:  # last: before the other store it spills on sm_100
-            tl.store(fresh_rows[:, None] + columns[None, :] * stride_fd, encoded, mask=mask)
-            fresh_rows += stride_fh
-        out_rows += stride_oh
+            tl.store(fresh_rows[:, None] + columns[None, :] * fresh_strides[2], encoded, mask=mask)
+            fresh_rows += fresh_strides[0]
+        out_rows += out_strides[0]
 
 
 # What changes from request to request is not specialised: one compiled kernel serves every length.
 @triton.jit(
-    do_not_specialize=["S", "offset", "stride_pb", "stride_wb", "layer", "first_head"],
-    do_not_specialize_on_alignment=["position_ptr", "query_ptr", "key_ptr", "value_ptr", "offset_ptr", "writes_ptr"],
+    do_not_specialize=["S", "offset", "stride_position_sequence", "stride_writes_sequence", "layer", "first_head"],
+    do_not_specialize_on_alignment=[
+        "position_ptr",
+        "query_index_ptr",
+        "key_index_ptr",
+        "value_index_ptr",
+        "offsets_ptr",
+        "writes_ptr",
+    ],
 )
 def _qkv_kernel(
     # Pointers
-    z_q_ptr,
-    z_k_ptr,
-    z_v_ptr,
-    image_q_ptr,
-    image_k_ptr,
-    image_v_ptr,
-    position_ptr,
-    cos_ptr,
-    sin_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    offset_ptr,
-    seal_key_ptr,
-    writes_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    fresh_k_ptr,
-    fresh_v_ptr,
+    z_q_ptr, z_k_ptr, z_v_ptr, image_q_ptr, image_k_ptr, image_v_ptr, position_ptr, cos_ptr, sin_ptr,
+    query_index_ptr, key_index_ptr, value_index_ptr,  # the launcher's `query`, `key` and `value`
+    q_norm_ptr, k_norm_ptr, offsets_ptr, seal_key_ptr, writes_ptr,
+    q_ptr, keys_ptr, values_ptr, fresh_k_ptr, fresh_v_ptr,
     # Sizes
-    S,
-    H,
-    G,
-    offset,
-    eps,
-    layer,
-    first_head,
+    S,  # tokens of a sequence
+    H,  # query heads
+    G,  # key/value heads
+    offset,  # slot of the first token
+    eps, layer, first_head,
     # Strides
-    stride_zqb,
-    stride_zqt,
-    stride_zqf,
-    stride_zkb,
-    stride_zkt,
-    stride_zkf,
-    stride_zvb,
-    stride_zvt,
-    stride_zvf,
-    stride_iqb,
-    stride_iqt,
-    stride_iqf,
-    stride_ikb,
-    stride_ikt,
-    stride_ikf,
-    stride_ivb,
-    stride_ivt,
-    stride_ivf,
-    stride_pb,
-    stride_ps,
-    stride_cb,
-    stride_cs,
-    stride_cd,
-    stride_sb,
-    stride_ss,
-    stride_sd,
-    stride_xqb,
-    stride_xqh,
-    stride_xqd,
-    stride_xkb,
-    stride_xkh,
-    stride_xkd,
-    stride_xvb,
-    stride_xvh,
-    stride_xvd,
-    stride_wq,
-    stride_wk,
-    stride_ob,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_vd,
-    stride_fkb,
-    stride_fkh,
-    stride_fks,
-    stride_fkd,
-    stride_fvb,
-    stride_fvh,
-    stride_fvs,
-    stride_fvd,
-    stride_wb,
-    stride_wn,
+    stride_z_q_sequence, stride_z_q_row, stride_z_q_feature,
+    stride_z_k_sequence, stride_z_k_row, stride_z_k_feature,
+    stride_z_v_sequence, stride_z_v_row, stride_z_v_feature,
+    stride_image_q_sequence, stride_image_q_row, stride_image_q_feature,
+    stride_image_k_sequence, stride_image_k_row, stride_image_k_feature,
+    stride_image_v_sequence, stride_image_v_row, stride_image_v_feature,
+    stride_position_sequence, stride_position_token,
+    stride_cos_sequence, stride_cos_token, stride_cos_feature,
+    stride_sin_sequence, stride_sin_token, stride_sin_feature,
+    stride_query_index_sequence, stride_query_index_head, stride_query_index_feature,
+    stride_key_index_sequence, stride_key_index_head, stride_key_index_feature,
+    stride_value_index_sequence, stride_value_index_head, stride_value_index_feature,
+    stride_q_norm_feature,
+    stride_k_norm_feature,
+    stride_offsets_sequence,
+    stride_q_sequence, stride_q_head, stride_q_token, stride_q_feature,
+    stride_keys_sequence, stride_keys_head, stride_keys_slot, stride_keys_feature,
+    stride_values_sequence, stride_values_head, stride_values_slot, stride_values_feature,
+    stride_fresh_k_sequence, stride_fresh_k_head, stride_fresh_k_token, stride_fresh_k_feature,
+    stride_fresh_v_sequence, stride_fresh_v_head, stride_fresh_v_token, stride_fresh_v_feature,
+    stride_writes_sequence, stride_writes_slot,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -278,7 +201,7 @@ def _qkv_kernel(
     STAGES: tl.constexpr,  # heads whose rows are on their way at once
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     blocks = tl.cdiv(S, BLOCK_S)
     # int64: sequence * stride, row * stride and slot * stride grow with the whole tensor.
@@ -287,48 +210,60 @@ def _qkv_kernel(
     in_tokens = token < S
     place = token
     if HAS_POSITION:
-        place = tl.load(position_ptr + b * stride_pb + token * stride_ps, mask=in_tokens, other=0)
+        positions = position_ptr + b * stride_position_sequence + token * stride_position_token
+        place = tl.load(positions, mask=in_tokens, other=0)
     slot = token + offset
     if HAS_OFFSETS:
-        slot = token + tl.load(offset_ptr + b * stride_ob)
+        slot = token + tl.load(offsets_ptr + b * stride_offsets_sequence)
     writes = None
     if ENCODING == "sealed":
-        writes = tl.load(writes_ptr + b * stride_wb + slot * stride_wn, mask=in_tokens, other=0)
-    cos_ptr += b * stride_cb
-    sin_ptr += b * stride_sb
+        writes = tl.load(writes_ptr + b * stride_writes_sequence + slot * stride_writes_slot, mask=in_tokens, other=0)
+    cos_ptr += b * stride_cos_sequence
+    sin_ptr += b * stride_sin_sequence
     if HAS_FRESH:
-        fresh_k_ptr += b * stride_fkb
-        fresh_v_ptr += b * stride_fvb
+        fresh_k_ptr += b * stride_fresh_k_sequence
+        fresh_v_ptr += b * stride_fresh_v_sequence
 
     chunk = tl.program_id(1)
     q_chunks = tl.cdiv(H, HEADS)
     k_chunks = tl.cdiv(G, HEADS)
     if chunk < q_chunks:
         _encode_heads(
-            z_q_ptr + b * stride_zqb, image_q_ptr, q_norm_ptr, cos_ptr, sin_ptr, query_ptr + b * stride_xqb,
-            q_ptr + b * stride_qb, None, b, place, token, token, in_tokens, chunk * HEADS, H, eps, None, None, 0, 0,
-            stride_zqt, stride_zqf, stride_iqb, stride_iqt, stride_iqf, stride_wq,
-            stride_cs, stride_cd, stride_ss, stride_sd,
-            stride_xqh, stride_xqd, stride_qh, stride_qs, stride_qd, 0, 0, 0,
+            z_q_ptr + b * stride_z_q_sequence, image_q_ptr, q_norm_ptr, cos_ptr, sin_ptr,
+            query_index_ptr + b * stride_query_index_sequence, q_ptr + b * stride_q_sequence, None,
+            b, place, token, token, in_tokens, chunk * HEADS, H, eps, None, None, 0, 0,
+            (stride_z_q_row, stride_z_q_feature),
+            (stride_image_q_sequence, stride_image_q_row, stride_image_q_feature), stride_q_norm_feature,
+            (stride_cos_token, stride_cos_feature), (stride_sin_token, stride_sin_feature),
+            (stride_query_index_head, stride_query_index_feature),
+            (stride_q_head, stride_q_token, stride_q_feature), (0, 0, 0),
             HEAD_DIM, True, HAS_NORM, HAS_IMAGE, False, "permuted", 0, INT64, HEADS, STAGES, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     elif chunk < q_chunks + k_chunks:
         _encode_heads(
-            z_k_ptr + b * stride_zkb, image_k_ptr, k_norm_ptr, cos_ptr, sin_ptr, key_ptr + b * stride_xkb,
-            k_ptr + b * stride_kb, fresh_k_ptr, b, place, token, slot, in_tokens, (chunk - q_chunks) * HEADS, G, eps,
+            z_k_ptr + b * stride_z_k_sequence, image_k_ptr, k_norm_ptr, cos_ptr, sin_ptr,
+            key_index_ptr + b * stride_key_index_sequence, keys_ptr + b * stride_keys_sequence, fresh_k_ptr,
+            b, place, token, slot, in_tokens, (chunk - q_chunks) * HEADS, G, eps,
             seal_key_ptr, writes, layer, first_head,
-            stride_zkt, stride_zkf, stride_ikb, stride_ikt, stride_ikf, stride_wk,
-            stride_cs, stride_cd, stride_ss, stride_sd,
-            stride_xkh, stride_xkd, stride_kh, stride_kn, stride_kd, stride_fkh, stride_fks, stride_fkd,
+            (stride_z_k_row, stride_z_k_feature),
+            (stride_image_k_sequence, stride_image_k_row, stride_image_k_feature), stride_k_norm_feature,
+            (stride_cos_token, stride_cos_feature), (stride_sin_token, stride_sin_feature),
+            (stride_key_index_head, stride_key_index_feature),
+            (stride_keys_head, stride_keys_slot, stride_keys_feature),
+            (stride_fresh_k_head, stride_fresh_k_token, stride_fresh_k_feature),
             HEAD_DIM, True, HAS_NORM, HAS_IMAGE, HAS_FRESH, ENCODING, ROUNDS, INT64, HEADS, STAGES, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     else:
         _encode_heads(
-            z_v_ptr + b * stride_zvb, image_v_ptr, None, None, None, value_ptr + b * stride_xvb,
-            v_ptr + b * stride_vb, fresh_v_ptr, b, place, token, slot, in_tokens,
-            (chunk - q_chunks - k_chunks) * HEADS, G, eps, seal_key_ptr, writes, layer, first_head,
-            stride_zvt, stride_zvf, stride_ivb, stride_ivt, stride_ivf, 0, 0, 0, 0, 0,
-            stride_xvh, stride_xvd, stride_vh, stride_vn, stride_vd, stride_fvh, stride_fvs, stride_fvd,
+            z_v_ptr + b * stride_z_v_sequence, image_v_ptr, None, None, None,
+            value_index_ptr + b * stride_value_index_sequence, values_ptr + b * stride_values_sequence, fresh_v_ptr,
+            b, place, token, slot, in_tokens, (chunk - q_chunks - k_chunks) * HEADS, G, eps,
+            seal_key_ptr, writes, layer, first_head,
+            (stride_z_v_row, stride_z_v_feature),
+            (stride_image_v_sequence, stride_image_v_row, stride_image_v_feature), 0, (0, 0), (0, 0),
+            (stride_value_index_head, stride_value_index_feature),
+            (stride_values_head, stride_values_slot, stride_values_feature),
+            (stride_fresh_v_head, stride_fresh_v_token, stride_fresh_v_feature),
             HEAD_DIM, False, False, HAS_IMAGE, HAS_FRESH, ENCODING, ROUNDS, INT64, HEADS, STAGES, BLOCK_S, BLOCK_D,
         )  # fmt: skip
 

@@ -39,42 +39,25 @@ def _load_rows(pointers, offsets, stride, mask):
 
 # What changes from request to request is not specialised: one compiled kernel serves every length.
 @triton.jit(
-    do_not_specialize=["T", "N", "stride_ib"],
+    do_not_specialize=["T", "N", "stride_row_index_sequence"],
     do_not_specialize_on_alignment=["row_index_ptr", "feature_index_ptr"],
 )
 def _inject_kernel(
     # Pointers
-    x_ptr,
-    redundant_ptr,
-    row_index_ptr,
-    feature_index_ptr,
-    norm_weight_ptr,
-    noise_ptr,
-    out_ptr,
+    x_ptr, redundant_ptr, row_index_ptr, feature_index_ptr, norm_weight_ptr, noise_ptr, out_ptr,
     # Sizes
-    T,
-    N,
-    D,
+    T,  # encoded rows of a sequence
+    N,  # rows of x
+    D,  # features
     eps,
     # Strides
-    stride_xb,
-    stride_xn,
-    stride_xd,
-    stride_rb,
-    stride_rr,
-    stride_rd,
-    stride_ib,
-    stride_it,
-    stride_fb,
-    stride_fh,
-    stride_fd,
-    stride_wd,
-    stride_ab,
-    stride_at,
-    stride_ad,
-    stride_ob,
-    stride_ot,
-    stride_od,
+    stride_x_sequence, stride_x_row, stride_x_feature,
+    stride_redundant_sequence, stride_redundant_row, stride_redundant_feature,
+    stride_row_index_sequence, stride_row_index_row,
+    stride_feature_index_sequence, stride_feature_index_head, stride_feature_index_feature,
+    stride_norm_weight_feature,
+    stride_noise_sequence, stride_noise_row, stride_noise_feature,
+    stride_out_sequence, stride_out_row, stride_out_feature,
     # Meta-parameters
     HAS_INDEX: tl.constexpr,
     HAS_REDUNDANT: tl.constexpr,
@@ -85,7 +68,7 @@ def _inject_kernel(
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     blocks = tl.cdiv(T, BLOCK_M)
     # int64: sequence * stride and row * stride grow with the whole tensor.
@@ -94,15 +77,16 @@ def _inject_kernel(
     in_rows = place < T
     source = place
     if HAS_INDEX:
-        source = tl.load(row_index_ptr + sequence * stride_ib + place * stride_it, mask=in_rows, other=0)
-    x_rows = x_ptr + sequence * stride_xb + source * stride_xn
+        row_indices = row_index_ptr + sequence * stride_row_index_sequence + place * stride_row_index_row
+        source = tl.load(row_indices, mask=in_rows, other=0)
+    x_rows = x_ptr + sequence * stride_x_sequence + source * stride_x_row
     if HAS_NOISE:
-        noise_rows = noise_ptr + sequence * stride_ab + place * stride_at
-    out_rows = out_ptr + sequence * stride_ob + place * stride_ot
+        noise_rows = noise_ptr + sequence * stride_noise_sequence + place * stride_noise_row
+    out_rows = out_ptr + sequence * stride_out_sequence + place * stride_out_row
     from_x = in_rows
     if HAS_REDUNDANT:
         from_x = in_rows & (source < N)
-        redundant_rows = redundant_ptr + sequence * stride_rb + (source - N) * stride_rr
+        redundant_rows = redundant_ptr + sequence * stride_redundant_sequence + (source - N) * stride_redundant_row
 
     if HAS_NORM:
         first = 0
@@ -123,28 +107,31 @@ def _inject_kernel(
         for start in range(0, D, BLOCK_D):
             part = columns + start
             in_columns = (part < D)[None, :]
-            x = _load_rows(x_rows, part, stride_xd, from_x[:, None] & in_columns).to(tl.float32)
+            x = _load_rows(x_rows, part, stride_x_feature, from_x[:, None] & in_columns).to(tl.float32)
             if HAS_REDUNDANT:
                 decoy_mask = (in_rows & (source >= N))[:, None] & in_columns
-                x += _load_rows(redundant_rows, part, stride_rd, decoy_mask).to(tl.float32)
+                x += _load_rows(redundant_rows, part, stride_redundant_feature, decoy_mask).to(tl.float32)
             square_sum += tl.sum(x * x, axis=1)
         scale = tl.rsqrt(square_sum / D + eps)
 
     for start in range(0, D if HAS_NORM and not ONE_TILE else 1, BLOCK_D):
         part = columns + start
         in_columns = (part < end)[None, :]
-        x = _load_rows(x_rows, part, stride_xd, from_x[:, None] & in_columns)
+        x = _load_rows(x_rows, part, stride_x_feature, from_x[:, None] & in_columns)
         if HEAD_DIM:
-            head = feature_index_ptr + sequence * stride_fb + tl.program_id(1).to(tl.int64) * stride_fh
-            index = tl.load(head + tl.arange(0, BLOCK_D) * stride_fd, mask=part < end, other=0).to(tl.int32)
+            index_row = feature_index_ptr + sequence * stride_feature_index_sequence
+            index_row += tl.program_id(1).to(tl.int64) * stride_feature_index_head
+            features = index_row + tl.arange(0, BLOCK_D) * stride_feature_index_feature
+            index = tl.load(features, mask=part < end, other=0).to(tl.int32)
             x = tl.gather(x, tl.broadcast_to(index[None, :], (BLOCK_M, BLOCK_D)), axis=1)
         if HAS_REDUNDANT:
             # Rows of one kind are masked off in the other load, so no byte is read twice.
             decoy_mask = (in_rows & (source >= N))[:, None] & in_columns
-            decoy = _load_rows(redundant_rows, part, stride_rd, decoy_mask)
+            decoy = _load_rows(redundant_rows, part, stride_redundant_feature, decoy_mask)
             x = tl.where(from_x[:, None], x, decoy)
         if HAS_NORM:
-            weight = tl.load(norm_weight_ptr + part * stride_wd, mask=part < D, other=0)[None, :].to(tl.float32)
+            weight = tl.load(norm_weight_ptr + part * stride_norm_weight_feature, mask=part < D, other=0)
+            weight = weight[None, :].to(tl.float32)
             wide = x.to(tl.float32)
             if ONE_TILE:
                 scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
@@ -153,64 +140,54 @@ def _inject_kernel(
             x = narrow(normed.to(tl.float32) * weight, x.dtype)
         mask = in_rows[:, None] & in_columns
         if HAS_NOISE:
-            x = x.to(tl.float32) + _load_rows(noise_rows, part, stride_ad, mask)
-        tl.store(out_rows[:, None] + part[None, :] * stride_od, narrow(x, out_ptr.dtype.element_ty), mask=mask)
+            x = x.to(tl.float32) + _load_rows(noise_rows, part, stride_noise_feature, mask)
+        tl.store(out_rows[:, None] + part[None, :] * stride_out_feature, narrow(x, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_pb"], do_not_specialize_on_alignment=["position_ptr"])
+@triton.jit(
+    do_not_specialize=["rows", "S", "stride_position_sequence"], do_not_specialize_on_alignment=["position_ptr"]
+)
 def _strip_kernel(
     # Pointers
-    z_ptr,
-    position_ptr,
-    residual_ptr,
-    image_ptr,
-    out_ptr,
+    z_ptr, position_ptr, residual_ptr, image_ptr, out_ptr,
     # Sizes
-    rows,
-    S,
-    D,
+    rows,  # of all sequences
+    S,  # tokens of a sequence
+    D,  # features
     # Strides
-    stride_zb,
-    stride_zt,
-    stride_zd,
-    stride_pb,
-    stride_ps,
-    stride_rb,
-    stride_rs,
-    stride_rd,
-    stride_ab,
-    stride_at,
-    stride_ad,
-    stride_ob,
-    stride_os,
-    stride_od,
+    stride_z_sequence, stride_z_row, stride_z_feature,
+    stride_position_sequence, stride_position_token,
+    stride_residual_sequence, stride_residual_token, stride_residual_feature,
+    stride_image_sequence, stride_image_row, stride_image_feature,
+    stride_out_sequence, stride_out_token, stride_out_feature,
     # Meta-parameters
     HAS_RESIDUAL: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = row < rows
     # int64: sequence * stride and row * stride grow with the whole tensor.
     sequence = (row // S).to(tl.int64)
     token = (row % S).to(tl.int64)
-    place = tl.load(position_ptr + sequence * stride_pb + token * stride_ps, mask=in_rows, other=0)
+    positions = position_ptr + sequence * stride_position_sequence + token * stride_position_token
+    place = tl.load(positions, mask=in_rows, other=0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if INT64:
         columns = columns.to(tl.int64)
     mask = in_rows[:, None] & (columns < D)[None, :]
-    y = _load_rows(z_ptr + sequence * stride_zb + place * stride_zt, columns, stride_zd, mask)
+    y = _load_rows(z_ptr + sequence * stride_z_sequence + place * stride_z_row, columns, stride_z_feature, mask)
     if HAS_IMAGE:
-        image_rows = image_ptr + sequence * stride_ab + place * stride_at
-        y = y.to(tl.float32) - _load_rows(image_rows, columns, stride_ad, mask)
+        image_rows = image_ptr + sequence * stride_image_sequence + place * stride_image_row
+        y = y.to(tl.float32) - _load_rows(image_rows, columns, stride_image_feature, mask)
     if HAS_RESIDUAL:
-        residual_rows = residual_ptr + sequence * stride_rb + token * stride_rs
-        y = y.to(tl.float32) + _load_rows(residual_rows, columns, stride_rd, mask).to(tl.float32)
-    out_rows = out_ptr + sequence * stride_ob + token * stride_os
-    tl.store(out_rows[:, None] + columns[None, :] * stride_od, narrow(y, out_ptr.dtype.element_ty), mask=mask)
+        residual_rows = residual_ptr + sequence * stride_residual_sequence + token * stride_residual_token
+        y = y.to(tl.float32) + _load_rows(residual_rows, columns, stride_residual_feature, mask).to(tl.float32)
+    out_rows = out_ptr + sequence * stride_out_sequence + token * stride_out_token
+    tl.store(out_rows[:, None] + columns[None, :] * stride_out_feature, narrow(y, out_ptr.dtype.element_ty), mask=mask)
 
 
 def _row_tile(features: int, element_bytes: int, thread_bytes: int, widest: int, target: Target) -> dict[str, Any]:

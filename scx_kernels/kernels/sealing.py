@@ -30,11 +30,11 @@ __all__ = [
 
 @triton.jit
 def _words(
-    key_ptr, writes_ptr, token, block, in_rows, layer, head, word15, stride_wn, BLOCKS: tl.constexpr,
+    key_ptr, writes_ptr, token, block, in_rows, layer, head, word15, stride_writes_row, BLOCKS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Sixteen (BLOCK_U, 1) words of the program's blocks."""
-    writes = tl.load(writes_ptr + token * stride_wn, mask=in_rows, other=0)
+    writes = tl.load(writes_ptr + token * stride_writes_row, mask=in_rows, other=0)
     word14 = head_word(layer, head)
     return row_words(load_key(key_ptr), writes[:, None], block[:, None], word14, word15.to(tl.uint32), BLOCKS, ROUNDS)
 
@@ -45,34 +45,17 @@ def _words(
 )
 def _seal_kernel(
     # Pointers
-    x_ptr,
-    out_ptr,
-    key_ptr,
-    writes_ptr,
-    old_key_ptr,
-    old_writes_ptr,
+    x_ptr, out_ptr, key_ptr, writes_ptr, old_key_ptr, old_writes_ptr,
     # Sizes
-    G,
-    N,
+    G,  # key/value heads
+    N,  # rows of a head
     # Which rows these are
-    layer,
-    first_head,
-    word15,
-    old_layer,
-    old_first_head,
+    layer, first_head, word15, old_layer, old_first_head,
     # Strides
-    stride_xb,
-    stride_xg,
-    stride_xn,
-    stride_xd,
-    stride_ob,
-    stride_og,
-    stride_on,
-    stride_od,
-    stride_wb,
-    stride_wn,
-    stride_vb,
-    stride_vn,
+    stride_x_sequence, stride_x_head, stride_x_row, stride_x_feature,
+    stride_out_sequence, stride_out_head, stride_out_row, stride_out_feature,
+    stride_writes_sequence, stride_writes_row,
+    stride_old_writes_sequence, stride_old_writes_row,
     # Meta-parameters
     HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr,
@@ -80,7 +63,7 @@ def _seal_kernel(
     ROUNDS: tl.constexpr,
     OLD_ROUNDS: tl.constexpr,  # 0 where there is no keystream to take off
     BLOCK_U: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     # int64: sequence, head, row and feature times their stride grow with the whole tensor.
     chunks = tl.cdiv(N * BLOCKS, BLOCK_U)
@@ -91,16 +74,16 @@ def _seal_kernel(
     block = unit % BLOCKS
     in_rows = token < N
     words = _words(
-        key_ptr, writes_ptr + b * stride_wb, token, block, in_rows, layer, first_head + head, word15, stride_wn,
-        BLOCKS, ROUNDS,
+        key_ptr, writes_ptr + b * stride_writes_sequence, token, block, in_rows, layer, first_head + head, word15,
+        stride_writes_row, BLOCKS, ROUNDS,
     )  # fmt: skip
     if OLD_ROUNDS:
         old_words = _words(
-            old_key_ptr, old_writes_ptr + b * stride_vb, token, block, in_rows, old_layer, old_first_head + head,
-            word15, stride_vn, BLOCKS, OLD_ROUNDS,
+            old_key_ptr, old_writes_ptr + b * stride_old_writes_sequence, token, block, in_rows, old_layer,
+            old_first_head + head, word15, stride_old_writes_row, BLOCKS, OLD_ROUNDS,
         )  # fmt: skip
-    x_rows = x_ptr + b * stride_xb + head.to(tl.int64) * stride_xg + token * stride_xn
-    out_rows = out_ptr + b * stride_ob + head.to(tl.int64) * stride_og + token * stride_on
+    x_rows = x_ptr + b * stride_x_sequence + head.to(tl.int64) * stride_x_head + token * stride_x_row
+    out_rows = out_ptr + b * stride_out_sequence + head.to(tl.int64) * stride_out_head + token * stride_out_row
     for place in tl.static_range(4):
         bits = stripe(words, None, place, BITS)
         if OLD_ROUNDS:
@@ -109,33 +92,31 @@ def _seal_kernel(
         mask = in_rows[:, None]
         if HEAD_DIM * BITS % 512 != 0:
             mask = mask & (columns < HEAD_DIM)
-        x = tl.load(x_rows[:, None] + columns.to(tl.int64) * stride_xd, mask=mask, other=0)
-        tl.store(out_rows[:, None] + columns.to(tl.int64) * stride_od, x ^ bits.to(x.dtype, bitcast=True), mask=mask)
+        x = tl.load(x_rows[:, None] + columns.to(tl.int64) * stride_x_feature, mask=mask, other=0)
+        sealed = x ^ bits.to(x.dtype, bitcast=True)
+        tl.store(out_rows[:, None] + columns.to(tl.int64) * stride_out_feature, sealed, mask=mask)
 
 
 # How much is drawn changes from request to request: one compiled kernel serves every length.
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["streams_ptr"])
 def _random_kernel(
     # Pointers
-    key_ptr,
-    streams_ptr,
-    out_ptr,
+    key_ptr, streams_ptr, out_ptr,
     # Sizes
-    count,
+    count,  # words of a stream
     # Strides
-    stride_sn,
-    stride_sw,
+    stride_streams_stream, stride_streams_word,
     # Meta-parameters
     ROUNDS: tl.constexpr,
     BLOCK_U: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     # int64: stream * count grows with the whole tensor.
     chunks = tl.cdiv(tl.cdiv(count, 16), BLOCK_U)
     stream = (tl.program_id(0) // chunks).to(tl.int64)
-    word13 = tl.load(streams_ptr + stream * stride_sn).to(tl.uint32)
-    word14 = tl.load(streams_ptr + stream * stride_sn + stride_sw).to(tl.uint32)
-    word15 = tl.load(streams_ptr + stream * stride_sn + 2 * stride_sw).to(tl.uint32)
+    word13 = tl.load(streams_ptr + stream * stride_streams_stream).to(tl.uint32)
+    word14 = tl.load(streams_ptr + stream * stride_streams_stream + stride_streams_word).to(tl.uint32)
+    word15 = tl.load(streams_ptr + stream * stride_streams_stream + 2 * stride_streams_word).to(tl.uint32)
     unit = tl.program_id(0) % chunks * BLOCK_U + tl.arange(0, BLOCK_U)
     words = block_words(load_key(key_ptr), unit[:, None].to(tl.uint32), word13, word14, word15, ROUNDS)
     out_ptr += stream * count

@@ -33,33 +33,24 @@ SCRATCH_BYTES = 64 * 2**20
 
 
 # Lengths change from request to request: one compiled kernel serves them all.
-@triton.jit(do_not_specialize=["S", "stride_pb"], do_not_specialize_on_alignment=["position_ptr"])
+@triton.jit(do_not_specialize=["S", "stride_position_sequence"], do_not_specialize_on_alignment=["position_ptr"])
 def _take_rows_kernel(
     # Pointers
-    cache_ptr,
-    position_ptr,
-    out_ptr,
+    cache_ptr, position_ptr, out_ptr,
     # Sizes
-    S,
-    D,
-    G,
+    S,  # tokens of a sequence
+    D,  # features of a head
+    G,  # key/value heads
     # Strides
-    stride_cb,
-    stride_cg,
-    stride_ct,
-    stride_cd,
-    stride_pb,
-    stride_ps,
-    stride_ob,
-    stride_og,
-    stride_os,
-    stride_od,
+    stride_cache_sequence, stride_cache_head, stride_cache_row, stride_cache_feature,
+    stride_position_sequence, stride_position_token,
+    stride_out_sequence, stride_out_head, stride_out_token, stride_out_feature,
     # Meta-parameters
     HAS_POSITION: tl.constexpr,  # without it rows are copied as they lie
     INT64: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     begin()
     # int64: sequence, head and row times their stride grow with the whole cache.
     b = (tl.program_id(1) // G).to(tl.int64)
@@ -68,15 +59,16 @@ def _take_rows_kernel(
     in_tokens = token < S
     place = token
     if HAS_POSITION:
-        place = tl.load(position_ptr + b * stride_pb + token * stride_ps, mask=in_tokens, other=0)
+        positions = position_ptr + b * stride_position_sequence + token * stride_position_token
+        place = tl.load(positions, mask=in_tokens, other=0)
     columns = tl.arange(0, BLOCK_D)
     if INT64:
         columns = columns.to(tl.int64)
     mask = in_tokens[:, None] & (columns < D)[None, :]
-    cache_rows = cache_ptr + b * stride_cb + head * stride_cg + place * stride_ct
-    out_rows = out_ptr + b * stride_ob + head * stride_og + token * stride_os
-    rows = tl.load(cache_rows[:, None] + columns[None, :] * stride_cd, mask=mask, other=0)
-    tl.store(out_rows[:, None] + columns[None, :] * stride_od, rows, mask=mask)
+    cache_rows = cache_ptr + b * stride_cache_sequence + head * stride_cache_head + place * stride_cache_row
+    out_rows = out_ptr + b * stride_out_sequence + head * stride_out_head + token * stride_out_token
+    rows = tl.load(cache_rows[:, None] + columns[None, :] * stride_cache_feature, mask=mask, other=0)
+    tl.store(out_rows[:, None] + columns[None, :] * stride_out_feature, rows, mask=mask)
 
 
 def unlock_tile(size: int, dtype: torch.dtype, target: Target) -> dict[str, Any]:
