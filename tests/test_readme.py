@@ -63,6 +63,16 @@ def test_what_the_documents_ask_for_exists() -> None:
     assert [target for target, rule in rules.items() if "## " not in rule] == []
 
 
+def test_tests_behind_figures_exist() -> None:
+    """What SECURITY.md tells to run finds tests, for every word that it selects by."""
+    commands = re.findall(r'`pytest (tests/\w+\.py) -k (\w+|"[^"]+")`', (ROOT / "SECURITY.md").read_text())
+    assert len(commands) > 6
+    for file, words in commands:
+        names = re.findall(r"def (test_\w+)", (ROOT / file).read_text())
+        for word in words.strip('"').split(" or "):
+            assert [name for name in names if word in name], f"{file}: no test has {word} in its name"
+
+
 def test_readme_is_short() -> None:
     """It is read in one go; what does not fit has a page of its own."""
     assert len(README.read_text().splitlines()) <= 130
