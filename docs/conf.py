@@ -27,7 +27,7 @@ html_copy_source = False
 html_show_sourcelink = False
 
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]
+suppress_warnings = ["myst.header"]  # the tables that `python -m bench` writes begin at the third level
 
 # In docstrings, `x` is code. Types in signatures are named as they are: others' pages would have to be fetched, and
 # what users do not make themselves is not described here.
