@@ -1,4 +1,4 @@
-"""Sphinx: the repository's own pages, docs/ beside README, SECURITY.md and the notes, and docstrings. Nothing is fetched.
+"""Sphinx: the repository's pages, docs/ beside README, SECURITY.md and the notes, and docstrings. Nothing is fetched.
 
 The source is the repository's root, so that a link between pages is one and the same here and where the repository is
 read, and a link to nothing is an error.
@@ -27,10 +27,10 @@ html_copy_source = False
 html_show_sourcelink = False
 
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]
+suppress_warnings = ["myst.header"]  # the tables that `python -m bench` writes begin at the third level
 
-# In docstrings, `x` is code. Types in signatures are named as they are: others' pages would have to be fetched, and what
-# users do not make themselves is not described here.
+# In docstrings, `x` is code. Types in signatures are named as they are: others' pages would have to be fetched, and
+# what users do not make themselves is not described here.
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

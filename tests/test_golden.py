@@ -4,6 +4,7 @@ Right files load to the right values, here and by the specification alone; wrong
 says; and the code of today still writes them byte for byte.
 """
 
+import hmac
 import json
 import struct
 from collections.abc import Callable
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import specification
 import torch
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
 import scx_kernels as ops
 from scx import FileRefusedError, Session, decode_kvcache, load_keys, load_kvcache, load_shared_keys
+from tests import specification
 from tests.golden import make
 from tests.golden.wrong_files import WRONG
 
@@ -165,6 +167,19 @@ class TestVectors:
             key = session().feature_key(layer, CPU)
             assert (key.key[sequence].tolist(), key.value[sequence].tolist()) == both
 
+    def test_file_keys(self) -> None:
+        """Each opens its file, whatever the way to it."""
+        for given in VECTORS["file_keys"]:
+            data = (GOLDEN / given["file"]).read_bytes()
+            metadata, tensors, start = specification.split(data)
+            assert (metadata["salt"], metadata["kdf"]) == (given["salt"], given["kdf"])
+            key = bytes.fromhex(given["key"])
+            if metadata["protection"] == "encrypted":
+                plain = AESGCM(key).decrypt(bytes(12), data[start:], data[:start])
+                assert int.from_bytes(plain[:8], "little") < len(plain)
+            else:
+                assert tensors["tag"][2] == hmac.digest(key, data[:-32], "sha256")
+
     def test_write_numbers(self) -> None:
         for given in VECTORS["write_numbers"]:
             epoch, sequence, count = given["epoch"], given["sequence"], given["count"]
@@ -178,9 +193,9 @@ class TestVectors:
         place = row["write_number"], row["layer"], row["head"], row["is_value"]
         pad = specification.row_keystream(key, *place, len(data), row["rounds"])
         assert specification.xor(data, pad) == sealed
+        assert list(specification.counter_words(*place, len(data))) == row["words"]
         if row["rounds"] == 20:
-            words = specification.counter_words(*place, len(data))
-            assert specification.chacha20_stream(key, words, len(data)) == pad
+            assert specification.chacha20_stream(key, tuple(row["words"]), len(data)) == pad
         dtype = getattr(torch, row["dtype"])
         stored = torch.frombuffer(bytearray(sealed), dtype=dtype).view(1, 1, 1, row["head_dim"])
         numbers = torch.tensor([[row["write_number"]]])

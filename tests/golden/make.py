@@ -23,6 +23,7 @@ import scx_kernels as ops
 from scx import EncodedCache, SCXKeyGenerator, Session, SharedKeys, save_keys, save_kvcache, save_shared_keys
 from scx.files.container import read_container, write_container
 from scx.keys import ModelShape
+from tests import specification
 from tests.golden.wrong_files import WRONG
 
 MASTER, KEY, PASSPHRASE = bytes(range(32)), bytes(range(100, 132)), "correct horse battery staple"
@@ -156,16 +157,34 @@ def sealed_rows() -> list[dict[str, Any]]:
         sealed = ops.seal(x, sealing, is_value=is_value).view(torch.uint8).numpy().tobytes()
         rows.append({
             "key": key.hex(), "rounds": rounds, "write_number": number, "layer": layer, "head": head,
-            "is_value": is_value, "dtype": dtype, "head_dim": head_dim, "plain": plain.hex(), "sealed": sealed.hex(),
+            "is_value": is_value, "dtype": dtype, "head_dim": head_dim,
+            "words": specification.counter_words(number, layer, head, is_value, size),
+            "plain": plain.hex(), "sealed": sealed.hex(),
         })  # fmt: skip
     return rows
+
+
+def file_keys(folder: Path, session: Session) -> list[dict[str, str]]:
+    """The key of each right file, from its salt and what it was written with."""
+    cache_key = session.derive_key("cache file").reveal()
+    written: tuple[tuple[str, bytes | None, str | None], ...] = (
+        ("session", KEY, None), ("session-passphrase", None, PASSPHRASE), ("cache", cache_key, None),
+        ("shared-keys", KEY, None),
+    )  # fmt: skip
+    keys = []
+    for name, key, passphrase in written:
+        words = specification.split((folder / f"{name}.scx").read_bytes())[0]
+        own = specification.file_key(words, key, passphrase)
+        keys.append({"file": f"{name}.scx", "salt": words["salt"], "kdf": words["kdf"], "key": own.hex()})
+    return keys
 
 
 def write(folder: Path) -> None:
     with fixed_randomness():
         session = write_right(folder)
         manifest = write_wrong(folder, session)
-    vectors = {"keys": derived_keys(open_session()), "write_numbers": write_numbers(), "sealed_rows": sealed_rows()}
+    vectors = {"keys": derived_keys(session), "file_keys": file_keys(folder, session)}
+    vectors |= {"write_numbers": write_numbers(), "sealed_rows": sealed_rows()}
     for name, content in (("manifest.json", manifest), ("vectors.json", vectors)):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
