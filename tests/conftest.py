@@ -2,6 +2,9 @@
 
 `--tiles production` has kernels take the tiles of their own heuristics where a test forces small ones; `--repeats N`
 runs each kernel N times on the same inputs and demands the same bits (`parity.run_kernel`).
+
+`-m "not slow"` leaves out what is marked `slow`: tests that start processes with models or compilers in them, load or
+build a large model, or take more than a few seconds of a core; and of tests in several dtypes the half precisions.
 """
 
 import hashlib
@@ -67,6 +70,12 @@ class PatientModule(pytest.Module):
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
     return PatientModule.from_parent(parent, path=module_path)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if given.get("dtype") in (torch.float16, torch.bfloat16):
+        item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

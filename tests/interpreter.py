@@ -66,6 +66,17 @@ def keep_types() -> None:
 
     core.block_type.__init__, core.tensor.__init__, core.dtype.__eq__ = block, tensor, equal
 
+    of_element: dict[tuple[str, str], core.block_type] = {}
+    make_of_element = core.block_type.with_element_ty
+
+    def with_element(self: core.block_type, scalar_ty: core.dtype) -> core.block_type:
+        name = self.name, scalar_ty.name
+        if name not in of_element:
+            of_element[name] = make_of_element(self, scalar_ty)
+        return of_element[name]
+
+    core.block_type.with_element_ty = with_element
+
     numpys, of_name = interpreter._get_np_dtype, {}
 
     def numpy_dtype(kind: core.dtype) -> np.dtype:

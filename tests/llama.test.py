@@ -83,6 +83,7 @@ def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
     return max((x.float() - y.float()).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"redundant_num": 12, "alp": True}], ids=["documented", "all encodings"])
 def test_documented_calls(model: LlamaForCausalLM, options: dict) -> None:
     """Prefill, split and decode give the plain model's logits and tokens; the caches are those promised."""

@@ -175,6 +175,7 @@ def test_contestants_share_weights(field: Field) -> None:
     assert plain.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prefill", "token"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_whole_model(field: Field, kind: str, batch: int) -> None:

@@ -34,6 +34,7 @@ def _by_the_kernels() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @in_place
 @by_name
 def test_captured_in_a_graph(place: str, name: str) -> None:

@@ -398,6 +398,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 
+@pytest.mark.slow
 def test_missing_packages_are_named_and_the_rest_runs(tmp_path: Path) -> None:
     """Without cryptography, Triton, pytest and matplotlib: models, kernels, tests and pictures are left out by name."""
     site, folder = tmp_path / "site", tmp_path / "results"
@@ -441,6 +442,7 @@ def test_missing_packages_are_named_and_the_rest_runs(tmp_path: Path) -> None:
     assert "| 1 × 8 |" in (folder / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """A stage finds none; the others are not begun, and nothing passes for measured."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -173,6 +173,7 @@ def test_one_of_every_kind_comes_first() -> None:
     assert [item.nodeid[6:] for item in items] == ["a[0]", "a[2]", "b[0]", "c[0]", "a[1]", "b[1]"]
 
 
+@pytest.mark.slow
 def test_failed_tests_have_lines(tmp_path: Path) -> None:
     """As they fail; and all are counted at the end."""
     (tmp_path / "test_some.py").write_text(
@@ -355,6 +356,7 @@ def run(work):
 """
 
 
+@pytest.mark.slow
 def test_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every stage on this machine's CPU, with a fault and a hang planted among them: each ends within its limit, with
     its line written, and none but the planted ones is not well. Limits are longer here, for a machine with other work.

@@ -644,6 +644,7 @@ print(model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=Fal
 """
 
 
+@pytest.mark.slow
 def test_another_process_continues_token_for_token(tmp_path, encoded, prompt) -> None:
     """One process prefills, generates and saves; one that has only the files and the passphrase goes on."""
     keys, saved, ids = tmp_path / "keys", tmp_path / "cache", prompt(9)

@@ -98,6 +98,7 @@ def rows_in_place(seen: Tensor, plain: Tensor) -> float:
     return torch.stack(runs).max().item() / plain.shape[1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("encoding", ["permuted", "sealed"])
 def test_prefill_leaves_nothing_plain(prompt, encoding: str) -> None:
@@ -138,6 +139,7 @@ def rows_shared(seen: Tensor, states: Tensor) -> int:
     return sum(row.numpy(force=True).tobytes() in rows for row in states.reshape(-1, size))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_lies_unsealed_of_a_sealed_cache(prompt) -> None:
     """In the pass that opens it, K and V of a block once, each as one tensor, gone behind attention. In later

@@ -20,6 +20,7 @@ def without(packages: str, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_operations_need_torch_alone() -> None:
     """On CPU tensors not even triton; and nothing tries to import what it can do without."""
     code = f"""
@@ -54,6 +55,7 @@ assert not [name for name in sys.modules if name.startswith("scx")]
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @parity.needs("cryptography", "safetensors", "transformers")
 def test_scx_does_without_triton_on_a_cpu() -> None:
     done = without("triton", "-c", "import scx, sys; assert 'triton' not in sys.modules")
@@ -67,6 +69,7 @@ def run_tests(missing: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @parity.needs("triton")
 def test_tests_of_kernels_need_no_other_package() -> None:
     """Every file of them is collected, some run; a file that needs what is missing says so by name."""
@@ -80,6 +83,7 @@ def test_tests_of_kernels_need_no_other_package() -> None:
     assert " passed" in out
 
 
+@pytest.mark.slow
 def test_tests_of_references_do_without_triton() -> None:
     files = (
         "tests/test_reference.py",

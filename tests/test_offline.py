@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from bench.offline import digest, waits
 from bench.provenance import RESULTS
 
 
+@pytest.mark.slow
 def test_representative_kernels_compile_for_every_target() -> None:
     """A representative set in one dtype; `make offline` compiles all. Its own process: this one may run Triton's
     interpreter."""

@@ -38,6 +38,7 @@ def test_signature_and_documentation_are_the_references(name: str) -> None:
     assert getattr(ops, name).__doc__ == getattr(reference, name).__doc__
 
 
+@pytest.mark.slow
 @with_kernels
 @by_name
 def test_opcheck(name: str) -> None:
@@ -82,6 +83,7 @@ COMPILED = [pytest.param(name, "triton", marks=with_kernels) for name in NAMES]
 COMPILED += [(name, "reference") for name in ("strip_restore", "qkv_decode_encode", "attention", "unlock")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), COMPILED)
 def test_compiles_without_graph_breaks(name: str, backend: str) -> None:
     args, options = arguments(name)

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_plans_launch_what_launchers_launch() -> None:
     """In a process that compiles kernels instead of interpreting them, with a driver that launches nothing."""
     cases = Path(__file__).with_name("launches.py")

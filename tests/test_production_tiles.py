@@ -360,6 +360,7 @@ for sealed_rounds in ROUNDS:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [

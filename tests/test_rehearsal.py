@@ -28,6 +28,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_every_kind_of_request_runs() -> None:
     """Fewer settings than `make rehearse`, every kind of request, values held against the plain model's."""
     done = run("-m", "bench.rehearsal", "--quick")
@@ -53,6 +54,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_planted_is_found() -> None:
     """Each fault is put in, rehearsed, and taken out again; the failure names the request and the place."""
     done = run(str(PLANTED))

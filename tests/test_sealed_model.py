@@ -94,6 +94,7 @@ def test_logits_are_bitwise_those_of_the_unsealed_cache(prompt, dtype, rounds) -
         assert_same(*map(stored, decoded))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
     """With every operation computed by its kernel, sealed and unsealed, prefill and steps."""
@@ -127,6 +128,7 @@ def test_chunked_prefill_is_bitwise_equal(prompt, dtype, cuts) -> None:
         assert_same_passes(model, list(ids.split(cuts, dim=1)), given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 def test_chunked_prefill_is_bitwise_equal_on_the_kernels(prompt, dtype) -> None:
     model, ids = tiny_model(dtype=dtype, layers=2, heads=2, kv_heads=1), prompt(11)
@@ -353,6 +355,7 @@ class TestSlidingWindows:
                 assert a.get_seq_length() == b.get_seq_length()
                 assert a.get_mask_sizes(1) == b.get_mask_sizes(1)
 
+    @pytest.mark.slow
     @torch.no_grad()
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_many_steps_in_bounded_memory(self, prompt, attention: str) -> None:
@@ -481,6 +484,7 @@ class TestSlidingWindows:
                     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
                     witness.look(other)
 
+    @pytest.mark.slow
     def test_on_the_kernels(self, prompt) -> None:
         model, ids = sliding_model("mistral", 3, layers=1, heads=2, kv_heads=1), prompt(4)
         with ops.backend("triton"):

@@ -360,6 +360,7 @@ def test_decoding_leaves_the_secure_part(save, prompt) -> None:
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes(save, prompt) -> None:
     """The secure process has its part, the worker the whole model: the plain model's tokens, and the scale of redundant
     rows from over there."""
@@ -384,6 +385,7 @@ def test_two_processes(save, prompt) -> None:
         worker.wait()
 
 
+@pytest.mark.slow
 def test_demo(save, capsys) -> None:
     """The command answers with the plain model's tokens over two processes, and says what crossed and what is held."""
     plain, path = save(tie_word_embeddings=True)

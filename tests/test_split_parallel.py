@@ -123,6 +123,7 @@ def check_parity(model: PreTrainedModel, crossings: str, ids: Tensor, prefill_to
     assert seen.requests == expected.requests
 
 
+@pytest.mark.slow
 @needs_ranks
 @torch.no_grad()
 def test_ranks_of_torchrun(start, prompt) -> None:
@@ -135,6 +136,7 @@ def test_ranks_of_torchrun(start, prompt) -> None:
     assert torchrun.wait(timeout=60) == 0
 
 
+@pytest.mark.slow
 @needs_ranks
 @torch.no_grad()
 def test_killed_rank_costs_no_token(start, prompt) -> None:
@@ -170,6 +172,7 @@ def test_killed_rank_costs_no_token(start, prompt) -> None:
     assert all(process.wait(timeout=60) != 0 for process in ranks)
 
 
+@pytest.mark.slow
 @needs_ranks
 @torch.no_grad()
 def test_rank_that_fails_alone(start, prompt) -> None:

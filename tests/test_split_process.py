@@ -57,6 +57,7 @@ def split_over_processes(timeout: float = 120.0, prefill_top_k: int | None = Non
     return model, remote
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_killed_worker_costs_no_token(start, prompt) -> None:
     """A worker is killed in the middle of a generation; the next one takes the conversation up from the last completed
@@ -111,6 +112,7 @@ def test_nobody_joins() -> None:
     assert time.monotonic() - begun < 10
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_late_answer(prompt) -> None:
     """A party that takes a request and does not answer is given up in time."""

@@ -152,6 +152,7 @@ def test_every_kind_of_subject_runs(smallest: Subject) -> None:
         assert not smallest.is_stored(arguments, got), "one bit that is not sealed as it should be"
 
 
+@pytest.mark.slow
 def test_other_processes_compile_ahead() -> None:
     """Each a share of the candidates."""
     (few,) = (s for s in SUBJECTS if s.name == "inject_permute heads rows=64 features=64")

@@ -28,6 +28,7 @@ print(len(rehearsal.variants), len(rehearsal.failures))
 """
 
 
+@pytest.mark.slow
 def test_requests_compile_nothing_that_the_warm_up_has_not() -> None:
     """Of SmolLM2-135M, permuted and sealed, at many lengths; the rehearsal's own test has more kinds of requests. Its
     own process: this one may run Triton's interpreter."""
