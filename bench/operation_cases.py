@@ -10,7 +10,6 @@ from dataclasses import replace
 from bench.attention_cases import ATTENTION_OPERATIONS
 from bench.contest import Case, Operation
 from bench.row_cases import ROW_OPERATIONS
-from bench.sealed_cases import SEALED_OPERATIONS
 from bench.sealing_cases import SEALING_OPERATIONS
 from bench.shapes import SHAPES
 
@@ -19,7 +18,6 @@ __all__ = ["OPERATIONS", "cases"]
 OPERATIONS: dict[str, Operation] = {
     **ROW_OPERATIONS,
     **ATTENTION_OPERATIONS,
-    **SEALED_OPERATIONS,
     **SEALING_OPERATIONS,
 }
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import transformers  # loads a class when it is asked for
+
 __all__ = ["SHAPES", "SMALL_SHAPES", "Shape"]
 
 
@@ -28,17 +30,23 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     @property
+    def qkv_widths(self) -> tuple[int, int, int]:
+        return self.query_width, self.kv_width, self.kv_width
+
+    @property
+    def qkv_width(self) -> int:
+        return sum(self.qkv_widths)
+
+    @property
     def parameters(self) -> int:
         """How many a model of this shape has, its head apart from its embedding."""
         attention = 2 * self.hidden * (self.query_width + self.kv_width)
         block = attention + 3 * self.hidden * self.feed_forward + 2 * self.hidden
         return self.layers * block + 2 * self.vocabulary * self.hidden + self.hidden
 
-    def config(self, **options: Any) -> Any:
+    def config(self, **options: Any) -> transformers.LlamaConfig:
         """The transformers configuration of a model of this shape."""
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
+        return transformers.LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.feed_forward,

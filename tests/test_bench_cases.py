@@ -16,11 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import scx_kernels
 from bench import keystream, operations
 from bench.attention_cases import DECOYS, exact_attention
-from bench.contest import BOUND, RIVAL, SCX, TRITON, Case, Contestant, Inputs, copied, wide
+from bench.contest import BOUND, OF_RIVALS, RIVAL, SCX, TRITON, Case, Contestant, Inputs, copied, key_of, nbytes, wide
 from bench.model_cases import compiled_cases, model_cases
 from bench.operation_cases import OPERATIONS, WITHOUT_REDUNDANT, cases
 from bench.provenance import machine_name, warnings_of
-from bench.sealed_cases import key_of
 from bench.shapes import SHAPES, Shape
 from bench.timing import TransferCounter, peak_memory, rotating, spread, spread_twice
 from scx_kernels.chacha import chacha_blocks
@@ -40,7 +39,6 @@ ROWS_READ = {
     "unlock": "cache",
     "unlock+in place": "cache",
 }
-OF_RIVALS = ("encoded", "together", "opened")  # the same numbers as rivals hold them
 
 
 @pytest.fixture
@@ -59,10 +57,6 @@ def case_of(tiny: Case, operation: str) -> Case:
         return dataclasses.replace(tiny, operation=operation, redundant=0, cached=19, batch=3)
     without = operation in WITHOUT_REDUNDANT or operation == "attention"
     return dataclasses.replace(tiny, operation=operation, redundant=0 if without else tiny.redundant)
-
-
-def nbytes(*values: object) -> int:
-    return sum(x.nbytes for x in values if isinstance(x, Tensor))
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
@@ -131,13 +125,12 @@ def test_counted_bytes(tiny: Case, name: str) -> None:
     inputs = OPERATIONS[name].make(case, CPU)
     result = OPERATIONS[name].plain(inputs)
     used = {key: x for key, x in vars(inputs).items() if key not in OF_RIVALS}
-    if name == "permute_features":
-        used = {key: used[key] for key in ("x", "feature_index")}
     if "keys" in used:
         del used["keys"], used["values"]  # of the caches only the new tokens' slots are touched
         result = (*result[:-2], *(cache[:, :, : case.tokens] for cache in result[-2:]))
-        used["writes"] = used["writes"][:, : case.tokens] if "writes" in used else None
-    read = nbytes(*tree_leaves(used))
+        if "sealing" in used:
+            used["sealing"] = inputs.sealing.at(inputs.sealing.writes[:, : case.tokens])
+    read = nbytes(used)
     stripped = sum(used[key].nbytes for key in ROWS_READ.get(name, "").split()) * case.redundant // case.rows
     decoys = 0
     if name == "attention_step+position":
@@ -187,7 +180,7 @@ def test_a_seal_that_is_not_the_keystream_is_found(tiny: Case, rounds: int) -> N
         scx, *_ = operation.contestants(case)
 
         def elsewhere(i: Inputs, scx: Contestant = scx) -> Any:
-            return scx.call(Inputs(**{**vars(i), "writes": i.writes + 1}))
+            return scx.call(Inputs(**{**vars(i), "sealing": i.sealing.at(i.sealing.writes + 1)}))
 
         wrong = dataclasses.replace(scx, name="other numbers", call=elsewhere)
         problems = operations.check(operation, (scx, wrong), operation.make(case, CPU))
