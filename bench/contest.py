@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import scx_kernels as ops
-from bench.shapes import SHAPES, SMALL_SHAPES, Shape
+from bench.shapes import Shape, shape_of
 from scx_kernels import reference
 
 __all__ = [
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def shape(self) -> Shape:
-        return SMALL_SHAPES[self.model] if self.model in SMALL_SHAPES else SHAPES[self.model]
+        return shape_of(self.model)
 
     @property
     def rows(self) -> int:

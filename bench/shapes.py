@@ -5,7 +5,7 @@ from typing import Any
 
 import transformers  # loads a class when it is asked for
 
-__all__ = ["SHAPES", "SMALL_SHAPES", "Shape"]
+__all__ = ["SHAPES", "SMALL_SHAPES", "Shape", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,11 @@ SMALL_SHAPES = {
     )
 }
 """Shapes that are checked and never measured."""
+
+
+def shape_of(model: str) -> Shape:
+    """Of a model's name, or of no model: "32x8x128" are its query heads, key/value heads and head size."""
+    if named := SHAPES.get(model) or SMALL_SHAPES.get(model):
+        return named
+    heads, kv_heads, head_dim = map(int, model.split("x"))
+    return Shape(model, heads * head_dim, heads, kv_heads, head_dim, 0, 0, 0)
