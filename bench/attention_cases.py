@@ -12,8 +12,6 @@ import scx_kernels as ops
 from bench.contest import Case, Contestant, Draw, Inputs, Operation, operation, rival
 from bench.row_cases import appended, gathered, rows_from
 
-__all__ = ["ATTENTION_OPERATIONS", "exact_attention"]
-
 QUERY_SAMPLE = 256
 """Queries whose attention is held against float64: all of a long prompt's would need its squared scores."""
 
@@ -120,12 +118,12 @@ def attention(*, encoding: bool = False, sealed: bool = False) -> Operation:
     def make(draw: Draw) -> Inputs:
         """Queries lie in memory by tokens, keys and values by heads, as a QKV pass leaves them. On a cache the mask is
         what transformers gives such a pass."""
-        case, shape, keys = draw.case, draw.case.shape, draw.case.cached + draw.case.tokens
+        case, shape, keys = draw.case, draw.shape, draw.case.cached + draw.case.tokens
         inputs = Inputs(
             q=draw(case.batch, case.tokens, shape.heads, shape.head_dim).transpose(1, 2),
-            k=draw(case.batch, shape.kv_heads, keys, shape.head_dim),
-            v=draw(case.batch, shape.kv_heads, keys, shape.head_dim),
-            output_index=draw.order(case.batch, shape.heads, shape.head_dim),
+            k=draw.heads(shape.kv_heads, keys),
+            v=draw.heads(shape.kv_heads, keys),
+            output_index=draw.features(shape.heads),
             softmax_scale=shape.head_dim**-0.5,
         )
         if case.cached:
@@ -135,8 +133,8 @@ def attention(*, encoding: bool = False, sealed: bool = False) -> Operation:
         else:
             inputs.is_causal = True
         if encoding:
-            inputs.row_index = draw.order(case.batch, case.rows)
-            inputs.redundant = draw.redundant(shape.query_width)
+            inputs.row_index = draw.order(case.rows)
+            inputs.redundant = draw.rows(case.redundant, shape.query_width) if case.redundant else None
         return seal_cache(inputs, draw) if sealed else inputs
 
     def flops(case: Case) -> int:
@@ -161,15 +159,14 @@ def step(*, position: bool = False, sealed: bool = False) -> Operation:
     token-permuted."""
 
     def make(draw: Draw) -> Inputs:
-        case, shape = draw.case, draw.case.shape
+        case, shape = draw.case, draw.shape
         filled = case.cached + (DECOYS if position else 0)
-        size = (case.batch, shape.kv_heads, filled + filled // 4, shape.head_dim)
-        k, v = (draw(*size)[:, :, :filled] for _ in range(2))
+        k, v = (draw.heads(shape.kv_heads, filled + filled // 4)[:, :, :filled] for _ in range(2))
         inputs = Inputs(
-            q=draw(case.batch, shape.heads, case.tokens, shape.head_dim),
+            q=draw.heads(shape.heads, case.tokens),
             k=k,
             v=v,
-            output_index=draw.order(case.batch, shape.heads, shape.head_dim),
+            output_index=draw.features(shape.heads),
             softmax_scale=shape.head_dim**-0.5,
         )
         if position:
@@ -204,12 +201,9 @@ def unlock(*, in_place: bool) -> Operation:
     """A layer's keys, or its values, into token order."""
 
     def make(draw: Draw) -> Inputs:
-        case, shape = draw.case, draw.case.shape
-        return Inputs(
-            cache=draw(case.batch, shape.kv_heads, case.rows, shape.head_dim),
-            position=draw.position(case.rows, case.tokens),
-            in_place=in_place,
-        )
+        case = draw.case
+        cache = draw.heads(draw.shape.kv_heads, case.rows)
+        return Inputs(cache=cache, position=draw.position(case.rows, case.tokens), in_place=in_place)
 
     def stored(i: Inputs, taken: Tensor) -> Tensor:
         return i.cache[:, :, : taken.shape[2]].copy_(taken) if in_place else taken

@@ -18,27 +18,6 @@ import scx_kernels as ops
 from bench.shapes import Shape, shape_of
 from scx_kernels import reference
 
-__all__ = [
-    "BOUND",
-    "RIVAL",
-    "SCX",
-    "TRITON",
-    "Case",
-    "Contestant",
-    "Draw",
-    "Inputs",
-    "Operation",
-    "bound",
-    "copied",
-    "given",
-    "key_of",
-    "moved",
-    "operation",
-    "rival",
-    "unsealed",
-    "wide",
-]
-
 SCX, TRITON, RIVAL, BOUND = "scx", "triton", "rival", "bound"
 """What a contestant is: the path that users run; Triton where that path chooses something else; what would run
 otherwise; a limit, which does less than the work."""
@@ -150,30 +129,43 @@ class Draw:
     """Draws the inputs of a case on a device."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
+        self.case, self.shape, self.device = case, case.shape, device
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=dtype or self.case.torch_dtype)
 
-    def noise(self, features: int) -> Tensor:
-        """(B, T, features) in float32."""
-        return self(self.case.batch, self.case.rows, features, dtype=torch.float32)
+    def rows(self, count: int, features: int, **options: Any) -> Tensor:
+        """(B, count, features)."""
+        return self(self.case.batch, count, features, **options)
 
-    def redundant(self, features: int) -> Tensor | None:
-        """(B, R, features)."""
-        return self(self.case.batch, self.case.redundant, features) if self.case.redundant else None
+    def heads(self, count: int, rows: int) -> Tensor:
+        """(B, count, rows, d)."""
+        return self(self.case.batch, count, rows, self.shape.head_dim)
+
+    def order(self, *shape: int) -> Tensor:
+        """(B, ...): permutations of the last dimension."""
+        return torch.rand(self.case.batch, *shape, device=self.device).argsort(-1)
+
+    def features(self, heads: int) -> Tensor:
+        """(B, heads, d): a permutation for each head."""
+        return self.order(heads, self.shape.head_dim)
+
+    def position(self, rows: int, tokens: int) -> Tensor:
+        """(B, tokens): where each lies among the rows."""
+        return self.order(rows)[:, :tokens].contiguous()
+
+    def to_encode(self, features: int) -> dict[str, Tensor | None]:
+        """Tokens' rows, redundant ones if there are any, and their order."""
+        redundant = self.case.redundant
+        return {
+            "x": self.rows(self.case.tokens, features),
+            "row_index": self.order(self.case.rows),
+            "redundant": self.rows(redundant, features) if redundant else None,
+        }
 
     def weight(self, outputs: int, inputs: int) -> Tensor:
         """(N, D) at the scale that keeps a product's size that of its input."""
         return self(outputs, inputs).mul_(inputs**-0.5)
-
-    def order(self, *shape: int) -> Tensor:
-        """Permutations of the last dimension."""
-        return torch.rand(*shape, device=self.device).argsort(-1)
-
-    def position(self, rows: int, tokens: int) -> Tensor:
-        """(B, tokens): where each lies among the rows."""
-        return self.order(self.case.batch, rows)[:, :tokens].contiguous()
 
     def sealing(self, rows: int) -> ops.Sealing:
         """Of rows under numbers in a row, by the case's rounds."""

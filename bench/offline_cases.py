@@ -12,8 +12,6 @@ from bench.contest import META, Case, Draw, given
 from bench.operation_cases import OPERATIONS
 from scx_kernels.kernels import attention, product, qkv, rows, sealing, unlock
 
-__all__ = ["CASES", "Launch"]
-
 
 class Ciphered(NamedTuple):
     """Where a kernel runs the cipher, for who counts its instructions: in straight-line code `keystreams` are XORed on
@@ -71,7 +69,7 @@ def norm_alone(name: str, heads: str) -> Launch:
 
 def strip(name: str, heads: str, noisy: bool = False, **options: Any) -> Launch:
     def more(draw: Draw) -> dict[str, Any]:
-        encoded = (draw.case.rows, draw.case.shape.hidden)
+        encoded = (draw.case.rows, draw.shape.hidden)
         noise = {"z": floats(draw, 2, *encoded), "image": floats(draw, *encoded)} if noisy else {}
         return {"dtype": draw.case.torch_dtype, **noise}
 
@@ -84,7 +82,7 @@ def transcode(
     """opens: the first tokens of a sealed cache, whose K and V are also returned unsealed."""
 
     def more(draw: Draw) -> dict[str, Any]:
-        shape, encoded = draw.case.shape, draw.case.rows
+        shape, encoded = draw.shape, draw.case.rows
         together = draw(2, encoded, shape.qkv_width, dtype=torch.float32 if noisy else None)
         found = dict(zip(("z_q", "z_k", "z_v"), together.split(shape.qkv_widths, dim=-1), strict=True))
         if noisy:
@@ -103,12 +101,13 @@ def prefill(
     encoding=False, redundant=128, rounds=0, **options: Any,
 ) -> Launch:  # fmt: skip
     def more(draw: Draw) -> dict[str, Any]:
-        shape, mask = draw.case.shape, torch.empty(2, 1, tokens, keys, dtype=torch.bool, device=draw.device)
+        mask = torch.empty(2, 1, tokens, keys, dtype=torch.bool, device=draw.device)
         found = {"window": window, "is_causal": not masked, "mask": mask if masked else None}
         if lengths:
             found |= {"kv_start": places(draw), "kv_length": places(draw)}
         if encoding:
-            found |= {"row_index": draw.order(2, draw.case.rows), "redundant": draw.redundant(shape.query_width)}
+            found["row_index"] = draw.order(draw.case.rows)
+            found["redundant"] = draw.rows(decoys, draw.shape.query_width) if decoys else None
         return found
 
     operation, decoys = "attention+sealed" if rounds else "attention", redundant if encoding else 0
@@ -157,7 +156,7 @@ def linear(
             found["image"] = floats(draw, encoded, columns)
         if added:
             found |= {"x": floats(draw, batch, tokens, inner), "redundant": floats(draw, batch, redundant, inner)}
-        return found | ({"scatter_index": draw.order(batch, encoded), "out_rows": tokens} if strips else {})
+        return found | ({"scatter_index": draw.order(encoded), "out_rows": tokens} if strips else {})
 
     case = Case("permuted_linear", f"{inner}x1x1", tokens, redundant, batch)
     return Launch(name, product.permuted_linear, case, more, "HGMMA", **options)

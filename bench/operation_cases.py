@@ -13,8 +13,6 @@ from bench.row_cases import ROW_OPERATIONS
 from bench.sealing_cases import SEALING_OPERATIONS
 from bench.shapes import SHAPES
 
-__all__ = ["OPERATIONS", "cases"]
-
 OPERATIONS: dict[str, Operation] = {
     **ROW_OPERATIONS,
     **ATTENTION_OPERATIONS,

@@ -18,8 +18,6 @@ from bench.operation_cases import OPERATIONS, cases
 from bench.run import Run, attempt
 from bench.timing import Times, peak_memory, rotating, spread_twice, time_calls
 
-__all__ = ["check", "measure", "measure_ceilings", "run_operations"]
-
 FLOOR = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 0.0}
 """One rounding, relative to the largest element: allowed also where plain PyTorch happens to be exact; but not where
 bits are compared, which stand in float64."""

@@ -10,8 +10,6 @@ import scx_kernels as ops
 from bench.contest import Case, Contestant, Draw, Inputs, Operation, bound, operation, rival, unsealed
 from scx_kernels import sealing as cipher
 
-__all__ = ["ROW_OPERATIONS", "appended", "gathered", "rows_from"]
-
 TOKENS_BEFORE = 64
 """Tokens that a cache holds before new ones are written into it."""
 
@@ -49,15 +47,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def inject(*, norm: bool = False, noise: bool = False, features: bool = False) -> Operation:
     def make(draw: Draw) -> Inputs:
-        case, shape = draw.case, draw.case.shape
-        width = shape.query_width if features else shape.hidden
+        width = draw.shape.query_width if features else draw.shape.hidden
         return Inputs(
-            x=draw(case.batch, case.tokens, width),
-            row_index=draw.order(case.batch, case.rows),
-            redundant=draw.redundant(width),
-            feature_index=draw.order(case.batch, shape.heads, shape.head_dim) if features else None,
+            **draw.to_encode(width),
+            feature_index=draw.features(draw.shape.heads) if features else None,
             norm_weight=draw(width) if norm else None,
-            noise=draw.noise(width) if noise else None,
+            noise=draw.rows(draw.case.rows, width, dtype=torch.float32) if noise else None,
         )
 
     def unfused(i: Inputs) -> Tensor:
@@ -74,16 +69,16 @@ def inject(*, norm: bool = False, noise: bool = False, features: bool = False) -
         "inject_permute",
         make,
         lambda case: [rival("PyTorch, unfused", unfused)],
-        lambda case: 4 * case.rows * case.shape.hidden if norm else 0,
+        flops=lambda case: 4 * case.rows * case.shape.hidden if norm else 0,
     )
 
 
 def make_strip(draw: Draw) -> Inputs:
-    case, hidden = draw.case, draw.case.shape.hidden
+    case, hidden = draw.case, draw.shape.hidden
     return Inputs(
-        z=draw(case.batch, case.rows, hidden),
+        z=draw.rows(case.rows, hidden),
         position=draw.position(case.rows, case.tokens),
-        residual=draw(case.batch, case.tokens, hidden),
+        residual=draw.rows(case.tokens, hidden),
     )
 
 
@@ -103,13 +98,8 @@ def product_flops(case: Case) -> int:
 
 
 def make_product(draw: Draw) -> Inputs:
-    case, shape = draw.case, draw.case.shape
-    inputs = Inputs(
-        x=draw(case.batch, case.tokens, shape.hidden),
-        weight=draw.weight(shape.qkv_width, shape.hidden),
-        row_index=draw.order(case.batch, case.rows),
-        redundant=draw.redundant(shape.hidden),
-    )
+    shape = draw.shape
+    inputs = Inputs(**draw.to_encode(shape.hidden), weight=draw.weight(shape.qkv_width, shape.hidden))
     inputs.encoded = encoded(inputs)
     return inputs
 
@@ -130,10 +120,13 @@ PRODUCT = operation(
 
 def make_shared(draw: Draw) -> Inputs:
     """Rows as they lie; the three weights are also held as one, as some servers do."""
-    case, shape = draw.case, draw.case.shape
-    together = draw.weight(shape.qkv_width, shape.hidden)
-    x = draw(case.batch, case.rows, shape.hidden)
+    shape, together = draw.shape, draw.weight(draw.shape.qkv_width, draw.shape.hidden)
+    x = draw.rows(draw.case.rows, shape.hidden)
     return Inputs(x=x, weights=together.split(shape.qkv_widths), together=together)
+
+
+def in_one_product(i: Inputs) -> tuple[Tensor, ...]:
+    return F.linear(i.x, i.together).split([len(weight) for weight in i.weights], dim=2)
 
 
 SHARED = operation(
@@ -141,10 +134,7 @@ SHARED = operation(
     make_shared,
     lambda case: [
         rival("three products", lambda i: tuple(F.linear(i.x, weight) for weight in i.weights)),
-        rival(
-            "one product, weights joined",
-            lambda i: F.linear(i.x, i.together).split([len(weight) for weight in i.weights], dim=2),
-        ),
+        rival("one product, weights joined", in_one_product),
     ],
     product_flops,
     by_triton=True,
@@ -160,18 +150,27 @@ def noisy_flops(case: Case) -> int:
     return 2 * case.rows * case.shape.query_width * case.shape.hidden
 
 
+def make_image(draw: Draw) -> Inputs:
+    """Noise and the weight that it meets."""
+    noise = 5 * draw.rows(draw.case.rows, draw.shape.hidden, dtype=torch.float32)
+    return Inputs(noise=noise, weight=draw.weight(draw.shape.query_width, draw.shape.hidden))
+
+
+NOISE_IMAGE = operation(
+    "noise_image",
+    make_image,
+    lambda case: [rival("PyTorch, float32", lambda i: i.noise @ i.weight.float().T)],
+    noisy_flops,
+    # Noise enters a product of half precision as two terms, each rounded to it.
+    rounding=lambda i: torch.finfo(i.weight.dtype).eps ** 2 / 2,
+)
+
+
 def noisy(*, inside: bool) -> Operation:
     """On rows that carry noise already, as a model multiplies them; `inside`: on plain rows, and the noise to add."""
 
     def make(draw: Draw) -> Inputs:
-        case, shape = draw.case, draw.case.shape
-        inputs = Inputs(
-            x=draw(case.batch, case.tokens, shape.hidden),
-            weight=draw.weight(shape.query_width, shape.hidden),
-            row_index=draw.order(case.batch, case.rows),
-            redundant=draw.redundant(shape.hidden),
-            noise=5 * draw.noise(shape.hidden),
-        )
+        inputs = Inputs(**draw.to_encode(draw.shape.hidden), **vars(make_image(draw)))
         # In float64: the image is an input here, exact to its last bit, and not part of what is measured.
         inputs.image = ops.noise_image(inputs.noise.double(), inputs.weight).float()
         if inside:
@@ -204,27 +203,12 @@ def noisy(*, inside: bool) -> Operation:
     return operation("permuted_linear", make, rivals, noisy_flops)
 
 
-def make_image(draw: Draw) -> Inputs:
-    shape = draw.case.shape
-    return Inputs(noise=5 * draw.noise(shape.hidden), weight=draw.weight(shape.query_width, shape.hidden))
-
-
-NOISE_IMAGE = operation(
-    "noise_image",
-    make_image,
-    lambda case: [rival("PyTorch, float32", lambda i: i.noise @ i.weight.float().T)],
-    noisy_flops,
-    # Noise enters a product of half precision as two terms, each rounded to it.
-    rounding=lambda i: torch.finfo(i.weight.dtype).eps ** 2 / 2,
-)
-
-
 # From projected rows to encoded Q, K, V, into a permuted or a sealed cache, and the pieces it is made of.
 
 
 def tables(draw: Draw) -> dict[str, Tensor]:
     """cos and sin (1, S, d) of rotary positions."""
-    half = draw.case.shape.head_dim // 2
+    half = draw.shape.head_dim // 2
     frequency = 10_000.0 ** (-torch.arange(half, device=draw.device) / half)
     angle = (torch.arange(draw.case.tokens, device=draw.device)[:, None] * frequency).repeat(1, 2)[None]
     return {"cos": angle.cos().to(draw.case.torch_dtype), "sin": angle.sin().to(draw.case.torch_dtype)}
@@ -276,23 +260,22 @@ def qkv(*, cache: bool = False, sealed: bool = False, opening: bool = False) -> 
     slots, and K and V are returned unsealed as well."""
 
     def make(draw: Draw) -> Inputs:
-        case, shape = draw.case, draw.case.shape
+        case, shape = draw.case, draw.shape
         lone = case.rows == 1  # a lone generated token has no order to hide
-        z_q, z_k, z_v = (draw(case.batch, case.rows, width) for width in shape.qkv_widths)
+        z_q, z_k, z_v = (draw.rows(case.rows, width) for width in shape.qkv_widths)
         inputs = Inputs(
             z_q=z_q,
             z_k=z_k,
             z_v=z_v,
             position=None if lone else draw.position(case.rows, case.tokens),
             **tables(draw),
-            query=draw.order(case.batch, shape.heads, shape.head_dim),
-            key=draw.order(case.batch, shape.kv_heads, shape.head_dim),
-            value=draw.order(case.batch, shape.kv_heads, shape.head_dim),
+            query=draw.features(shape.heads),
+            key=draw.features(shape.kv_heads),
+            value=draw.features(shape.kv_heads),
         )
+        capacity = TOKENS_BEFORE + case.tokens + case.tokens // 4
         if cache:
-            capacity = TOKENS_BEFORE + case.tokens + case.tokens // 4
-            size = (case.batch, shape.kv_heads, capacity, shape.head_dim)
-            inputs.keys, inputs.values = draw(*size), draw(*size)
+            inputs.keys, inputs.values = (draw.heads(shape.kv_heads, capacity) for _ in range(2))
             inputs.offset = 0 if opening else TOKENS_BEFORE
         if sealed:
             inputs.sealing, inputs.return_unsealed = draw.sealing(capacity), opening
@@ -332,12 +315,9 @@ def heads(name: str) -> Operation:
     rotary = name == "rotary_permute"
 
     def make(draw: Draw) -> Inputs:
-        case, shape = draw.case, draw.case.shape
-        return Inputs(
-            x=draw(case.batch, shape.kv_heads, case.tokens, shape.head_dim),
-            **(tables(draw) if rotary else {}),
-            feature_index=draw.order(case.batch, shape.kv_heads, shape.head_dim),
-        )
+        kv_heads = draw.shape.kv_heads
+        x, turned = draw.heads(kv_heads, draw.case.tokens), tables(draw) if rotary else {}
+        return Inputs(x=x, **turned, feature_index=draw.features(kv_heads))
 
     def unfused(i: Inputs) -> Tensor:
         if rotary:

@@ -8,8 +8,6 @@ from bench.contest import Draw, Inputs, Operation, bound, key_of, operation, riv
 from scx_kernels import sealing
 from scx_kernels.chacha import chacha_blocks
 
-__all__ = ["SEALING_OPERATIONS"]
-
 INTEGER = {2: torch.int16, 4: torch.int32}
 IN_PYTORCH = "the cipher in PyTorch"
 
@@ -34,8 +32,7 @@ def xored(x: Tensor, bits: Tensor) -> Tensor:
 
 def draw_rows(draw: Draw) -> Tensor:
     """A layer's keys as a prefill writes them."""
-    shape = draw.case.shape
-    return draw(draw.case.batch, shape.kv_heads, draw.case.tokens, shape.head_dim)
+    return draw.heads(draw.shape.kv_heads, draw.case.tokens)
 
 
 def seal(name: str) -> Operation:
@@ -57,12 +54,8 @@ def make_moved(draw: Draw) -> Inputs:
 
 def make_streams(draw: Draw) -> Inputs:
     """A stream for each key/value head, of a word for each element of its rows."""
-    shape = draw.case.shape
-    return Inputs(
-        key=key_of(draw.device),
-        streams=torch.randint(2**32, (shape.kv_heads, 3), device=draw.device),
-        count=draw.case.tokens * shape.head_dim,
-    )
+    key, streams = key_of(draw.device), torch.randint(2**32, (draw.shape.kv_heads, 3), device=draw.device)
+    return Inputs(key=key, streams=streams, count=draw.case.tokens * draw.shape.head_dim)
 
 
 def ciphered(i: Inputs) -> Tensor:

@@ -5,8 +5,6 @@ from typing import Any
 
 import transformers  # loads a class when it is asked for
 
-__all__ = ["SHAPES", "SMALL_SHAPES", "Shape", "shape_of"]
-
 
 @dataclass(frozen=True)
 class Shape:
