@@ -6,8 +6,9 @@ Notation as in `scx_kernels.reference`: S tokens, R redundant rows, T = S + R, D
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import ModuleType
-from types import SimpleNamespace as Inputs
+from inspect import Parameter, signature
+from itertools import takewhile
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,6 +65,39 @@ class Case:
         return f"operations/{self.operation}/{self.model}/{size}/batch={self.batch}/{self.dtype}{sealed}"
 
 
+OF_RIVALS = ("encoded", "together", "opened")
+"""The same numbers as rivals hold them."""
+
+
+class Inputs(SimpleNamespace):
+    """A case's inputs: the operation's arguments by their names, and what rivals alone take."""
+
+    __slots__ = ("_call", "_unsealed")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The operation's arguments."""
+        return {name: x for name, x in vars(self).items() if name not in OF_RIVALS}
+
+    def call(self, function: Callable[..., Any], positional: tuple[str, ...]) -> Any:
+        """A function of them, called as models call it; they are laid out once, so that this is not timed."""
+        if not hasattr(self, "_call"):
+            rest = self.given
+            self._call = [rest.pop(name) for name in takewhile(rest.__contains__, positional)], rest
+        arguments, options = self._call
+        return function(*arguments, **options)
+
+    @property
+    def unsealed(self) -> "Inputs":
+        """The same where the cache is permuted only."""
+        if not hasattr(self, "_unsealed"):
+            found = {name: x for name, x in vars(self).items() if name not in ("sealing", "return_unsealed")}
+            self._unsealed = Inputs(**found)
+            if "opened" in found:
+                self._unsealed.k, self._unsealed.v = self.opened
+        return self._unsealed
+
+
 @dataclass(frozen=True)
 class Contestant:
     """Someone who computes from the inputs.
@@ -110,12 +144,10 @@ class Operation:
     rounding: Callable[[Inputs], float]
 
 
-# Inputs, named as the operation's arguments are.
+# How inputs are drawn.
 
 LAYER = 3
 META = torch.device("meta")
-OF_RIVALS = ("encoded", "together", "opened")
-"""The same numbers as rivals hold them."""
 BY_POSITION = ("z", "z_q", "z_k", "z_v", "cache", "k", "v")
 """Encoded rows, which are read where `position` says that tokens lie."""
 
@@ -174,19 +206,6 @@ class Draw:
         return ops.Sealing(key, writes, LAYER, self.case.rounds or 20)
 
 
-def given(i: Inputs) -> dict[str, Any]:
-    """The operation's arguments: all but what rivals alone take."""
-    return {name: x for name, x in vars(i).items() if name not in OF_RIVALS}
-
-
-def unsealed(i: Inputs) -> Inputs:
-    """The same inputs where the cache is permuted only."""
-    found = {name: x for name, x in vars(i).items() if name not in ("sealing", "return_unsealed")}
-    if "opened" in found:
-        found["k"], found["v"] = i.opened
-    return Inputs(**found)
-
-
 def _each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     return Inputs(**tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, vars(inputs)))
 
@@ -216,7 +235,7 @@ def nbytes(*values: Any) -> int:
 
 def read_of(i: Inputs) -> dict[str, Any]:
     """What is read of each argument: of encoded rows those that are tokens', of a cache that is written into none."""
-    read = given(i)
+    read = i.given
     if read.get("position") is not None:
         tokens = read["position"].shape[1]
         read.update({name: read[name].narrow(-2, 0, tokens) for name in BY_POSITION if name in read})
@@ -280,12 +299,16 @@ def operation(
         copied: arguments that a copy is held against, all that is moved by default; `copied_name` in words.
     """
 
+    function, specified = getattr(ops, name), getattr(reference, name)
+    parameters = signature(specified).parameters.values()
+    positional = tuple(parameter.name for parameter in parameters if parameter.kind != Parameter.KEYWORD_ONLY)
+
     def scx(i: Inputs) -> Any:
-        return results(i, getattr(ops, name)(**given(i)))
+        return results(i, i.call(function, positional))
 
     def plain(i: Inputs) -> Any:
-        i = unsealed(i) if sealed else i
-        return results(i, getattr(reference, name)(**given(i)))
+        i = i.unsealed if sealed else i
+        return results(i, i.call(specified, positional))
 
     def counted(case: Case, *names: str) -> int:
         read = read_of(make(Draw(case, META)))
@@ -302,7 +325,7 @@ def operation(
     def contestants(case: Case) -> tuple[Contestant, ...]:
         ours = [Contestant("SCX", SCX, scx, finish=finish)]
         if sealed:
-            ours.append(rival("permuted cache", lambda i: scx(unsealed(i))))
+            ours.append(rival("permuted cache", lambda i: scx(i.unsealed)))
         if by_triton:
             chooses = ours[-1]
             by_kernel = Contestant(f"{chooses.name}, Triton", TRITON, chooses.call, lambda: ops.backend("triton"))

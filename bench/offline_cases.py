@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.contest import META, Case, Draw, given
+from bench.contest import META, Case, Draw
 from bench.operation_cases import OPERATIONS
 from scx_kernels.kernels import attention, product, qkv, rows, sealing, unlock
 
@@ -46,7 +46,7 @@ class Launch:
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         case = replace(self.case, dtype=str(dtype).removeprefix("torch."))
-        return given(OPERATIONS[case.operation].make(case, META)) | self.more(Draw(case, META))
+        return OPERATIONS[case.operation].make(case, META).given | self.more(Draw(case, META))
 
 
 def floats(draw: Draw, *shape: int) -> Tensor:

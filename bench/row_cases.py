@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scx_kernels as ops
-from bench.contest import Case, Contestant, Draw, Inputs, Operation, bound, operation, rival, unsealed
+from bench.contest import Case, Contestant, Draw, Inputs, Operation, bound, operation, rival
 from scx_kernels import sealing as cipher
 
 TOKENS_BEFORE = 64
@@ -290,7 +290,7 @@ def qkv(*, cache: bool = False, sealed: bool = False, opening: bool = False) -> 
         return (q, *new, i.keys, i.values)
 
     def unfused(i: Inputs) -> tuple[Tensor, ...]:
-        i = unsealed(i)
+        i = i.unsealed
         return results(i, then_stored(i) if cache else in_token_order(i))
 
     def rivals(case: Case) -> Iterator[Contestant]:
