@@ -46,13 +46,13 @@ class Row:
     dtype: str
     target: str
     tile: str
-    registers: int = 0
-    stack: int = 0
-    shared: int = 0
-    matrix: str = ""
-    integer: str = ""
-    warps_resident: str = ""
-    problems: str = ""
+    registers: int
+    stack: int
+    shared: int
+    matrix: str
+    integer: str
+    warps_resident: str
+    problems: str
 
 
 TITLES = {"registers": "regs", "integer": "int/B", "warps_resident": "warps"}
@@ -174,32 +174,29 @@ def compile_launch(case: Launch, dtype_name: str, target: Target, kernel: Any, a
     options = dict(variant.options)
     tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in meta.items() if k.startswith(("BLOCK", "SPLIT")))
     tile += f" w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
-    row = Row(case.name, kernel.__name__, dtype_name, f"{target.backend}{target.arch}", tile)
+    about = case.name, kernel.__name__, dtype_name, f"{target.backend}{target.arch}", tile
     try:
         compiled = triton.compile(variant.source(), target=gpu_target(target), options=options)
     except Exception as error:
-        row.problems = f"does not compile: {str(error).splitlines()[-1][:160] if str(error) else repr(error)}"
-        return row
+        problem = str(error).splitlines()[-1][:160] if str(error) else repr(error)
+        return Row(*about, 0, 0, 0, "", "", "", f"does not compile: {problem}")
     read, most_warps = (read_nvidia, 64) if target.backend == "cuda" else (read_amd, 32)
-    warps, adds_up = compiled.metadata.num_warps, "combine" in kernel.__name__
-    row.registers, row.stack, counts, resident = read(compiled, target, warps, 0 if adds_up else case.ciphered.loops)
-    row.shared = compiled.metadata.shared
-    row.warps_resident = f"{resident}/{most_warps}"
-    row.matrix = " ".join(f"{name} {count}" for name, count in counts.items() if count and name in UNITS) or "-"
-    row.integer = integer_work(counts, keystream_bytes(case, meta, dtype_name), warps * target.warp_size)
+    warps, shared, adds_up = compiled.metadata.num_warps, compiled.metadata.shared, "combine" in kernel.__name__
+    registers, stack, counts, resident = read(compiled, target, warps, 0 if adds_up else case.ciphered.loops)
+    matrix = " ".join(f"{name} {count}" for name, count in counts.items() if count and name in UNITS) or "-"
+    integer = integer_work(counts, keystream_bytes(case, meta, dtype_name), warps * target.warp_size)
     problems = []
-    if row.stack or counts.get("LDL"):
-        problems.append(f"spills ({row.stack} B, {counts.get('LDL', 0)} LDL/STL)")
-    if row.shared > target.shared_memory:
+    if stack or counts.get("LDL"):
+        problems.append(f"spills ({stack} B, {counts.get('LDL', 0)} LDL/STL)")
+    if shared > target.shared_memory:
         problems.append("shared memory")
     if options.get("launch_pdl") and not waits(compiled.asm["ptx"]):
         problems.append("is launched ahead and does not wait")
     if case.matrix and dtype_name != "fp32" and not adds_up and "sum" not in kernel.__name__:
         wanted = {90: case.matrix, 80: "HMMA", 100: "MMA", 942: "MFMA"}[target.arch]
-        if wanted not in row.matrix:
+        if wanted not in matrix:
             problems.append(f"no {wanted}")
-    row.problems = ", ".join(problems)
-    return row
+    return Row(*about, registers, stack, shared, matrix, integer, f"{resident}/{most_warps}", ", ".join(problems))
 
 
 def table(rows: Iterable[Row]) -> str:
