@@ -138,6 +138,27 @@ def test_counted_bytes(tiny: Case, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("operation", "sizes", "expected"),
+    [
+        ("strip_restore", {}, 4096 * (3 * 4096 * 2 + 8)),
+        ("permuted_linear", {}, 2 * (4224 * (4096 + 6144) + 4096 * 6144) + 8 * 4224),
+        ("qkv_decode_encode", {}, 2 * 4096 * (2 * 6144 + 2 * 128) + 8 * (4096 + 6144)),
+        ("unlock", {}, 4096 * (2 * 1024 * 2 + 8)),
+        ("attention_step", {"tokens": 1, "cached": 8192}, 2 * 2 * 8192 * 1024 + 4096 * (2 * 2 + 8)),
+        (
+            "attention_step+sealed",
+            {"tokens": 1, "cached": 8192, "rounds": 20},
+            2 * 2 * 8192 * 1024 + 4096 * (2 * 2 + 8) + 8 * 8192 + 32,
+        ),
+    ],
+)
+def test_bytes_counted_by_hand(operation: str, sizes: dict[str, int], expected: int) -> None:
+    """At Llama-3-8B's sizes in bfloat16: hidden and Q 4096, K and V 1024 wide, heads of 128; an index is 8 bytes."""
+    case = Case(operation, "Llama-3-8B", **{"tokens": 4096, "redundant": 128, **sizes})
+    assert OPERATIONS[operation].bytes(case) == expected
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "permuted_linear",
