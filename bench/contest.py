@@ -53,10 +53,6 @@ class Case:
         return getattr(torch, self.dtype)
 
     @property
-    def itemsize(self) -> int:
-        return self.torch_dtype.itemsize
-
-    @property
     def id(self) -> str:
         size = f"cached={self.cached}" if self.cached else f"tokens={self.tokens}/redundant={self.redundant}"
         if self.cached and self.tokens > 1:

@@ -131,7 +131,7 @@ def digest() -> str:
     for source in sorted(Path(launch.__file__).parent.glob("*.py")):
         found.update(source.read_bytes())
     for case in CASES:
-        arguments = case.arguments(torch.float16)
+        arguments = dict(sorted(case.arguments(torch.float16).items()))
         about = case.name, case.launcher.__name__, case.dtypes, case.matrix, case.ciphered
         found.update(repr((about, [*arguments], [*map(layout, tree_leaves(arguments))])).encode())
     return found.hexdigest()[:16]
