@@ -1,7 +1,7 @@
-"""Attention of a whole prompt and of a few tokens on their cache, and a cache unlocked with a shared key."""
+"""Attention of several tokens and of one on a permuted or a sealed cache, and a cache unlocked with a shared key."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,34 +9,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scx_kernels as ops
-from bench.contest import (
-    RIVAL,
-    SCX,
-    Case,
-    Contestant,
-    Inputs,
-    Operation,
-    appended,
-    by_triton,
-    copy_of,
-    gathered,
-    permutations,
-    randn,
-    rows_from,
-)
-from scx_kernels import reference
-
-__all__ = [
-    "ATTENTION_OPERATIONS",
-    "cache_bytes",
-    "exact_attention",
-    "in_order",
-    "make_step",
-    "sample",
-    "sdpa",
-    "step_bytes",
-    "step_flops",
-]
+from bench.contest import Case, Contestant, Draw, Inputs, Operation, operation, rival
+from bench.row_cases import appended, gathered, rows_from
 
 QUERY_SAMPLE = 256
 """Queries whose attention is held against float64: all of a long prompt's would need its squared scores."""
@@ -44,28 +18,32 @@ QUERY_SAMPLE = 256
 DECOYS = 100
 """Redundant rows of a cache that is still token-permuted."""
 
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
-def sdpa(i: Inputs, k: Tensor, v: Tensor) -> Tensor:
-    grouped = i.q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(i.q, k, v, is_causal=i.q.shape[2] > 1, enable_gqa=grouped)
+
+# What plain attention is of the inputs.
 
 
-def sdpa_backends(finish: Callable[[Inputs, Tensor], Tensor]) -> tuple[Contestant, ...]:
-    """PyTorch's backends on plain Q, K, V. `finish` brings their outputs into SCX's encoding, and is not timed."""
-    backends = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cuDNN": SDPBackend.CUDNN_ATTENTION,
-        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-    }
+def by_token(cache: Tensor, position: Tensor) -> Tensor:
+    return cache.gather(2, position[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3]))
 
-    def contestant(name: str, backend: SDPBackend) -> Contestant:
-        def within() -> Any:
-            return sdpa_kernel(backend)
 
-        return Contestant(f"sdpa, {name}", RIVAL, lambda i: sdpa(i, i.k, i.v), within=within, finish=finish)
+def in_the_clear(i: Inputs) -> tuple[Tensor, Tensor]:
+    """K and V unsealed and in token order."""
+    if "opened" in vars(i):
+        return i.opened
+    return (by_token(i.k, i.position), by_token(i.v, i.position)) if "position" in vars(i) else (i.k, i.v)
 
-    return tuple(contestant(*backend) for backend in backends.items())
+
+def sdpa(i: Inputs) -> Tensor:
+    k, v = in_the_clear(i)
+    masking = {"attn_mask": i.mask} if "mask" in vars(i) else {"is_causal": i.q.shape[2] > 1}
+    return F.scaled_dot_product_attention(i.q, k, v, **masking, enable_gqa=i.q.shape[1] != k.shape[1])
 
 
 def in_order(i: Inputs, out: Tensor) -> Tensor:
@@ -76,6 +54,9 @@ def in_order(i: Inputs, out: Tensor) -> Tensor:
 def as_rows(i: Inputs, out: Tensor) -> Tensor:
     """The output as rows of the next encoding, (1, T, H*d)."""
     return rows_from(appended(in_order(i, out).transpose(1, 2).flatten(2), i.redundant), i.row_index)
+
+
+# What of it is compared.
 
 
 def sampled(i: Inputs) -> tuple[list[int], Tensor]:
@@ -92,42 +73,13 @@ def sample(i: Inputs, out: Tensor) -> Tensor:
 def exact_attention(i: Inputs) -> Tensor:
     """Sampled queries in float64, by the formula."""
     batches, queries = sampled(i)
-    groups = i.q.shape[1] // i.k.shape[1]
     q = sample(i, i.q).double()
-    k, v = (x[batches] if "position" not in vars(i) else by_token(x, i.position)[batches] for x in (i.k, i.v))
-    k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
+    k, v = (x[batches].double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in in_the_clear(i))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if i.q.shape[2] > 1:
         own_key = queries + k.shape[2] - i.q.shape[2]  # the last query's is the last
         scores.masked_fill_(torch.arange(k.shape[2], device=k.device) > own_key[:, None], float("-inf"))
     return gathered(scores.softmax(-1) @ v, i.output_index[batches])
-
-
-# A whole prompt.
-
-
-def make_attention(case: Case, device: torch.device) -> Inputs:
-    """Queries lie in memory by tokens, keys and values by heads, as a QKV pass leaves them."""
-    shape, batch = case.shape, case.batch
-    return Inputs(
-        q=randn(case, device, batch, case.tokens, shape.heads, shape.head_dim).transpose(1, 2),
-        k=randn(case, device, batch, shape.kv_heads, case.tokens, shape.head_dim),
-        v=randn(case, device, batch, shape.kv_heads, case.tokens, shape.head_dim),
-        output_index=permutations(device, batch, shape.heads, shape.head_dim),
-    )
-
-
-def make_encoding(case: Case, device: torch.device) -> Inputs:
-    """Attention's inputs and the next encoding."""
-    inputs, width = make_attention(case, device), case.shape.query_width
-    inputs.row_index = permutations(device, 1, case.rows)
-    inputs.redundant = randn(case, device, 1, case.redundant, width) if case.redundant else None
-    return inputs
-
-
-def attend(function: Callable[..., Tensor], i: Inputs) -> Tensor:
-    given = {name: x for name, x in vars(i).items() if name not in ("q", "k", "v")}
-    return function(i.q, i.k, i.v, softmax_scale=i.q.shape[-1] ** -0.5, is_causal=True, **given)
 
 
 def sampled_rows(i: Inputs, out: Tensor) -> Tensor:
@@ -141,181 +93,139 @@ def exact_rows(i: Inputs) -> Tensor:
     return appended(exact_attention(i).transpose(1, 2).flatten(2), redundant)
 
 
-def prompt_bytes(case: Case) -> int:
-    """Q in and the output out, K and V in, a place for each feature of the output."""
-    shape = case.shape
-    elements = 2 * case.tokens * (shape.query_width + shape.kv_width)
-    return case.batch * (case.itemsize * elements + 8 * shape.query_width)
+# The operations.
 
 
-def encoding_bytes(case: Case) -> int:
-    """And redundant rows in and out, and an index for each row."""
-    return prompt_bytes(case) + 2 * case.redundant * case.shape.query_width * case.itemsize + 8 * case.rows
+def seal_cache(inputs: Inputs, draw: Draw) -> Inputs:
+    """K and V sealed, in a cache that grew in place; `opened` are the same before, for who reads those."""
 
+    def stored(x: Tensor, is_value: bool) -> Tensor:
+        batch, heads, filled, size = x.shape
+        patterns = x if x.is_meta else ops.seal(x, inputs.sealing, is_value=is_value)
+        return x.new_empty(batch, heads, filled + filled // 4, size)[:, :, :filled].copy_(patterns)
 
-def prompt_flops(case: Case) -> int:
-    """Two products per query and key that see each other: half of the square, and its diagonal."""
-    return 4 * case.batch * case.shape.query_width * (case.tokens * (case.tokens + 1) // 2)
-
-
-def prompt_operation(*, next_encoding: bool = False) -> Operation:
-    finish = as_rows if next_encoding else in_order
-    count = encoding_bytes if next_encoding else prompt_bytes
-
-    def contestants(case: Case) -> tuple[Contestant, ...]:
-        def scx(i: Inputs) -> Tensor:
-            return attend(ops.attention, i)
-
-        return (
-            Contestant("SCX", SCX, scx),
-            by_triton(scx),
-            Contestant("PyTorch, unfused", RIVAL, lambda i: finish(i, sdpa(i, i.k, i.v))),
-            *sdpa_backends(finish),
-            copy_of(count, case),
-        )
-
-    return Operation(
-        make=make_encoding if next_encoding else make_attention,
-        contestants=contestants,
-        plain=lambda i: attend(reference.attention, i),
-        bytes=count,
-        flops=prompt_flops,
-        exact=exact_rows if next_encoding else exact_attention,
-        select=sampled_rows if next_encoding else sample,
-    )
-
-
-# One token on its cache.
-
-
-def make_step(case: Case, device: torch.device, *, permuted: bool = False) -> Inputs:
-    """A cache as it grows in place: the filled part of buffers with room for a quarter more."""
-    shape, batch = case.shape, case.batch
-    filled = case.cached + (DECOYS if permuted else 0)
-    size = (batch, shape.kv_heads, filled + filled // 4, shape.head_dim)
-    k, v = (randn(case, device, *size)[:, :, :filled] for _ in range(2))
-    inputs = Inputs(
-        q=randn(case, device, batch, shape.heads, case.tokens, shape.head_dim),
-        k=k,
-        v=v,
-        output_index=permutations(device, batch, shape.heads, shape.head_dim),
-    )
-    if permuted:
-        inputs.position = permutations(device, batch, filled)[:, : case.cached].contiguous()
+    inputs.opened = inputs.k, inputs.v
+    inputs.sealing = draw.sealing(inputs.k.shape[2])
+    inputs.k, inputs.v = (stored(x, is_value) for x, is_value in zip(inputs.opened, (False, True), strict=True))
     return inputs
 
 
-def step(function: Callable[..., Tensor], i: Inputs) -> Tensor:
-    return function(**vars(i), softmax_scale=i.q.shape[-1] ** -0.5)
+def attention(*, encoding: bool = False, sealed: bool = False) -> Operation:
+    """Of a whole prompt, or of tokens on a cache that holds earlier ones: a chunk of a prompt, or a later turn.
+    `encoding`: into the next one."""
+    finish = as_rows if encoding else in_order
 
+    def make(draw: Draw) -> Inputs:
+        """Queries lie in memory by tokens, keys and values by heads, as a QKV pass leaves them. On a cache the mask is
+        what transformers gives such a pass."""
+        case, shape, keys = draw.case, draw.shape, draw.case.cached + draw.case.tokens
+        inputs = Inputs(
+            q=draw(case.batch, case.tokens, shape.heads, shape.head_dim).transpose(1, 2),
+            k=draw.heads(shape.kv_heads, keys),
+            v=draw.heads(shape.kv_heads, keys),
+            output_index=draw.features(shape.heads),
+            softmax_scale=shape.head_dim**-0.5,
+        )
+        if case.cached:
+            own_key = torch.arange(case.cached, keys, device=draw.device)
+            seen = torch.arange(keys, device=draw.device) <= own_key[:, None]
+            inputs.mask = seen.expand(case.batch, 1, -1, -1).contiguous()
+        else:
+            inputs.is_causal = True
+        if encoding:
+            inputs.row_index = draw.order(case.rows)
+            inputs.redundant = draw.rows(case.redundant, shape.query_width) if case.redundant else None
+        return seal_cache(inputs, draw) if sealed else inputs
 
-def by_token(cache: Tensor, position: Tensor) -> Tensor:
-    return cache.gather(2, position[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3]))
+    def flops(case: Case) -> int:
+        """Two products per query and key that see each other."""
+        seen = case.tokens * case.cached + case.tokens * (case.tokens + 1) // 2
+        return 4 * case.batch * case.shape.query_width * seen
 
-
-def cache_bytes(case: Case) -> int:
-    """K and V of the tokens."""
-    return 2 * case.batch * case.cached * case.shape.kv_width * case.itemsize
-
-
-def step_bytes(case: Case) -> int:
-    """The cache, a query in and its output out, a place for each feature of the output."""
-    return cache_bytes(case) + case.batch * case.shape.query_width * (2 * case.tokens * case.itemsize + 8)
-
-
-def step_flops(case: Case) -> int:
-    """Two products per query and key."""
-    return 4 * case.batch * case.shape.query_width * case.tokens * case.cached
-
-
-def step_contestants(case: Case) -> tuple[Contestant, ...]:
-    return (
-        Contestant("SCX", SCX, lambda i: step(ops.attention_step, i)),
-        Contestant("PyTorch, unfused", RIVAL, lambda i: in_order(i, sdpa(i, i.k, i.v))),
-        *sdpa_backends(in_order),
-        copy_of(cache_bytes, case, "the cache"),
+    return operation(
+        "attention",
+        make,
+        lambda case: against_sdpa(finish, sealed=sealed),
+        flops,
+        exact=exact_rows if encoding else exact_attention,
+        select=sampled_rows if encoding else sample,
+        by_triton=True,
+        sealed=("k", "v") if sealed else (),
     )
 
 
-def permuted_step_contestants(case: Case) -> tuple[Contestant, ...]:
-    def unfused(i: Inputs) -> Tensor:
-        return in_order(i, sdpa(i, by_token(i.k, i.position), by_token(i.v, i.position)))
+def step(*, position: bool = False, sealed: bool = False) -> Operation:
+    """Of one token on its cache, the filled part of buffers with room for a quarter more. `position`: which is still
+    token-permuted."""
 
-    return (
-        Contestant("SCX", SCX, lambda i: step(ops.attention_step, i)),
-        Contestant("PyTorch, unfused", RIVAL, unfused),
-        copy_of(cache_bytes, case, "the cache"),
+    def make(draw: Draw) -> Inputs:
+        case, shape = draw.case, draw.shape
+        filled = case.cached + (DECOYS if position else 0)
+        k, v = (draw.heads(shape.kv_heads, filled + filled // 4)[:, :, :filled] for _ in range(2))
+        inputs = Inputs(
+            q=draw.heads(shape.heads, case.tokens),
+            k=k,
+            v=v,
+            output_index=draw.features(shape.heads),
+            softmax_scale=shape.head_dim**-0.5,
+        )
+        if position:
+            inputs.position = draw.position(filled, case.cached)
+        return seal_cache(inputs, draw) if sealed else inputs
+
+    return operation(
+        "attention_step",
+        make,
+        lambda case: against_sdpa(in_order, sealed=sealed, backends=not position),
+        flops=lambda case: 4 * case.batch * case.shape.query_width * case.tokens * case.cached,
+        exact=exact_attention,
+        select=sample,
+        sealed=("k", "v") if sealed else (),
+        copied=("k", "v"),
+        copied_name="the cache",
     )
 
 
-STEP = Operation(
-    make=make_step,
-    contestants=step_contestants,
-    plain=lambda i: step(reference.attention_step, i),
-    bytes=step_bytes,
-    flops=step_flops,
-    copied=cache_bytes,
-    exact=exact_attention,
-    select=sample,
-)
-PERMUTED_STEP = Operation(
-    make=lambda case, device: make_step(case, device, permuted=True),
-    contestants=permuted_step_contestants,
-    plain=lambda i: step(reference.attention_step, i),
-    bytes=lambda case: step_bytes(case) + 8 * case.batch * case.cached,
-    flops=step_flops,
-    copied=cache_bytes,
-    exact=exact_attention,
-    select=sample,
-)
+def against_sdpa(finish, *, sealed: bool, backends: bool = True) -> Iterator[Contestant]:
+    """PyTorch's attention and its backends on plain Q, K, V. What brings a backend's output into SCX's encoding is not
+    timed."""
+    if sealed:
+        yield rival("plain, sdpa", sdpa, finish=finish)
+        return
+    yield rival("PyTorch, unfused", lambda i: finish(i, sdpa(i)))
+    for name, backend in BACKENDS.items() if backends else ():
+        yield rival(f"sdpa, {name}", sdpa, within=partial(sdpa_kernel, backend), finish=finish)
 
 
-# A layer's keys, or its values, into token order.
+def unlock(*, in_place: bool) -> Operation:
+    """A layer's keys, or its values, into token order."""
 
+    def make(draw: Draw) -> Inputs:
+        case = draw.case
+        cache = draw.heads(draw.shape.kv_heads, case.rows)
+        return Inputs(cache=cache, position=draw.position(case.rows, case.tokens), in_place=in_place)
 
-def make_locked(case: Case, device: torch.device) -> Inputs:
-    shape = case.shape
-    return Inputs(
-        cache=randn(case, device, 1, shape.kv_heads, case.rows, shape.head_dim),
-        position=permutations(device, 1, case.rows)[:, : case.tokens].contiguous(),
-    )
-
-
-def unlock_bytes(case: Case) -> int:
-    """S rows of every head in and out, and a place for each token."""
-    return case.tokens * (2 * case.shape.kv_width * case.itemsize + 8)
-
-
-def unlock_operation(*, in_place: bool) -> Operation:
     def stored(i: Inputs, taken: Tensor) -> Tensor:
         return i.cache[:, :, : taken.shape[2]].copy_(taken) if in_place else taken
 
-    def by_gather(i: Inputs) -> Tensor:
-        return stored(i, by_token(i.cache, i.position))
-
-    def by_index_select(i: Inputs) -> Tensor:
-        return stored(i, i.cache.index_select(2, i.position[0]))
-
-    return Operation(
-        make=make_locked,
-        contestants=lambda case: (
-            Contestant("SCX", SCX, lambda i: ops.unlock(i.cache, i.position, in_place=in_place)),
-            Contestant("PyTorch, gather", RIVAL, by_gather),
-            Contestant("PyTorch, index_select", RIVAL, by_index_select),
-            copy_of(unlock_bytes, case),
-        ),
-        plain=lambda i: reference.unlock(i.cache, i.position, in_place=in_place),
-        bytes=unlock_bytes,
-        flops=lambda case: 0,
+    return operation(
+        "unlock",
+        make,
+        lambda case: [
+            rival("PyTorch, gather", lambda i: stored(i, by_token(i.cache, i.position))),
+            rival("PyTorch, index_select", lambda i: stored(i, i.cache.index_select(2, i.position[0]))),
+        ],
         writes=in_place,
     )
 
 
 ATTENTION_OPERATIONS = {
-    "attention": prompt_operation(),
-    "attention+encoding": prompt_operation(next_encoding=True),
-    "attention_step": STEP,
-    "attention_step+position": PERMUTED_STEP,
-    "unlock": unlock_operation(in_place=False),
-    "unlock+in place": unlock_operation(in_place=True),
+    "attention": attention(),
+    "attention+encoding": attention(encoding=True),
+    "attention_step": step(),
+    "attention_step+position": step(position=True),
+    "unlock": unlock(in_place=False),
+    "unlock+in place": unlock(in_place=True),
+    "attention_step+sealed": step(sealed=True),
+    "attention+sealed": attention(sealed=True),
 }

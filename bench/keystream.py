@@ -8,8 +8,6 @@ from torch import Tensor
 from scx_kernels.kernels.chacha import block_words, load_key
 from scx_kernels.kernels.launch import launch
 
-__all__ = ["fold"]
-
 BLOCK_U = 256
 
 

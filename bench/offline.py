@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils._pytree import tree_leaves
 
-from bench.offline_cases import CASES
+from bench.offline_cases import CASES, Launch
 from bench.rehearsal.specialisation import gpu_target, variant_of
 from scx_kernels import tiles
 from scx_kernels.kernels import launch
@@ -31,32 +32,11 @@ from scx_kernels.kernels.launch import TARGETS, Target
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UNITS = ("HGMMA", "HMMA", "UTCMMA", "MFMA")
-# Instructions of each target's matrix unit, in its own assembly.
-MATRIX = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b", 942: r"\bv_mfma_"}
-HALF_MATRIX_BELOW_HOPPER = r"\bHMMA\b"
+AMD_MATRIX = r"\bv_mfma_"
 # Integer work by pipe: additions that became IMAD leave the pipe of logic and shifts free.
 INTEGER = {"INT": r"\b(?:IADD3|VIADD|LOP3|SHF|PRMT|LEA|ISETP|SEL|IMAD)\b", "IMAD": r"\bIMAD\b"}
 LOOP_END = r"\bBRA\b.*(\.L_x_\d+)\b|\bs_c?branch\w* (\.LBB\w+)"
 AMD_INTEGER = r"\bv_(?:add|sub|xor|xad|or|and|lsh|alignb|perm|mad|mul|bfe|bfi|cmp|cndmask)\w*_[ibu]\d+"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One launch: `call(dtype)` runs a launcher on meta tensors. `matrix` names the unit expected on sm_90.
-
-    Of kernels that seal or unseal, integer instructions are counted: of straight-line code all, where `keystreams` are
-    XORed on 64 bytes a BLOCK_U; of code in loops those of the `loops` longest, which together run the cipher over
-    `tiles` tiles of `tile_rows` rows of a head."""
-
-    name: str
-    call: Callable[[torch.dtype], Any]
-    dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
-    matrix: str = ""
-    quick: bool = False
-    keystreams: int = 0
-    loops: int = 0
-    tiles: int = 0
-    tile_rows: str = ""
 
 
 @dataclass
@@ -125,7 +105,7 @@ def read_amd(compiled: Any, target: Target, warps: int, loops: int) -> tuple[int
 
     registers = field("vgpr_count") + field("agpr_count")
     spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
-    counts = _count({"MFMA": MATRIX[942]}, assembly, 0) | _count({"INT": AMD_INTEGER}, assembly, loops)
+    counts = _count({"MFMA": AMD_MATRIX}, assembly, 0) | _count({"INT": AMD_INTEGER}, assembly, loops)
     # Four SIMDs, 512 registers of a lane each, at most 8 waves; shared memory bounds whole workgroups.
     by_registers = 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps
     by_shared = target.shared_memory // max(1, compiled.metadata.shared)
@@ -142,16 +122,26 @@ def targets() -> list[Target]:
 
 
 def digest() -> str:
-    """Of the kernels and the cases compiled: the table in the repository says which it was made from."""
-    here = Path(__file__).parent
-    sources = [*sorted(Path(launch.__file__).parent.glob("*.py")), here / "offline_cases.py"]
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    """Of the kernels and of all that they are compiled for: the table in the repository says which it was made from."""
+
+    def layout(x: Any) -> Any:
+        return (x.dtype, x.shape, x.stride(), x.storage_offset()) if isinstance(x, torch.Tensor) else x
+
+    found = hashlib.sha256()
+    for source in sorted(Path(launch.__file__).parent.glob("*.py")):
+        found.update(source.read_bytes())
+    for case in CASES:
+        arguments = dict(sorted(case.arguments(torch.float16).items()))
+        about = case.name, case.launcher.__name__, case.dtypes, case.matrix, case.ciphered
+        found.update(repr((about, [*arguments], [*map(layout, tree_leaves(arguments))])).encode())
+    return found.hexdigest()[:16]
 
 
-def keystream_bytes(case: Case, meta: dict[str, Any], dtype_name: str) -> int:
+def keystream_bytes(case: Launch, meta: dict[str, Any], dtype_name: str) -> int:
     """Of the instructions that are counted; 0 where none are."""
-    straight = case.keystreams * 64 * meta.get("BLOCK_U", 0)
-    return straight + case.tiles * meta.get(case.tile_rows, 0) * meta.get("HEAD_DIM", 0) * DTYPES[dtype_name].itemsize
+    own = case.ciphered
+    straight = own.keystreams * 64 * meta.get("BLOCK_U", 0)
+    return straight + own.tiles * meta.get(own.tile_rows, 0) * meta.get("HEAD_DIM", 0) * DTYPES[dtype_name].itemsize
 
 
 def integer_work(counts: dict[str, int], keystream_bytes: int, threads: int) -> str:
@@ -172,50 +162,41 @@ def waits(ptx: str) -> bool:
 
 
 def compile_case(case_name: str, dtype_name: str, target: Target) -> list[Row]:
-    case = next(case for case in cases() if case.name == case_name)
+    case = next(case for case in CASES if case.name == case_name)
     launches: list[tuple[Any, ...]] = []
     with launch.recording(target, lambda *what: launches.append(what)):
-        case.call(DTYPES[dtype_name])
-    rows = []
-    for kernel, _, args, meta in launches:
-        variant = variant_of(kernel, args, meta, target)
-        options = dict(variant.options)
-        tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in meta.items() if k.startswith(("BLOCK", "SPLIT")))
-        tile += f" w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
-        name = f"{target.backend}{target.arch}"
-        row = Row(case.name, kernel.__name__, dtype_name, name, tile, 0, 0, 0, "", "", "", "")
-        rows.append(row)
-        try:
-            compiled = triton.compile(variant.source(), target=gpu_target(target), options=options)
-        except Exception as error:
-            row.problems = f"does not compile: {str(error).splitlines()[-1][:160] if str(error) else repr(error)}"
-            continue
-        read = read_nvidia if target.backend == "cuda" else read_amd
-        warps = compiled.metadata.num_warps
-        is_ciphering = "combine" not in kernel.__name__
-        row.registers, row.stack, counts, resident = read(compiled, target, warps, case.loops if is_ciphering else 0)
-        row.shared = compiled.metadata.shared
-        row.warps_resident = f"{resident}/{64 if target.backend == 'cuda' else 32}"
-        unit = [f"{name} {count}" for name, count in counts.items() if count and name in UNITS]
-        row.matrix = " ".join(unit) or "-"
-        row.integer = integer_work(counts, keystream_bytes(case, meta, dtype_name), warps * target.warp_size)
-        problems = []
-        if row.stack or counts.get("LDL"):
-            problems.append(f"spills ({row.stack} B, {counts.get('LDL', 0)} LDL/STL)")
-        if row.shared > target.shared_memory:
-            problems.append("shared memory")
-        if options.get("launch_pdl") and not waits(compiled.asm["ptx"]):
-            problems.append("is launched ahead and does not wait")
-        if case.matrix and dtype_name != "fp32" and "combine" not in kernel.__name__ and "sum" not in kernel.__name__:
-            wanted = {90: case.matrix, 80: "HMMA", 100: "MMA", 942: "MFMA"}[target.arch]
-            if wanted not in row.matrix:
-                problems.append(f"no {wanted}")
-        row.problems = ", ".join(problems)
-    return rows
+        case.launcher(**case.arguments(DTYPES[dtype_name]))
+    return [compile_launch(case, dtype_name, target, kernel, args, meta) for kernel, _, args, meta in launches]
 
 
-def cases() -> list[Case]:
-    return [Case(**entry) for entry in CASES]
+def compile_launch(case: Launch, dtype_name: str, target: Target, kernel: Any, args: Any, meta: dict[str, Any]) -> Row:
+    variant = variant_of(kernel, args, meta, target)
+    options = dict(variant.options)
+    tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in meta.items() if k.startswith(("BLOCK", "SPLIT")))
+    tile += f" w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
+    about = case.name, kernel.__name__, dtype_name, f"{target.backend}{target.arch}", tile
+    try:
+        compiled = triton.compile(variant.source(), target=gpu_target(target), options=options)
+    except Exception as error:
+        problem = str(error).splitlines()[-1][:160] if str(error) else repr(error)
+        return Row(*about, 0, 0, 0, "", "", "", f"does not compile: {problem}")
+    read, most_warps = (read_nvidia, 64) if target.backend == "cuda" else (read_amd, 32)
+    warps, shared, adds_up = compiled.metadata.num_warps, compiled.metadata.shared, "combine" in kernel.__name__
+    registers, stack, counts, resident = read(compiled, target, warps, 0 if adds_up else case.ciphered.loops)
+    matrix = " ".join(f"{name} {count}" for name, count in counts.items() if count and name in UNITS) or "-"
+    integer = integer_work(counts, keystream_bytes(case, meta, dtype_name), warps * target.warp_size)
+    problems = []
+    if stack or counts.get("LDL"):
+        problems.append(f"spills ({stack} B, {counts.get('LDL', 0)} LDL/STL)")
+    if shared > target.shared_memory:
+        problems.append("shared memory")
+    if options.get("launch_pdl") and not waits(compiled.asm["ptx"]):
+        problems.append("is launched ahead and does not wait")
+    if case.matrix and dtype_name != "fp32" and not adds_up and "sum" not in kernel.__name__:
+        wanted = {90: case.matrix, 80: "HMMA", 100: "MMA", 942: "MFMA"}[target.arch]
+        if wanted not in matrix:
+            problems.append(f"no {wanted}")
+    return Row(*about, registers, stack, shared, matrix, integer, f"{resident}/{most_warps}", ", ".join(problems))
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -236,7 +217,7 @@ def main() -> int:
     options = parser.parse_args()
     work = [
         (case.name, dtype, target)
-        for case in cases()
+        for case in CASES
         if options.only in case.name and (case.quick or not options.quick)
         for dtype in case.dtypes
         for target in targets()

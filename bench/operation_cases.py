@@ -1,7 +1,7 @@
 """Every operation that is measured, and at which sizes.
 
 To measure one more operation or one more way to compute it, add to the dictionary of its file; to measure it at more
-sizes, add to `cases`.
+than one size, add to `cases`.
 """
 
 from collections.abc import Iterator
@@ -10,18 +10,10 @@ from dataclasses import replace
 from bench.attention_cases import ATTENTION_OPERATIONS
 from bench.contest import Case, Operation
 from bench.row_cases import ROW_OPERATIONS
-from bench.sealed_cases import SEALED_OPERATIONS
 from bench.sealing_cases import SEALING_OPERATIONS
 from bench.shapes import SHAPES
 
-__all__ = ["OPERATIONS", "cases"]
-
-OPERATIONS: dict[str, Operation] = {
-    **ROW_OPERATIONS,
-    **ATTENTION_OPERATIONS,
-    **SEALED_OPERATIONS,
-    **SEALING_OPERATIONS,
-}
+OPERATIONS: dict[str, Operation] = ROW_OPERATIONS | ATTENTION_OPERATIONS | SEALING_OPERATIONS
 
 BY_ROWS = (
     "inject_permute",
@@ -33,21 +25,8 @@ BY_ROWS = (
     "qkv_decode_encode+cache",
 )
 PRODUCTS = ("permuted_linear", "permuted_linears")
-ONCE = (
-    "inject_permute+norm+noise",
-    "inject_permute+features",
-    "permuted_linear+noise",
-    "permuted_linear+noisy rows",
-    "noise_image",
-    "rotary_permute",
-    "permute_features",
-    "attention+encoding",
-    "unlock+in place",
-    "seal",
-    "unseal",
-    "reseal",
-    "random_bits",
-)
+BY_TOKENS = ("attention", "attention_step", "attention_step+position", "unlock")
+ONCE = tuple(name for name in OPERATIONS if name not in (*BY_ROWS, *BY_TOKENS) and "+sealed" not in name)
 """Operations of the first block or of a session's turn only, or parts of others: measured at one size a model."""
 QKV_SEALED = ("qkv_decode_encode+sealed", "qkv_decode_encode+sealed+opening")
 ROUNDS = (20, 12, 8)

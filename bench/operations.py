@@ -13,13 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import scx_kernels as ops
-from bench.contest import BOUND, RIVAL, TRITON, Case, Contestant, Inputs, Operation, copied, wide
+from bench.contest import BOUND, RIVAL, TRITON, Case, Contestant, Inputs, Operation, copied, key_of
 from bench.operation_cases import OPERATIONS, cases
 from bench.run import Run, attempt
-from bench.sealed_cases import key_of
 from bench.timing import Times, peak_memory, rotating, spread_twice, time_calls
-
-__all__ = ["check", "measure", "measure_ceilings", "run_operations"]
 
 FLOOR = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 0.0}
 """One rounding, relative to the largest element: allowed also where plain PyTorch happens to be exact; but not where
@@ -64,7 +61,7 @@ def disagreement(got: Any, plain: Any, exact: Any, rounding: float = 0.0) -> str
 @torch.no_grad()
 def check(operation: Operation, contestants: Iterable[Contestant], inputs: Inputs) -> dict[str, str | None]:
     """What is wrong with each contestant's result, None for nothing. Limits compute something else: they only run."""
-    exact = operation.exact(inputs) if operation.exact else operation.plain(wide(inputs))
+    exact = operation.exact(inputs)
     # Where a call writes into its inputs, nobody may find there what another one wrote.
     own = copied if operation.writes else lambda inputs: inputs
     plain = operation.select(inputs, operation.plain(own(inputs)))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SHAPES", "SMALL_SHAPES", "Shape"]
+import transformers  # loads a class when it is asked for
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,23 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     @property
+    def qkv_widths(self) -> tuple[int, int, int]:
+        return self.query_width, self.kv_width, self.kv_width
+
+    @property
+    def qkv_width(self) -> int:
+        return sum(self.qkv_widths)
+
+    @property
     def parameters(self) -> int:
         """How many a model of this shape has, its head apart from its embedding."""
         attention = 2 * self.hidden * (self.query_width + self.kv_width)
         block = attention + 3 * self.hidden * self.feed_forward + 2 * self.hidden
         return self.layers * block + 2 * self.vocabulary * self.hidden + self.hidden
 
-    def config(self, **options: Any) -> Any:
+    def config(self, **options: Any) -> transformers.LlamaConfig:
         """The transformers configuration of a model of this shape."""
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
+        return transformers.LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.feed_forward,
@@ -70,3 +76,11 @@ SMALL_SHAPES = {
     )
 }
 """Shapes that are checked and never measured."""
+
+
+def shape_of(model: str) -> Shape:
+    """Of a model's name, or of no model: "32x8x128" are its query heads, key/value heads and head size."""
+    if named := SHAPES.get(model) or SMALL_SHAPES.get(model):
+        return named
+    heads, kv_heads, head_dim = map(int, model.split("x"))
+    return Shape(model, heads * head_dim, heads, kv_heads, head_dim, 0, 0, 0)

@@ -10,17 +10,15 @@ import parity
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import scx_kernels
 from bench import keystream, operations
 from bench.attention_cases import DECOYS, exact_attention
-from bench.contest import BOUND, RIVAL, SCX, TRITON, Case, Contestant, Inputs, copied, wide
+from bench.contest import BOUND, OF_RIVALS, RIVAL, SCX, TRITON, Case, Contestant, Inputs, copied, key_of, nbytes, wide
 from bench.model_cases import compiled_cases, model_cases
 from bench.operation_cases import OPERATIONS, WITHOUT_REDUNDANT, cases
 from bench.provenance import machine_name, warnings_of
-from bench.sealed_cases import key_of
 from bench.shapes import SHAPES, Shape
 from bench.timing import TransferCounter, peak_memory, rotating, spread, spread_twice
 from scx_kernels.chacha import chacha_blocks
@@ -40,7 +38,6 @@ ROWS_READ = {
     "unlock": "cache",
     "unlock+in place": "cache",
 }
-OF_RIVALS = ("encoded", "together", "opened")  # the same numbers as rivals hold them
 
 
 @pytest.fixture
@@ -59,10 +56,6 @@ def case_of(tiny: Case, operation: str) -> Case:
         return dataclasses.replace(tiny, operation=operation, redundant=0, cached=19, batch=3)
     without = operation in WITHOUT_REDUNDANT or operation == "attention"
     return dataclasses.replace(tiny, operation=operation, redundant=0 if without else tiny.redundant)
-
-
-def nbytes(*values: object) -> int:
-    return sum(x.nbytes for x in values if isinstance(x, Tensor))
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
@@ -131,18 +124,38 @@ def test_counted_bytes(tiny: Case, name: str) -> None:
     inputs = OPERATIONS[name].make(case, CPU)
     result = OPERATIONS[name].plain(inputs)
     used = {key: x for key, x in vars(inputs).items() if key not in OF_RIVALS}
-    if name == "permute_features":
-        used = {key: used[key] for key in ("x", "feature_index")}
     if "keys" in used:
         del used["keys"], used["values"]  # of the caches only the new tokens' slots are touched
         result = (*result[:-2], *(cache[:, :, : case.tokens] for cache in result[-2:]))
-        used["writes"] = used["writes"][:, : case.tokens] if "writes" in used else None
-    read = nbytes(*tree_leaves(used))
+        if "sealing" in used:
+            used["sealing"] = inputs.sealing.at(inputs.sealing.writes[:, : case.tokens])
+    read = nbytes(used)
     stripped = sum(used[key].nbytes for key in ROWS_READ.get(name, "").split()) * case.redundant // case.rows
     decoys = 0
     if name == "attention_step+position":
         decoys = sum(used[key].nbytes for key in "kv") * DECOYS // (case.cached + DECOYS)
     assert OPERATIONS[name].bytes(case) == read - stripped - decoys + nbytes(*operations.tensors_of(result))
+
+
+@pytest.mark.parametrize(
+    ("operation", "sizes", "expected"),
+    [
+        ("strip_restore", {}, 4096 * (3 * 4096 * 2 + 8)),
+        ("permuted_linear", {}, 2 * (4224 * (4096 + 6144) + 4096 * 6144) + 8 * 4224),
+        ("qkv_decode_encode", {}, 2 * 4096 * (2 * 6144 + 2 * 128) + 8 * (4096 + 6144)),
+        ("unlock", {}, 4096 * (2 * 1024 * 2 + 8)),
+        ("attention_step", {"tokens": 1, "cached": 8192}, 2 * 2 * 8192 * 1024 + 4096 * (2 * 2 + 8)),
+        (
+            "attention_step+sealed",
+            {"tokens": 1, "cached": 8192, "rounds": 20},
+            2 * 2 * 8192 * 1024 + 4096 * (2 * 2 + 8) + 8 * 8192 + 32,
+        ),
+    ],
+)
+def test_bytes_counted_by_hand(operation: str, sizes: dict[str, int], expected: int) -> None:
+    """At Llama-3-8B's sizes in bfloat16: hidden and Q 4096, K and V 1024 wide, heads of 128; an index is 8 bytes."""
+    case = Case(operation, "Llama-3-8B", **{"tokens": 4096, "redundant": 128, **sizes})
+    assert OPERATIONS[operation].bytes(case) == expected
 
 
 @pytest.mark.parametrize(
@@ -187,7 +200,7 @@ def test_a_seal_that_is_not_the_keystream_is_found(tiny: Case, rounds: int) -> N
         scx, *_ = operation.contestants(case)
 
         def elsewhere(i: Inputs, scx: Contestant = scx) -> Any:
-            return scx.call(Inputs(**{**vars(i), "writes": i.writes + 1}))
+            return scx.call(Inputs(**{**vars(i), "sealing": i.sealing.at(i.sealing.writes + 1)}))
 
         wrong = dataclasses.replace(scx, name="other numbers", call=elsewhere)
         problems = operations.check(operation, (scx, wrong), operation.make(case, CPU))
