@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["PLAIN", "Contestant", "ModelCase", "compiled_cases", "left_out", "model_cases", "split_cases"]
-
 
 @dataclass(frozen=True)
 class Contestant:
@@ -55,6 +53,9 @@ SIZES_OF_TOKEN = (
 PAPERS_CONTEXTS = (8, 512, 10240)
 """Lengths at which the paper gives a figure; 512 is the middle of its 1,000 new tokens."""
 
+MARKED = {("Llama-3-8B", "bfloat16"): (1024, 4096), ("SmolLM2", "float32"): (128,)}
+"""By model and dtype: contexts of one conversation of which something is asked; where there is no GPU, a short one."""
+
 ON_CPU = {"prefill": ((1, 8), (1, 128), (1, 512)), "token": ((1, 8), (1, 128), (1, 512))}
 
 
@@ -69,6 +70,20 @@ class ModelCase:
     dtype: str
     contestants: tuple[Contestant, ...] = field(repr=False, default=())
     suffix: str = ""
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether something is asked of its time over the plain model's."""
+        return not self.suffix and self.batch == 1 and self.context in MARKED.get((self.model, self.dtype), ())
+
+    @property
+    def seconds(self) -> float:
+        """About what few rounds take: on a GPU, or of the smallest model on a CPU."""
+        if self.suffix == "/compiled":
+            return 60.0
+        if self.dtype != "float32":
+            return 2.0 + self.batch * self.context / 20_000
+        return 1.6 + 0.02 * self.context * self.batch if self.kind == "prefill" else 2.7 * self.batch
 
     @property
     def id(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.marks import reached
-from bench.plots import draw_context, draw_roofline
+from bench.plots import PICTURES
 from bench.results import PAPER, Content, Entry, best_rival, failures, load_results, measured, of_suite, rate, ratio
 
 __all__ = ["Table", "markdown", "show", "tables", "write_report"]
@@ -180,7 +180,7 @@ def cost_table(content: Content) -> Table | None:
             f"{entry['model']}, {entry['kind']}, {entry['batch']} × {entry['context']:,}",
             contestant["name"],
             time_text(contestant["ms"]["median"]),
-            size_text(contestant["memory_bytes"]),
+            size_text(contestant.get("memory_bytes")),
             size_text(contestant.get("host_to_device_bytes")),
             size_text(contestant.get("device_to_host_bytes")),
             "–" if contestant["logit_error"] is None else f"{contestant['logit_error']:.1e}",
@@ -307,9 +307,8 @@ def write_report(content: Content, path: Path) -> list[Path]:
     """Write Markdown and pictures beside a result file. Returns what was written."""
     text = path.with_suffix(".md")
     text.write_text(markdown(content))
-    roofline, context = (path.with_name(f"{path.stem}-{name}.png") for name in ("roofline", "context"))
-    drawn = [(draw_roofline, roofline), (draw_context, context)]
-    return [text, *(target for draw, target in drawn if draw(content, target))]
+    pictures = {path.with_name(f"{path.stem}-{name}.png"): draw for name, draw in PICTURES.items()}
+    return [text, *(picture for picture, draw in pictures.items() if draw(content, picture))]
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench.hardware.lines import FAILED, LATE, LEFT_OUT, PASSED, Line, read
 from bench.hardware.process import NO_GPU
 from bench.hardware.runner import Runner
 from bench.hardware.stages import SECONDS, STAGES, Stage
 from bench.hardware.table import table
+from bench.lines import FAILED, LATE, LEFT_OUT, PASSED, Line, read
 
 ROOM = 64 << 20
 """Bytes that the folder's disk must have free."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from bench.hardware.sizes import device_of, two_blocks
-from bench.hardware.work import CaseFailed, Work
 from bench.model import AGREEMENT, allowed_error
+from bench.work import CaseFailed, Work
 from scx import SCXKeyGenerator, encoded_llama
 
 __all__ = ["VARIANTS", "run"]

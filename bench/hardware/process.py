@@ -11,8 +11,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from bench.hardware.lines import Lines
-from bench.hardware.work import LeftOut, Work, judged
+from bench.lines import Lines
+from bench.work import LeftOut, Work, judged
 
 __all__ = ["EVERYTHING", "NO_GPU"]
 

@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from bench.hardware.sizes import device_of, two_blocks
-from bench.hardware.work import LeftOut, Work
 from bench.host import STEPS, measure_steps
+from bench.work import LeftOut, Work
 from scx import SCXKeyGenerator, encode_llama
 
 FILE = "profiles.txt"

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from bench.hardware.lines import (
+from bench.hardware.process import EVERYTHING, NO_GPU
+from bench.hardware.stages import Stage
+from bench.lines import (
     ENDED,
     FAILED,
     LATE,
@@ -27,9 +29,7 @@ from bench.hardware.lines import (
     open_case,
     read,
 )
-from bench.hardware.process import EVERYTHING, NO_GPU
-from bench.hardware.stages import Stage
-from bench.hardware.work import BROKEN
+from bench.work import BROKEN
 
 __all__ = ["Runner", "share_of_spare"]
 
