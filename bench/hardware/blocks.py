@@ -22,8 +22,6 @@ from bench.model import AGREEMENT, allowed_error
 from bench.work import CaseFailed, Work
 from scx import SCXKeyGenerator, encoded_llama
 
-__all__ = ["VARIANTS", "run"]
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "bare": {},
     "100 redundant rows": {"redundant_num": 100},

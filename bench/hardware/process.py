@@ -14,8 +14,6 @@ from pathlib import Path
 from bench.lines import Lines
 from bench.work import LeftOut, Work, judged
 
-__all__ = ["EVERYTHING", "NO_GPU"]
-
 EVERYTHING = "everything"
 """The case that stands for a stage whose module could not be imported, and for what happens between cases."""
 NO_GPU = "needs a GPU"

@@ -10,8 +10,6 @@ from bench.marks import MARKS
 from bench.operation_cases import cases
 from bench.shapes import SHAPES, SMALL_SHAPES, Shape
 
-__all__ = ["checked_cases", "counted_cases", "device_of", "marked_cases", "sanitized_cases", "two_blocks"]
-
 MODEL = "Llama-3-8B"
 REHEARSED = ("strip_restore", "unlock+in place", "inject_permute+norm", "qkv_decode_encode+cache", "attention_step")
 """What Triton's interpreter computes in moments."""

@@ -23,8 +23,6 @@ from bench.rehearsal.rehearsal import ALL_TARGETS, Failure, Rehearsal
 from bench.rehearsal.requests import EXTRA_REQUESTS, REQUESTS, SHAPE_REQUESTS, SPLIT_REQUESTS, Pair
 from bench.rehearsal.settings import REAL, SPLIT, Setting, covering
 
-__all__ = ["main"]
-
 Requests = dict[str, Callable[[Pair], None]]
 _README = {"vocab_size": 1000, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
 _QUICK_SETTINGS = 6  # of the covering ones, in which every value of every setting is met

@@ -9,8 +9,6 @@ import triton
 
 from bench.rehearsal.specialisation import Variant, gpu_target
 
-__all__ = ["compile_all", "problem_of", "representative"]
-
 
 def problem_of(variant: Variant) -> str:
     """Compile a variant. Returns what is wrong with it, with the kernel's line; empty if nothing is."""

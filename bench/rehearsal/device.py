@@ -19,8 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.rehearsal.methods import HostMethods, parts
 from bench.rehearsal.tensors import CPU, CUDA, StandIn, Wait, backing_of, in_use, mapped, wait_here
 
-__all__ = ["StandInDevice"]
-
 aten = torch.ops.aten
 
 _COPIES = (aten._to_copy.default, aten.copy_.default)

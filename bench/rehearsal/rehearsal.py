@@ -19,8 +19,6 @@ from scx import SCXKeyGenerator, encoded_llama, warm_up
 from scx_kernels.kernels.launch import TARGETS, Target
 from scx_kernels.operations import allow_unproven
 
-__all__ = ["ALL_TARGETS", "Failure", "Rehearsal"]
-
 ALL_TARGETS = tuple(TARGETS["cuda", arch] for arch in (80, 90, 100))
 # Inside them nothing may wait for the device: they run while the host queues what comes next.
 BLOCKS = ("EncodedDecoderLayer.forward", "EncodedAttention.forward", "UntrustedParty.")

@@ -18,8 +18,6 @@ from triton.runtime.jit import create_function_from_signature
 
 from scx_kernels.kernels.launch import Target
 
-__all__ = ["Variant", "gpu_target", "variant_of"]
-
 
 @dataclass(frozen=True)
 class Variant:
