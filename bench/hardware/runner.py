@@ -3,6 +3,7 @@ everything it started."""
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -181,14 +182,12 @@ class _Watched:
         self.remove()
 
     def _begin(self, number: int) -> Part:
-        runner = self.runner
-        command = [sys.executable, "-m", "bench.hardware.process", self.stage.module]
-        command += ["--stage", self.stage.name, "--lines", str(runner.lines.path), "--since", str(runner.since)]
-        command += ["--until", str(self.until - GRACE), "--part", str(number), "--parts", str(self.count)]
-        command += ["--again", str(runner.again)] if runner.again and not self.stage.is_whole else []
-        command += ["--rehearsal"] if runner.rehearsal else []
-        command += ["--anywhere"] if self.stage.anywhere else []
-        command += ["--packages", ",".join(self.stage.packages)] if self.stage.packages else []
+        runner, stage = self.runner, self.stage
+        again = str(runner.again) if runner.again and not stage.is_whole else None
+        given = {"module": stage.module, "packages": stage.packages, "anywhere": stage.anywhere, "stage": stage.name}
+        given |= {"lines": str(runner.lines.path), "since": runner.since, "again": again, "rehearsal": runner.rehearsal}
+        given |= {"until": self.until - GRACE, "part": number, "parts": self.count}
+        command = [sys.executable, "-m", "bench.hardware.process", json.dumps(given)]
         environment = {**os.environ, **runner.environment, MARK: self.mark, "PYTHONUNBUFFERED": "1"}
         if self.count > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.count))
