@@ -20,7 +20,8 @@ from bench.operations import measure_ceilings
 from bench.provenance import RESULTS, machine_name, provenance, write_json
 from bench.report import show, write_report
 from bench.results import content_of
-from bench.work import Job, Work
+from bench.rounds import Job, in_rounds
+from bench.work import Work
 
 LATEST = RESULTS.parent / "latest"
 MINUTES = {"cuda": 7.8, "cpu": 2.8}
@@ -70,7 +71,7 @@ def measure(lines: Lines, about: dict[str, Any], options: argparse.Namespace, de
     if asked := [case for case in cases(device.type == "cuda") if case.id in ids]:
         dtypes, rounds = (sorted({getattr(case, name) for case in asked} - {0}) for name in ("dtype", "rounds"))
         of_machine.case("ceilings", lambda: {"result": measure_ceilings(device, dtypes, rounds)})
-    work.in_rounds(jobs)
+    in_rounds(work, jobs)
 
 
 def main() -> int:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from bench.rounds import Job
 from bench.timing import attempt, spread_twice
-from bench.work import Job
 
 Figures = dict[str, float]
 COLD, KEPT, WARMED = "SCX, cold", "SCX, Triton's cache kept", "SCX, warmed up"

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import scx_kernels as ops
+from bench.rounds import Job
 from bench.timing import Turns, synchronize
-from bench.work import Job
 from scx import SCXKeyGenerator, encode_llama
 from scx_kernels import operations
 

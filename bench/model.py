@@ -22,9 +22,9 @@ from transformers.cache_utils import Cache
 
 import scx_kernels as ops
 from bench.model_cases import EAGER, PLAIN, Contestant, ModelCase, compiled_cases, model_cases, split_cases
+from bench.rounds import Job
 from bench.shapes import SHAPES
 from bench.timing import TransferCounter, Turns, attempt, peak_memory, synchronize
-from bench.work import Job
 from scx import EncodedCache, SCXKeyGenerator, encode_llama, record_transcript
 from scx.smollm2 import smollm2_path
 

@@ -17,9 +17,9 @@ import scx_kernels as ops
 from bench.contest import BOUND, RIVAL, TRITON, Case, Contestant, Inputs, Operation, copied, wide
 from bench.marks import is_marked
 from bench.operation_cases import OPERATIONS, cases
+from bench.rounds import Job
 from bench.sealed_cases import key_of
 from bench.timing import Times, attempt, peak_memory, rotating, spread_twice, time_calls
-from bench.work import Job
 
 __all__ = ["check", "jobs", "measure", "measure_ceilings"]
 

@@ -1,14 +1,11 @@
-"""What whoever measures is given: a way to run cases one after the other, each of which may fail by itself, and a way
-to measure many of them in rounds until time is up."""
+"""What whoever measures is given: a way to run cases one after the other, each of which may fail by itself."""
 
 import faulthandler
 import importlib.util
-import itertools
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,29 +43,6 @@ class LeftOut(NotPassedError):
     """A case that cannot run here; the message says what it waits for."""
 
     state = LEFT_OUT
-
-
-@dataclass(frozen=True)
-class Job:
-    """A case that is measured in rounds.
-
-    Args:
-        id: its name.
-        rounds: begins it. Each step gives the figures of all rounds so far; it ends when they are enough.
-        is_marked: something is asked of its figures, so they come first.
-        few: rounds without which its figures say little.
-        seconds: about what these take on a usual machine, two cores or a GPU of today's; a function where that hangs on
-            what was measured before.
-    """
-
-    id: str
-    rounds: Callable[[], Iterator[Figures]]
-    is_marked: bool = False
-    few: int = 1
-    seconds: float | Callable[[], float] = 1.0
-
-    def usual_seconds(self) -> float:
-        return self.seconds() if callable(self.seconds) else self.seconds
 
 
 class Work:
@@ -127,9 +101,9 @@ class Work:
             return
         self._done.add(name)
         if self.left() < least:
-            self._say(name, LATE, cause=f"no time: {max(0.0, self.left()):.0f} s left, it needs {least:.0f}")
+            self.say(name, LATE, cause=f"no time: {max(0.0, self.left()):.0f} s left, it needs {least:.0f}")
             return
-        self._say(name, BEGUN, limit=round(limit, 1))
+        self.say(name, BEGUN, limit=round(limit, 1))
         # A call that never comes back from the GPU's driver holds Python's lock: no signal handler would run.
         if limit < self.left():
             faulthandler.dump_traceback_later(limit, exit=True)
@@ -138,35 +112,12 @@ class Work:
             state, figures = outcome(run)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        self._say(name, state, seconds=round(self.clock() - start, 2), **figures)
+        self.say(name, state, seconds=round(self.clock() - start, 2), **figures)
         if state == FAILED:
             self._end_if_broken()
 
-    def in_rounds(self, jobs: Iterable[Job]) -> None:
-        """Measure breadth first: the few rounds of every marked job, then those of every other one, then a round of
-        each in turn, until all have enough or time is up. Nothing is begun that time does not suffice for, going by how
-        long this machine took for what came before; what was not begun at all is named."""
-        courses = [_Course(job) for job in jobs]
-        marked, others = ([one for one in courses if one.job.is_marked is wanted] for wanted in (True, False))
-        for turn in itertools.chain((marked, others), itertools.repeat(courses)):
-            went_on = [self._goes_on(course, courses) for course in turn]
-            if turn is courses and not any(went_on):
-                break
-        if late := [course.job.id for course in courses if not course.seconds]:
-            self._say(f"{len(late)} cases", LATE, cause=f"no time: {', '.join(late)}")
-
-    def _goes_on(self, course: "_Course", courses: Iterable["_Course"]) -> bool:
-        """Measure a course's next rounds, if it has any and there is time for them."""
-        if course.has_ended or self.left() < course.expected(pace(courses)):
-            return False
-        start = self.clock()
-        state, figures = outcome(course.take)
-        course.seconds.append(self.clock() - start)
-        if figures:
-            self._say(course.job.id, state, seconds=round(course.seconds[-1], 2), **figures)
-        return bool(figures)
-
-    def _say(self, name: str, state: str, **figures: Any) -> None:
+    def say(self, name: str, state: str, **figures: Any) -> None:
+        """Write a case's line, and a short one to who looks on."""
         self.lines.write(stage=self.stage, case=name, part=self.part, state=state, **figures)
         print(f"[{self.stage}] {name}: {state} {figures.get('cause') or progress(figures)}", flush=True)
 
@@ -181,41 +132,6 @@ class Work:
             print(f"[{self.stage}] the GPU answers this process no more", flush=True)
             sys.stdout.flush()
             sys.exit(BROKEN)
-
-
-class _Course:
-    """How far a job is: the seconds of its few rounds, then of each later one."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.seconds: list[float] = []
-        self.has_ended = False
-        self.usual = 0.0
-        self._steps = job.rounds()
-
-    def expected(self, pace: float) -> float:
-        """Seconds of what comes next, on a machine that takes `pace` times as long as a usual one."""
-        if not self.seconds:
-            return pace * self.job.usual_seconds()
-        return self.seconds[-1] / (self.job.few if len(self.seconds) == 1 else 1)
-
-    def take(self) -> Figures:
-        """Measure the few rounds, or one more. Returns nothing where there were enough. Raises: CaseFailed."""
-        wanted = 1 if self.seconds else self.job.few
-        self.usual = self.usual or self.job.usual_seconds()
-        try:
-            entries = list(itertools.islice(self._steps, wanted))
-        except Exception:
-            self.has_ended = True
-            raise
-        self.has_ended = len(entries) < wanted
-        return passed({"id": self.job.id, **entries[-1]}) if entries else {}
-
-
-def pace(courses: Iterable[_Course]) -> float:
-    """How long this machine took for the few rounds of what was begun, over what a usual one takes."""
-    begun = [course for course in courses if course.seconds]
-    return sum(one.seconds[0] for one in begun) / sum(one.usual for one in begun) if begun else 1.0
 
 
 def passed(entry: Figures, **figures: Any) -> Figures:

@@ -29,9 +29,10 @@ from bench.model_cases import (
 )
 from bench.operation_cases import OPERATIONS
 from bench.results import content_of, failures, load_results
+from bench.rounds import Job, in_rounds
 from bench.shapes import SHAPES, Shape
 from bench.timing import OUT_OF_MEMORY, attempt
-from bench.work import Job, Work
+from bench.work import Work
 
 CPU = torch.device("cpu")
 
@@ -118,14 +119,14 @@ def test_a_line_after_every_case(tmp_path: Path) -> None:
 
     jobs = [job(f"case {number}", looks) for number in range(3)]
     with pytest.raises(KeyboardInterrupt):
-        work_for(tmp_path).in_rounds([*jobs, job("case 3", raising(KeyboardInterrupt()))])
+        in_rounds(work_for(tmp_path), [*jobs, job("case 3", raising(KeyboardInterrupt()))])
     assert seen == [[], ["case 0"], ["case 0", "case 1"]]
     assert measured_in(tmp_path) == ["case 0", "case 1", "case 2"]
 
 
 def test_the_last_line_of_a_case_is_its_result(tmp_path: Path) -> None:
     """Rounds add up in one entry."""
-    work_for(tmp_path).in_rounds([job("x", *(lambda n=n: {**entry(), "rounds": n} for n in range(1, 5)), few=2)])
+    in_rounds(work_for(tmp_path), [job("x", *(lambda n=n: {**entry(), "rounds": n} for n in range(1, 5)), few=2)])
     lines = read(tmp_path / "run.jsonl")
     assert [line["result"]["rounds"] for line in lines] == [2, 3, 4]
     (found,) = content_of(lines)["cases"]
@@ -134,14 +135,14 @@ def test_the_last_line_of_a_case_is_its_result(tmp_path: Path) -> None:
 
 def test_a_case_that_raises_is_not_the_last(tmp_path: Path) -> None:
     work = work_for(tmp_path)
-    work.in_rounds([job("a", raising(ValueError("no"))), job("b")])
+    in_rounds(work, [job("a", raising(ValueError("no"))), job("b")])
     states = {line["case"]: (line["state"], line.get("cause")) for line in read(tmp_path / "run.jsonl")}
     assert states == {"a": (FAILED, "ValueError: no"), "b": (PASSED, None)}
 
 
 def test_late_cases_are_named(tmp_path: Path) -> None:
     """When its time is up a run begins no further case and says which ones it did not begin."""
-    work_for(tmp_path, until=0.5).in_rounds([job("too late", raising(AssertionError("began")))])
+    in_rounds(work_for(tmp_path, until=0.5), [job("too late", raising(AssertionError("began")))])
     (text,) = content_of(read(tmp_path / "run.jsonl"))["left_out"]
     assert "1 cases: no time: too late" in text
 
@@ -173,7 +174,7 @@ class Machine:
 def test_marked_cases_come_first_and_nothing_is_repeated_before_all_have_a_few(tmp_path: Path) -> None:
     machine = Machine(tmp_path, 100)
     jobs = [machine.job(name, 4, is_marked=name.isupper()) for name in "aBcD"]
-    machine.work.in_rounds(jobs)
+    in_rounds(machine.work, jobs)
     assert "".join(machine.order) == "BBDD" + "aacc" + 2 * "aBcD"
     assert not machine.late()
 
@@ -184,7 +185,7 @@ def test_rounds_follow_the_time_that_is_left(tmp_path: Path) -> None:
     for slowness in (1, 2, 3):
         machine = Machine(tmp_path / str(slowness), 26, slowness)
         machine.folder.mkdir()
-        machine.work.in_rounds([machine.job(name, 8) for name in "abcd"])
+        in_rounds(machine.work, [machine.job(name, 8) for name in "abcd"])
         counts[slowness] = [machine.order.count(name) for name in "abcd"]
         assert machine.clock.now <= 26
     assert counts == {1: [7, 7, 6, 6], 2: [4, 3, 3, 3], 3: [2, 2, 2, 2]}
@@ -194,7 +195,7 @@ def test_what_does_not_fit_is_named_and_what_does_is_measured(tmp_path: Path) ->
     """By how long the first cases took: a dear one that would exceed the time makes way for cheap ones."""
     machine = Machine(tmp_path, 60, 5)
     jobs = [machine.job("first", 2), machine.job("dear", 2, seconds=12.0), machine.job("cheap", 2)]
-    machine.work.in_rounds(jobs)
+    in_rounds(machine.work, jobs)
     assert machine.order == ["first", "first", "cheap", "cheap"]
     assert machine.late() == "no time: dear"
 
@@ -215,7 +216,7 @@ def test_a_slow_machine_measures_every_marked_case(tmp_path: Path) -> None:
             one.id: one.usual_seconds() if "first call" not in one.id or "imports" in one.id else 0.01 for one in real
         }
         jobs = [machine.job(one.id, 2 * one.few, one.few, seconds[one.id], is_marked=one.is_marked) for one in real]
-        machine.work.in_rounds(jobs)
+        in_rounds(machine.work, jobs)
         assert machine.clock.now <= 60 * command.MINUTES["cpu"]
         begun = dict.fromkeys(machine.order)
         few = {one.id: one.few for one in real}
@@ -267,7 +268,7 @@ def test_out_of_memory_in_a_whole_case(tiny_case: Case, monkeypatch: pytest.Monk
     monkeypatch.setitem(OPERATIONS, "strip_restore", broken)
     second = Case("inject_permute", "tiny", 12, dtype="float32")
     monkeypatch.setattr(operations, "cases", lambda on_cuda: [tiny_case, second])
-    work_for(tmp_path).in_rounds(operations.jobs(CPU, False))
+    in_rounds(work_for(tmp_path), operations.jobs(CPU, False))
     first, other = content_of(read(tmp_path / "run.jsonl"))["cases"]
     assert (first["status"], first["contestants"]) == (OUT_OF_MEMORY, [])
     assert "ms" in other["contestants"][0]
@@ -397,7 +398,7 @@ def test_a_plain_model_out_of_memory(field: Field, monkeypatch: pytest.MonkeyPat
 
 def test_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(model, "load", raising(torch.OutOfMemoryError("CUDA out of memory")))
-    work_for(tmp_path).in_rounds(one for one in model.jobs(CPU, False) if "context=8/" in one.id)
+    in_rounds(work_for(tmp_path), [one for one in model.jobs(CPU, False) if "context=8/" in one.id])
     cases = content_of(read(tmp_path / "run.jsonl"))["cases"]
     assert [one["status"] for one in cases] == [OUT_OF_MEMORY] * 2
 
@@ -413,7 +414,7 @@ def test_first_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_cuda: b
         return {**figures, "warm-up": 50.0} if who == "warmed" else figures
 
     monkeypatch.setattr(first_call, "_probe", probe)
-    work_for(tmp_path).in_rounds(first_call.jobs(torch.device("cuda" if on_cuda else "cpu"), False))
+    in_rounds(work_for(tmp_path), first_call.jobs(torch.device("cuda" if on_cuda else "cpu"), False))
     kept = ["scx"] if on_cuda else []
     assert list(seen.values()) == [["plain", "scx", *kept], ["plain", "scx", *kept], ["warmed"]]
     found = {
