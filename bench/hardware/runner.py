@@ -137,7 +137,7 @@ class Runner:
         if left < LEAST:
             self._say(stage, LATE, 0.0, cause=f"left out, no time: {max(0.0, left):.0f} s left")
             return
-        if not self.rehearsal and not stage.anywhere and self._lacks_gpu():
+        if not self.rehearsal and not stage.anywhere and self.lacks_gpu():
             self._say(stage, LEFT_OUT, 0.0, cause=NO_GPU)
             return
         log.keep(f"\n===== {stage.name}: {stage.about}\n".encode())
@@ -153,7 +153,8 @@ class Runner:
         state, told = verdict(read(self.lines.path, offset), stage.name, watched.was_late)
         self._say(stage, state, time.monotonic() - start, limit=round(limit, 1), **told)
 
-    def _lacks_gpu(self) -> bool:
+    def lacks_gpu(self) -> bool:
+        """Whether a stage looked for one and found none."""
         return any(line["state"] == LEFT_OUT and line.get("cause") == NO_GPU for line in self.read())
 
     def _say(self, stage: Stage, state: str, seconds: float, **told: Any) -> None:
