@@ -28,31 +28,25 @@ class Change:
     change: float
     noise: float
 
-    @property
-    def is_slower(self) -> bool:
-        return self.change > self.noise
-
-    @property
-    def is_faster(self) -> bool:
-        return self.change < -self.noise
-
     def __str__(self) -> str:
         return f"{self.case}, {self.name}: {100 * self.change:+.1f} % (noise {100 * self.noise:.1f} %)"
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """`changes`, the largest first; what was `lost`; what a reader must know beside them."""
+
     changes: list[Change]
     lost: list[str]
     remarks: list[str]
 
     @property
     def slower(self) -> list[Change]:
-        return [change for change in self.changes if change.is_slower]
+        return [change for change in self.changes if change.change > change.noise]
 
     @property
     def faster(self) -> list[Change]:
-        return [change for change in self.changes if change.is_faster]
+        return [change for change in self.changes if change.change < -change.noise]
 
 
 def _figures(content: Content) -> Iterator[tuple[Key, str, dict[str, float]]]:
@@ -122,14 +116,10 @@ def main() -> None:
     parser.add_argument("new", type=Path, help="a later one")
     options = parser.parse_args()
     found = compare(load_results(options.old), load_results(options.new))
-    for text in found.remarks:
-        print(text)
+    print(*found.remarks, sep="\n", end="\n" if found.remarks else "")
     for title, changes in (("slower", found.slower), ("faster", found.faster)):
-        print(f"{title}: {len(changes)} of {len(found.changes)}")
-        for change in changes:
-            print(f"  {change}")
-    for text in found.lost:
-        print(f"lost: {text}")
+        print(f"{title}: {len(changes)} of {len(found.changes)}", *(f"  {change}" for change in changes), sep="\n")
+    print("".join(f"lost: {text}\n" for text in found.lost), end="")
     sys.exit(1 if found.lost or any(change.kind in ("scx", "triton") for change in found.slower) else 0)
 
 

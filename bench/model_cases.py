@@ -22,22 +22,31 @@ class Contestant:
         return "rival" if self.keys is None else "scx"
 
 
+KEYS: dict[str, dict[str, Any]] = {
+    "100 redundant rows": {"redundant_num": 100},
+    "noise": {"alp": True},
+    "100 redundant rows, noise": {"redundant_num": 100, "alp": True},
+    "sealed": {"cache_encoding": "sealed"},
+    "sealed, 100 redundant rows, noise": {"cache_encoding": "sealed", "redundant_num": 100, "alp": True},
+    "sealed by 12 rounds": {"cache_encoding": "sealed", "cipher_rounds": 12},
+    "sealed by 8 rounds": {"cache_encoding": "sealed", "cipher_rounds": 8},
+}
+"""Ways to encode, beside permutations alone: options of a key generator by what is said of them."""
+
+
+def encoded(name: str, placement: str = "", **options: Any) -> Contestant:
+    return Contestant(f"SCX, {placement}{name}", keys=KEYS[name], **options)
+
+
 PLAIN = Contestant("plain, sdpa")
 EAGER = Contestant("plain, eager", attention="eager")
 COMPILED = Contestant("plain, compiled", compiled=True)
 SCX = Contestant("SCX", keys={})
-REDUNDANT = Contestant("SCX, 100 redundant rows", keys={"redundant_num": 100})
-NOISE = Contestant("SCX, 100 redundant rows, noise", keys={"redundant_num": 100, "alp": True})
-SEALED = Contestant("SCX, sealed", keys={"cache_encoding": "sealed"})
-SEALED_12, SEALED_8 = (
-    Contestant(f"SCX, sealed by {rounds} rounds", keys={"cache_encoding": "sealed", "cipher_rounds": rounds})
-    for rounds in (12, 8)
-)
+REDUNDANT, NOISE = encoded("100 redundant rows"), encoded("100 redundant rows, noise")
+SEALED, SEALED_12, SEALED_8 = (encoded(name) for name in ("sealed", "sealed by 12 rounds", "sealed by 8 rounds"))
 FEW = Contestant("SCX, split, few crossings", keys={}, crossings="few")
 PAPERS = Contestant("SCX, split, the paper's crossings", keys={}, crossings="paper")
-FEW_NOISE = Contestant(
-    "SCX, split, few crossings, 100 redundant rows, noise", keys={"redundant_num": 100, "alp": True}, crossings="few"
-)
+FEW_NOISE = encoded("100 redundant rows, noise", "split, few crossings, ", crossings="few")
 REFERENCE = Contestant("SCX, reference operations", keys={}, backend="reference")
 
 OF_PREFILL = (PLAIN, EAGER, SCX, REDUNDANT, NOISE, SEALED, REFERENCE)

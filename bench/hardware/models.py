@@ -1,6 +1,7 @@
 """Stage: whole models beside plain transformers with its eager attention, with sdpa and compiled: prompts of 8 to 10k
 tokens, and tokens on caches of 1k to 32k, for 1, 8 and 64 conversations at once. What tells most comes first."""
 
+import functools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -47,12 +48,7 @@ def run(work: Work) -> None:
     if work.rehearsal:
         rehearse(work)
         return
-    held: list[Field] = []
-
-    def field() -> Field:
-        if not held:
-            held.append(Field(*load(MODEL, DTYPE, device_of(False))))
-        return held[0]
+    field = functools.cache(lambda: Field(*load(MODEL, DTYPE, device_of(False))))
 
     def entry(case: ModelCase) -> dict[str, Any]:
         check_memory(case, torch.cuda.get_device_properties(device_of(False)).total_memory)
