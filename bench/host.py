@@ -7,7 +7,6 @@ PyTorch's own operators compute, on sizes at which that is next to nothing. Time
 Without a GPU a launch lacks CUDA's own part (about 2 µs), and uploads of keys lack pinned memory.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import scx_kernels as ops
+from bench.model import Field
+from bench.model_cases import KEYS, Contestant
 from bench.rounds import Job
+from bench.shapes import Shape
 from bench.timing import Turns, synchronize
-from scx import SCXKeyGenerator, encode_llama
 from scx_kernels import operations
 
 LAYERS, HIDDEN, HEAD_DIM = 30, 64, 16
@@ -29,13 +30,17 @@ HEADS, KV_HEADS = HIDDEN // HEAD_DIM, HIDDEN // HEAD_DIM // 2
 SETTLING, FEW_ROUNDS, SERIES = 2, 3, 5  # rounds that compile and settle, then so many, so many times
 PLAIN = "transformers"
 TOKEN, PREFILL, REDUNDANT = "one more token", "prefill of 8 tokens", "prefill of 8 tokens, 100 redundant rows"
-STEPS: dict[str, tuple[int, dict[str, dict[str, Any] | None]]] = {
-    TOKEN: (HIDDEN, {PLAIN: None, "SCX": {}, "SCX, sealed": {"cache_encoding": "sealed"}}),
-    PREFILL: (HIDDEN, {PLAIN: None, "SCX": {}}),
+# On an accelerator no keystream is kept; the processor that stands in for one keeps none either.
+_PLAIN, _SCX = Contestant(PLAIN), Contestant("SCX", keys={"keep_keystream": False})
+_SEALED = Contestant("SCX, sealed", keys={"keep_keystream": False, **KEYS["sealed"]})
+_ROWS = Contestant("SCX", keys={"keep_keystream": False, **KEYS["100 redundant rows"]})
+STEPS: dict[str, tuple[int, tuple[Contestant, ...]]] = {
+    TOKEN: (HIDDEN, (_PLAIN, _SCX, _SEALED)),
+    PREFILL: (HIDDEN, (_PLAIN, _SCX)),
     # Narrower: a processor that stands in for a GPU computes 108 rows where the plain model has 8.
-    REDUNDANT: (HEAD_DIM, {PLAIN: None, "SCX": {"redundant_num": 100}}),
+    REDUNDANT: (HEAD_DIM, (_PLAIN, _ROWS)),
 }
-"""Case -> hidden size, and contestants with the options of their key generator."""
+"""Case -> hidden size, and contestants."""
 OPERATIONS = (
     "inject_permute",
     "permuted_linears",
@@ -111,10 +116,9 @@ def step_rounds(case: str, device: torch.device) -> Iterator[dict[str, Any]]:
 
     def turns() -> dict[str, Callable[[], float]]:
         ids = torch.arange(3, 11, device=device)[None]
-        models = _models(device, hidden, contestants)
-        return {
-            name: partial(thread_milliseconds, _call_of(case, model, ids), device) for name, model in models.items()
-        }
+        field = _field(device, hidden)
+        calls = {contestant.name: _call_of(case, field.model(contestant), ids) for contestant in contestants}
+        return {name: partial(thread_milliseconds, call, device) for name, call in calls.items()}
 
     return rounds({"layers": LAYERS, "hidden": hidden}, turns, PLAIN, device)
 
@@ -125,20 +129,10 @@ def measure_steps(case: str, device: torch.device) -> dict[str, Any]:
     return entry
 
 
-def _models(device: torch.device, hidden: int, contestants: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+def _field(device: torch.device, hidden: int) -> Field:
     heads = hidden // HEAD_DIM
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),
-        head_dim=HEAD_DIM, intermediate_size=2 * hidden, num_hidden_layers=LAYERS,
-    )  # fmt: skip
-    plain = LlamaForCausalLM(config).eval().to(device)
-    models = {name: plain if options is None else copy.deepcopy(plain) for name, options in contestants.items()}
-    for name, options in contestants.items():
-        if options is not None:
-            # On an accelerator no keystream is kept; the processor that stands in for one keeps none either.
-            keys = SCXKeyGenerator.for_model(models[name], keep_keystream=False, **options)
-            encode_llama(models[name], keys)
-    return models
+    shape = Shape("host", hidden, heads, max(1, heads // 2), HEAD_DIM, 2 * hidden, LAYERS, 256)
+    return Field(LlamaForCausalLM(shape.config()).eval().to(device), "random")
 
 
 def _call_of(case: str, model: Any, ids: Tensor) -> Call:
