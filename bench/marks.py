@@ -56,13 +56,7 @@ MARKS = (
         "inject pass, strip pass, QKV decode-encode",
         "copy bandwidth",
         0.85,
-        (
-            "inject_permute",
-            "inject_permute+norm",
-            "strip_restore",
-            "qkv_decode_encode",
-            "qkv_decode_encode+cache",
-        ),
+        ("inject_permute", "inject_permute+norm", "strip_restore", "qkv_decode_encode", "qkv_decode_encode+cache"),
         lambda entry: _rows(entry) == 4224,
     ),
     Mark(

@@ -13,12 +13,8 @@ from bench.work import CaseFailed, Work
 
 TOOL = "ncu"
 SECTIONS = (
-    "SpeedOfLight",
-    "MemoryWorkloadAnalysis",
-    "ComputeWorkloadAnalysis",
-    "Occupancy",
-    "LaunchStats",
-    "WarpStateStats",
+    *("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis"),
+    *("Occupancy", "LaunchStats", "WarpStateStats"),
 )
 MARKER = "_idle_kernel"
 OURS = r"regex:^_(idle|inject|strip|matmul|sum_splits|qkv|attention|step|combine|seal|unlock)_kernel$"
