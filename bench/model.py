@@ -223,6 +223,12 @@ def compare(field: Field, contestant: Contestant, logits: Tensor, expected: Tens
     return error, None
 
 
+def first_turn(workload: Workload) -> tuple[float, Tensor]:
+    """A turn, after a short prefill that takes upon itself what only the first call of all costs."""
+    workload.model(workload.prompt[:, :PROMPT], logits_to_keep=1)
+    return turn(workload)
+
+
 def first_turns(field: Field, case: ModelCase) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Entries of the contestants, by name: whether the logits of each one's first turn are the plain model's; and the
     milliseconds of those whose are."""
@@ -231,7 +237,7 @@ def first_turns(field: Field, case: ModelCase) -> tuple[dict[str, dict[str, Any]
     expected = None
     for contestant in case.contestants:
         entry = entries[contestant.name] = {"name": contestant.name, "kind": contestant.kind, "keys": contestant.keys}
-        first, problem = attempt(lambda contestant=contestant: turn(Workload(field, case, contestant)))
+        first, problem = attempt(lambda contestant=contestant: first_turn(Workload(field, case, contestant)))
         if problem is None:
             milliseconds[contestant.name], logits = first
             expected = logits if contestant is PLAIN else expected
