@@ -1,25 +1,39 @@
 """SCX beside what would run otherwise, on this machine: operations, whole models, and the first call.
 
-Every case is written to the result file as soon as it is measured; an interrupted run keeps what it has.
+Every case is on the disk as soon as it is measured; an interrupted run keeps what it has. What is asked of comes first,
+a few rounds of each; then a few of everything else; then more, until the time is up.
 """
 
 import argparse
+import importlib
+import math
 import sys
-from collections.abc import Callable
-from importlib.util import find_spec
+import time
+from typing import Any
 
 import torch
 
+from bench.lines import FAILED, Lines, read
 from bench.model_cases import left_out
-from bench.provenance import RESULTS, machine_name, provenance
+from bench.operation_cases import cases
+from bench.operations import measure_ceilings
+from bench.provenance import RESULTS, machine_name, provenance, write_json
 from bench.report import show, write_report
-from bench.results import failures
-from bench.run import Run
+from bench.results import content_of
+from bench.rounds import Job, in_rounds
+from bench.work import Work
 
 LATEST = RESULTS.parent / "latest"
 MINUTES = {"cuda": 7.8, "cpu": 2.8}
-SHARE_OF_MODELS = 0.6
-"""Of the run's time, after which no further whole model is begun: the operations follow."""
+SUITES = {
+    "host time": "bench.host",
+    "whole models": "bench.model",
+    "operations": "bench.operations",
+    "first calls": "bench.first_call",
+}
+"""Modules whose `jobs` are measured, by what they are about. A machine may lack a package that one needs."""
+DEAR = 30.0
+"""Seconds beyond which a job comes last: where time runs out, it costs the fewest cases."""
 
 
 def arguments() -> argparse.Namespace:
@@ -32,62 +46,32 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_models(run: Run, device: torch.device, everything: bool) -> None:
-    from bench.model import run_models, run_split
+def wanted_jobs(work: Work, device: torch.device, everything: bool, only: str) -> list[Job]:
+    """Every suite's jobs whose id contains one of the words, if there are any. One that lacks a package is named."""
+    words = only.lower().replace(",", " ").split()
+    found: list[Job] = []
+    for what, module in SUITES.items():
 
-    run_models(run, device, everything, SHARE_OF_MODELS)
-    run_split(run, device, SHARE_OF_MODELS)
+        def add(module: str = module) -> None:
+            found.extend(importlib.import_module(module).jobs(device, everything))
 
-
-def run_first_call(run: Run, device: torch.device, everything: bool) -> None:
-    from bench.first_call import run_first_call
-
-    run_first_call(run, device.type == "cuda")
-
-
-def run_host(run: Run, device: torch.device, everything: bool) -> None:
-    from bench.host import run_host
-
-    run_host(run, device)
+        work.case(what, add)
+    wanted = [job for job in found if not words or any(word in job.id.lower() for word in words)]
+    return sorted(wanted, key=lambda job: job.usual_seconds() > DEAR)
 
 
-def run_operations(run: Run, device: torch.device, everything: bool) -> None:
-    from bench.operations import run_operations
-
-    run_operations(run, device)
-
-
-def run_compiled(run: Run, device: torch.device, everything: bool) -> None:
-    from bench.model import run_compiled
-
-    run_compiled(run, device, everything)
-
-
-OF_SCX = ("transformers", "cryptography", "safetensors")
-SUITES: tuple[tuple[str, tuple[str, ...], Callable[[Run, torch.device, bool], None]], ...] = (
-    ("whole models", OF_SCX, run_models),
-    ("first calls", OF_SCX, run_first_call),
-    ("host time", ("triton", *OF_SCX), run_host),
-    ("operations", (), run_operations),
-    ("compiled models", OF_SCX, run_compiled),
-)
-"""(what, the packages that it needs beside torch, how it is run)."""
-
-
-def measure(run: Run, device: torch.device, everything: bool) -> bool:
-    """Run every suite whose packages are here; others are named as left out. Returns whether it was interrupted."""
-    for text in left_out(device.type == "cuda", everything):
-        run.leave_out(text)
-    try:
-        for what, packages, suite in SUITES:
-            missing = [package for package in packages if find_spec(package) is None]
-            if missing:
-                run.leave_out(f"{what}: needs {', '.join(missing)}")
-            else:
-                suite(run, device, everything)
-    except KeyboardInterrupt:
-        return True
-    return False
+def measure(lines: Lines, about: dict[str, Any], options: argparse.Namespace, device: torch.device) -> None:
+    """Measure what was asked for, after the machine's ceilings in the dtypes and rounds of the operations among it."""
+    minutes = math.inf if options.all else options.minutes or MINUTES[device.type]
+    of_machine, work = Work("ceilings", lines, math.inf), Work("bench", lines, math.inf)
+    of_machine.case("versions", lambda: {"result": about})
+    jobs = wanted_jobs(work, device, options.all, options.only)
+    of_machine.until = work.until = time.monotonic() + 60 * minutes
+    ids = {job.id for job in jobs}
+    if asked := [case for case in cases(device.type == "cuda") if case.id in ids]:
+        dtypes, rounds = (sorted({getattr(case, name) for case in asked} - {0}) for name in ("dtype", "rounds"))
+        of_machine.case("ceilings", lambda: {"result": measure_ceilings(device, dtypes, rounds)})
+    in_rounds(work, jobs)
 
 
 def main() -> int:
@@ -95,18 +79,25 @@ def main() -> int:
     options = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = provenance(options.commit)
-    minutes = None if options.all else options.minutes or MINUTES[device.type]
     path = (RESULTS if options.keep else LATEST) / f"{machine_name(about)}.json"
-    run = Run(path, about, options.only.replace(",", " ").split(), minutes)
+    lines = Lines(LATEST / f"{path.stem}.jsonl")
+    LATEST.mkdir(parents=True, exist_ok=True)
+    lines.path.unlink(missing_ok=True)
     for text in about["warnings"]:
         print(f"doubtful: {text}", flush=True)
-    interrupted = measure(run, device, options.all)
-    run.finish(interrupted)
-    show(run.content)
-    print("written:", run.path, *write_report(run.content, run.path))
-    if interrupted:
+    interruption = []
+    try:
+        measure(lines, about, options, device)
+    except KeyboardInterrupt:
+        interruption = ["everything after an interruption"]
+    said = read(lines.path)
+    content = {"provenance": about, **content_of(said)}
+    content["left_out"] = [*left_out(device.type == "cuda", options.all), *content["left_out"], *interruption]
+    show(content)
+    print("written:", write_json(path, content), *write_report(content, path))
+    if interruption:
         return 130
-    return 1 if failures(run.content) else 0
+    return 1 if any(line["state"] == FAILED for line in said) else 0
 
 
 if __name__ == "__main__":

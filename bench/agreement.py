@@ -24,6 +24,7 @@ from scx.party.secure import split_plan
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALL = {"redundant_num": 64, "alp": True}
 SETTINGS = {"permutations": {}, "redundant rows": {"redundant_num": 64}, "noise": ALL}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _REPLY_SECONDS = 600.0
 
 
@@ -75,14 +76,13 @@ def logit_differences(model: PreTrainedModel, inputs: list[Any]) -> dict[str, fl
 
 def fused(path: Path, prompts: int, new_tokens: int) -> dict[str, Any]:
     """Tokens in float32 and logits in every dtype, on one device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = tokenized(path, prompts, device)
+    inputs = tokenized(path, prompts, DEVICE)
     results: dict[str, Any] = {"largest_logit_difference": {}}
     for dtype in DTYPES:
-        model = load(path, dtype, device)
+        model = load(path, dtype, DEVICE)
         if dtype == torch.float32:
-            plain = generate(model, inputs, new_tokens)
-            with encoded_llama(model, SCXKeyGenerator.for_model(model, **ALL)):
+            plain, keys = generate(model, inputs, new_tokens), SCXKeyGenerator.for_model(model, **ALL)
+            with encoded_llama(model, keys):
                 results["tokens_agreeing"] = agreeing(plain, generate(model, inputs, new_tokens))
         found = logit_differences(model, inputs)
         results["largest_logit_difference"][str(dtype).removeprefix("torch.")] = found
@@ -92,8 +92,7 @@ def fused(path: Path, prompts: int, new_tokens: int) -> dict[str, Any]:
 
 def split(path: Path, prompts: int, new_tokens: int) -> dict[str, Any]:
     """Tokens of two parties in this process, which holds the whole model: secure side on the CPU, both crossings."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs, model = tokenized(path, prompts, device), load(path, torch.float32, device)
+    inputs, model = tokenized(path, prompts, DEVICE), load(path, torch.float32, DEVICE)
     plain = generate(model, inputs, new_tokens)
     keys, found = SCXKeyGenerator.for_model(model, **ALL), {}
     for crossings in CROSSINGS:

@@ -14,8 +14,6 @@ from typing import Any
 
 from bench.results import Content, load_results, measured
 
-__all__ = ["Change", "Comparison", "compare"]
-
 BEYOND = 2.0
 Key = tuple[str, str]
 
@@ -30,31 +28,25 @@ class Change:
     change: float
     noise: float
 
-    @property
-    def is_slower(self) -> bool:
-        return self.change > self.noise
-
-    @property
-    def is_faster(self) -> bool:
-        return self.change < -self.noise
-
     def __str__(self) -> str:
         return f"{self.case}, {self.name}: {100 * self.change:+.1f} % (noise {100 * self.noise:.1f} %)"
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """`changes`, the largest first; what was `lost`; what a reader must know beside them."""
+
     changes: list[Change]
     lost: list[str]
     remarks: list[str]
 
     @property
     def slower(self) -> list[Change]:
-        return [change for change in self.changes if change.is_slower]
+        return [change for change in self.changes if change.change > change.noise]
 
     @property
     def faster(self) -> list[Change]:
-        return [change for change in self.changes if change.is_faster]
+        return [change for change in self.changes if change.change < -change.noise]
 
 
 def _figures(content: Content) -> Iterator[tuple[Key, str, dict[str, float]]]:
@@ -65,7 +57,12 @@ def _figures(content: Content) -> Iterator[tuple[Key, str, dict[str, float]]]:
             yield (entry["id"], contestant["name"]), contestant["kind"], contestant["ms" if is_plain else "ratio"]
 
 
-def _lost(old: Content, new: Content, wanted: set[Key]) -> list[str]:
+def _again(spread: dict[str, float]) -> float:
+    """How far the two measurements are apart; older files do not say it of the host's times."""
+    return abs(spread.get("again", 0.0))
+
+
+def _lost(new: Content, wanted: set[Key]) -> list[str]:
     """What the old file has and the new one tried and failed at."""
     problems = {}
     for entry in new["cases"]:
@@ -97,17 +94,16 @@ def compare(old: Content, new: Content) -> Comparison:
     """Compare what both files measured."""
     before, after = ({key: (kind, spread) for key, kind, spread in _figures(content)} for content in (old, new))
     usual = max(
-        statistics.median([abs(spread["again"]) for _, spread in figures.values()] or [0.0])
-        for figures in (before, after)
+        statistics.median([_again(spread) for _, spread in figures.values()] or [0.0]) for figures in (before, after)
     )
     changes = []
     for key in before.keys() & after.keys():
         (_, a), (kind, b) = before[key], after[key]
-        noise = BEYOND * max(usual, abs(a["again"]), abs(b["again"]))
+        noise = BEYOND * max(usual, _again(a), _again(b))
         changes.append(Change(*key, kind, b["median"] / a["median"] - 1, noise))
     only_old, only_new = before.keys() - after.keys(), after.keys() - before.keys()
     changes.sort(key=lambda change: -change.change)
-    return Comparison(changes, _lost(old, new, set(only_old)), _remarks(old, new, len(only_old), len(only_new)))
+    return Comparison(changes, _lost(new, set(only_old)), _remarks(old, new, len(only_old), len(only_new)))
 
 
 def main() -> None:
@@ -120,14 +116,10 @@ def main() -> None:
     parser.add_argument("new", type=Path, help="a later one")
     options = parser.parse_args()
     found = compare(load_results(options.old), load_results(options.new))
-    for text in found.remarks:
-        print(text)
+    print(*found.remarks, sep="\n", end="\n" if found.remarks else "")
     for title, changes in (("slower", found.slower), ("faster", found.faster)):
-        print(f"{title}: {len(changes)} of {len(found.changes)}")
-        for change in changes:
-            print(f"  {change}")
-    for text in found.lost:
-        print(f"lost: {text}")
+        print(f"{title}: {len(changes)} of {len(found.changes)}", *(f"  {change}" for change in changes), sep="\n")
+    print("".join(f"lost: {text}\n" for text in found.lost), end="")
     sys.exit(1 if found.lost or any(change.kind in ("scx", "triton") for change in found.slower) else 0)
 
 

@@ -6,17 +6,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.run import Run, attempt
-from bench.timing import spread_twice
+import torch
 
-__all__ = ["run_first_call"]
+from bench.rounds import Job
+from bench.timing import attempt, spread_twice
 
 Figures = dict[str, float]
-WARMED = "SCX, warmed up"
+COLD, KEPT, WARMED = "SCX, cold", "SCX, Triton's cache kept", "SCX, warmed up"
 CASES = ("imports", "warm-up", "first request", "second request")
 
 
@@ -41,19 +41,17 @@ def measure(on_cuda: bool) -> dict[str, list[Figures]]:
     with tempfile.TemporaryDirectory() as directory:
         first, second, third = (Path(directory) / name for name in ("first", "second", "third"))
         found = {"plain": [_probe("plain", cache) for cache in (first, second)]}
-        found["SCX, cold" if on_cuda else "SCX"] = [_probe("scx", cache) for cache in (first, second)]
-        if on_cuda:
-            found["SCX, Triton's cache kept"] = [_probe("scx", cache) for cache in (first, second)]
+        for name in (COLD, KEPT) if on_cuda else ("SCX",):
+            found[name] = [_probe("scx", cache) for cache in (first, second)]
         return {**found, WARMED: [_probe("warmed", third)]}
 
 
-def entries(found: dict[str, Sequence[Figures]]) -> dict[str, list[dict[str, Any]]]:
+def entries(found: dict[str, list[Figures]]) -> dict[str, list[dict[str, Any]]]:
     """Contestants of each of CASES."""
 
     def contestant(name: str, kind: str, figure: str, who: str) -> dict[str, Any]:
         first, *second = found[who]
-        ms = spread_twice([first[figure]], [figures[figure] for figures in second])
-        return {"name": name, "kind": kind, "ms": ms}
+        return {"name": name, "kind": kind, "ms": spread_twice([first[figure]], [other[figure] for other in second])}
 
     def requests(figure: str) -> list[dict[str, Any]]:
         return [contestant(who, "rival" if who == "plain" else "scx", figure, who) for who in found]
@@ -66,14 +64,17 @@ def entries(found: dict[str, Sequence[Figures]]) -> dict[str, list[dict[str, Any
     return dict(zip(CASES, (imports, warm_up, requests("first"), requests("second")), strict=True))
 
 
-def run_first_call(run: Run, on_cuda: bool, share: float = 1.0) -> None:
-    """The cases of this suite, from one set of processes."""
-    found = functools.cache(lambda: attempt(lambda: entries(measure(on_cuda))))
+def jobs(device: torch.device, everything: bool) -> Iterator[Job]:
+    """The cases of this suite, from one set of processes, which the first of them starts."""
+    found = functools.cache(lambda: attempt(lambda: entries(measure(device.type == "cuda"))))
 
-    def entry(name: str) -> dict[str, Any]:
+    def once(name: str) -> Iterator[dict[str, Any]]:
         contestants, problem = found()
         status = {"status": problem} if problem else {}
-        return {"suite": "first call", **status, "contestants": contestants[name] if contestants else []}
+        yield {"suite": "first call", **status, "contestants": contestants[name] if contestants else []}
+
+    def seconds() -> float:
+        return 0.0 if found.cache_info().currsize else 40.0
 
     for name in CASES:
-        run.measure(f"first call/{name}", functools.partial(entry, name), share)
+        yield Job(f"first call/{name}", functools.partial(once, name), seconds=seconds)

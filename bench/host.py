@@ -7,8 +7,6 @@ PyTorch's own operators compute, on sizes at which that is next to nothing. Time
 Without a GPU a launch lacks CUDA's own part (about 2 µs), and uploads of keys lack pinned memory.
 """
 
-import copy
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,26 +15,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import scx_kernels as ops
-from bench.run import Run, attempt
-from bench.timing import spread, synchronize
+from bench.model import Field
+from bench.model_cases import KEYS, Contestant
+from bench.rounds import Job
+from bench.shapes import Shape
+from bench.timing import Turns, synchronize
 from scx_kernels import operations
-
-__all__ = ["OPERATIONS", "STEPS", "launchers", "measure_operation", "measure_steps", "run_host", "stand_in"]
 
 LAYERS, HIDDEN, HEAD_DIM = 30, 64, 16
 HEADS, KV_HEADS = HIDDEN // HEAD_DIM, HIDDEN // HEAD_DIM // 2
-ROUNDS = 15
+SETTLING, FEW_ROUNDS, SERIES = 2, 3, 5  # rounds that compile and settle, then so many, so many times
 PLAIN = "transformers"
 TOKEN, PREFILL, REDUNDANT = "one more token", "prefill of 8 tokens", "prefill of 8 tokens, 100 redundant rows"
-STEPS: dict[str, tuple[int, dict[str, dict[str, Any] | None]]] = {
-    TOKEN: (HIDDEN, {PLAIN: None, "SCX": {}, "SCX, sealed": {"cache_encoding": "sealed"}}),
-    PREFILL: (HIDDEN, {PLAIN: None, "SCX": {}}),
+# On an accelerator no keystream is kept; the processor that stands in for one keeps none either.
+_PLAIN, _SCX = Contestant(PLAIN), Contestant("SCX", keys={"keep_keystream": False})
+_SEALED = Contestant("SCX, sealed", keys={"keep_keystream": False, **KEYS["sealed"]})
+_ROWS = Contestant("SCX", keys={"keep_keystream": False, **KEYS["100 redundant rows"]})
+STEPS: dict[str, tuple[int, tuple[Contestant, ...]]] = {
+    TOKEN: (HIDDEN, (_PLAIN, _SCX, _SEALED)),
+    PREFILL: (HIDDEN, (_PLAIN, _SCX)),
     # Narrower: a processor that stands in for a GPU computes 108 rows where the plain model has 8.
-    REDUNDANT: (HEAD_DIM, {PLAIN: None, "SCX": {"redundant_num": 100}}),
+    REDUNDANT: (HEAD_DIM, (_PLAIN, _ROWS)),
 }
-"""Case -> hidden size, and contestants with the options of their key generator."""
+"""Case -> hidden size, and contestants."""
 OPERATIONS = (
     "inject_permute",
     "permuted_linears",
@@ -63,48 +67,72 @@ def stand_in(device: torch.device) -> Iterator[None]:
         yield
 
 
-def thread_milliseconds(call: Call, device: torch.device) -> float:
-    """The thread's CPU time of one call, the device idle before it."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def thread_milliseconds(call: Call, device: torch.device, repeats: int = 1) -> float:
+    """The thread's CPU time of one call of several, the device idle before them."""
     synchronize(device)
     start = time.thread_time()
-    call()
-    return 1e3 * (time.thread_time() - start)
+    for _ in range(repeats):
+        call()
+    return 1e3 * (time.thread_time() - start) / repeats
 
 
-def in_turns(calls: dict[str, Call], device: torch.device, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Milliseconds of each call in each of several rounds, after two that compile and settle."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()
-    try:
-        for count in range(rounds + 2):
-            for name, call in calls.items():
-                taken = thread_milliseconds(call, device)
-                if count > 1:
-                    times[name].append(taken)
-    finally:
-        gc.enable()
-    return times
+@torch.no_grad()
+def rounds(
+    about: dict[str, Any], turns: Callable[[], dict[str, Callable[[], float]]], beside: str, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """The entry of a case after every FEW_ROUNDS: the host's milliseconds of each contestant, and over `beside`'s.
+
+    Args:
+        turns: makes what takes each contestant's turns.
+    """
+    with one_thread(), stand_in(device):
+        taken = Turns(turns(), beside)
+        taken.take(SETTLING, counts=False)
+    for _ in range(SERIES):
+        with one_thread(), stand_in(device):
+            taken.take(FEW_ROUNDS)
+        for problem in taken.problems.values():
+            yield {"suite": "host", "status": problem, "contestants": []}
+            return
+        contestants = [
+            {"name": name, "kind": "rival" if name == beside else "scx", **taken.figures(name)} for name in taken.turns
+        ]
+        yield {"suite": "host", **about, "contestants": contestants}
 
 
-def _models(device: torch.device, hidden: int, contestants: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def step_rounds(case: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The entries of a case of STEPS."""
+    hidden, contestants = STEPS[case]
 
-    from scx import SCXKeyGenerator, encode_llama
+    def turns() -> dict[str, Callable[[], float]]:
+        ids = torch.arange(3, 11, device=device)[None]
+        field = _field(device, hidden)
+        calls = {contestant.name: _call_of(case, field.model(contestant), ids) for contestant in contestants}
+        return {name: partial(thread_milliseconds, call, device) for name, call in calls.items()}
 
+    return rounds({"layers": LAYERS, "hidden": hidden}, turns, PLAIN, device)
+
+
+def measure_steps(case: str, device: torch.device) -> dict[str, Any]:
+    """The entry of a case of STEPS after all rounds."""
+    *_, entry = step_rounds(case, device)
+    return entry
+
+
+def _field(device: torch.device, hidden: int) -> Field:
     heads = hidden // HEAD_DIM
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),
-        head_dim=HEAD_DIM, intermediate_size=2 * hidden, num_hidden_layers=LAYERS,
-    )  # fmt: skip
-    plain = LlamaForCausalLM(config).eval().to(device)
-    models = {name: plain if options is None else copy.deepcopy(plain) for name, options in contestants.items()}
-    for name, options in contestants.items():
-        if options is not None:
-            # On an accelerator no keystream is kept; the processor that stands in for one keeps none either.
-            keys = SCXKeyGenerator.for_model(models[name], keep_keystream=False, **options)
-            encode_llama(models[name], keys)
-    return models
+    shape = Shape("host", hidden, heads, max(1, heads // 2), HEAD_DIM, 2 * hidden, LAYERS, 256)
+    return Field(LlamaForCausalLM(shape.config()).eval().to(device), "random")
 
 
 def _call_of(case: str, model: Any, ids: Tensor) -> Call:
@@ -114,25 +142,9 @@ def _call_of(case: str, model: Any, ids: Tensor) -> Call:
     return lambda: model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
 
 
-@torch.no_grad()
-def measure_steps(case: str, device: torch.device) -> dict[str, Any]:
-    """The entry of a case of STEPS: the host's milliseconds of each contestant, and over plain transformers'."""
-    hidden, contestants = STEPS[case]
-    models = _models(device, hidden, contestants)
-    ids = torch.arange(3, 11, device=device)[None]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with stand_in(device):
-            times = in_turns({name: _call_of(case, model, ids) for name, model in models.items()}, device)
-    finally:
-        torch.set_num_threads(threads)
-    return {"suite": "host", "layers": LAYERS, "hidden": hidden, "contestants": _contestants(times, PLAIN)}
-
-
 def launchers(device: torch.device) -> dict[str, tuple[Call, Call]]:
     """By name, each operation of a decoded token as users call it, and its launcher, on the same arguments."""
-    from scx_kernels.kernels import attention, product, qkv, rows
+    from scx_kernels.kernels import attention, product, qkv, rows  # needs Triton
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device)
@@ -169,46 +181,30 @@ def launchers(device: torch.device) -> dict[str, tuple[Call, Call]]:
     return dict(zip(OPERATIONS, found, strict=True))
 
 
-@torch.no_grad()
-def measure_operation(name: str, device: torch.device) -> dict[str, Any]:
-    """The entry of an operation of `launchers`: milliseconds a call of the public function, of its launcher, and of the
-    launcher without its plans, and each over the launcher."""
+def operation_rounds(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The entries of an operation of `launchers`: milliseconds a call of the public function, of its launcher, and of
+    the launcher without its plans, and each over the launcher."""
+    # Where Triton is missing there is no launcher.
     from scx_kernels.kernels.plans import plans_off
 
-    def repeated(call: Call, context: Callable[[], AbstractContextManager[None]] = nullcontext) -> Call:
-        def calls() -> None:
-            with context():
-                for _ in range(REPEATS):
-                    call()
+    def within(context: Callable[[], AbstractContextManager[None]], call: Call) -> float:
+        with context():
+            return thread_milliseconds(call, device, REPEATS)
 
-        return calls
-
-    with stand_in(device):
+    def turns() -> dict[str, Callable[[], float]]:
         public, bare = launchers(device)[name]
-        calls = {"operation": repeated(public), LAUNCHER: repeated(bare), WITHOUT: repeated(bare, plans_off)}
-        times = in_turns(calls, device)
-    times = {who: [taken / REPEATS for taken in series] for who, series in times.items()}
-    return {"suite": "host", "operation": name, "contestants": _contestants(times, LAUNCHER)}
+        return {
+            "operation": partial(within, nullcontext, public),
+            LAUNCHER: partial(within, nullcontext, bare),
+            WITHOUT: partial(within, plans_off, bare),
+        }
+
+    return rounds({"operation": name}, turns, LAUNCHER, device)
 
 
-def _contestants(times: dict[str, list[float]], beside: str) -> list[dict[str, Any]]:
-    """Each with its milliseconds, and their ratio to those of `beside` in the same round."""
-    contestants = []
-    for name, series in times.items():
-        ratios = [taken / other for taken, other in zip(series, times[beside], strict=True)]
-        kind = "rival" if name == beside else "scx"
-        contestants.append({"name": name, "kind": kind, "ms": spread(series), "ratio": spread(ratios)})
-    return contestants
-
-
-def run_host(run: Run, device: torch.device) -> None:
-    """Every wanted case: steps of a model, then the operations of a token."""
-
-    def entry(measure: Callable[[str, torch.device], dict[str, Any]], name: str) -> dict[str, Any]:
-        found, problem = attempt(lambda: measure(name, device))
-        return {"suite": "host", "status": problem, "contestants": []} if problem is not None else found
-
+def jobs(device: torch.device, everything: bool) -> Iterator[Job]:
+    """Steps of a model, then the operations of a token."""
     for case in STEPS:
-        run.measure(f"host/{case}", partial(entry, measure_steps, case))
+        yield Job(f"host/{case}", partial(step_rounds, case, device), is_marked=True, seconds=2.0)
     for name in OPERATIONS:
-        run.measure(f"host/{name}", partial(entry, measure_operation, name))
+        yield Job(f"host/{name}", partial(operation_rounds, name, device), is_marked=True, seconds=0.9)

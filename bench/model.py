@@ -10,8 +10,8 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,19 +22,17 @@ from transformers.cache_utils import Cache
 
 import scx_kernels as ops
 from bench.model_cases import EAGER, PLAIN, Contestant, ModelCase, compiled_cases, model_cases, split_cases
-from bench.run import Run, attempt
+from bench.rounds import Job
 from bench.shapes import SHAPES
-from bench.timing import TransferCounter, peak_memory, spread_twice, synchronize
+from bench.timing import TransferCounter, Turns, attempt, peak_memory, synchronize
 from scx import EncodedCache, SCXKeyGenerator, encode_llama, record_transcript
 from scx.commands.smollm2 import smollm2_path
-
-__all__ = ["Field", "allowed_error", "load", "measure", "run_compiled", "run_models", "run_split"]
 
 STEPS = 4
 PROMPT = 8
 """Tokens of a cache that are really prefilled; the others' K and V are random numbers, the same for everybody."""
 
-LEAST_ROUNDS, MOST_ROUNDS = 4, 12
+FEW_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 2, 4, 12
 AGREEMENT = 4
 """How many times further than transformers' eager attention SCX may be from its sdpa attention: both only reorder
 sums, SCX in more places."""
@@ -69,6 +67,7 @@ class Field:
         self.device = base.device
         self.eager_error = 0.0
         self._models: dict[str, PreTrainedModel] = {}
+        self._forwards: dict[str, Callable[..., Any]] = {}
 
     def model(self, contestant: Contestant) -> PreTrainedModel:
         """The contestant's model, made on first use."""
@@ -85,6 +84,13 @@ class Field:
             self._models[contestant.name] = model
         return self._models[contestant.name]
 
+    def forward(self, contestant: Contestant) -> Callable[..., Any]:
+        """The model's forward, compiled once if the contestant's is."""
+        if contestant.name not in self._forwards:
+            forward = self.model(contestant).forward
+            self._forwards[contestant.name] = torch.compile(forward, dynamic=True) if contestant.compiled else forward
+        return self._forwards[contestant.name]
+
 
 class Workload:
     """What is timed: `prepare` for one turn, then `run`, which gives logits (B, steps, vocabulary)."""
@@ -94,7 +100,7 @@ class Workload:
         self.contestant = contestant
         self.device = field.device
         self.model = field.model(contestant)
-        self.forward = torch.compile(self.model.forward, dynamic=True) if contestant.compiled else self.model.forward
+        self.forward = field.forward(contestant)
         generator = torch.Generator().manual_seed(case.context)
         vocabulary = self.model.config.vocab_size
         ids = torch.randint(3, vocabulary, (case.batch, case.context + STEPS), generator=generator).to(field.device)
@@ -169,25 +175,24 @@ def allowed_error(eager_error: float, dtype: torch.dtype, is_noisy: bool) -> flo
     return AGREEMENT * growth * eager_error + ROUNDING[dtype]
 
 
-def inspect(field: Field, workload: Workload) -> dict[str, Any]:
-    """Logits of a first turn, and memory and transfers of a second: first-call costs stay out of them."""
-    logits = workload.run(workload.prepare())
-    cache, seen = workload.prepare(), TransferCounter()
-    if workload.contestant.compiled:  # a compiled function does not run under a counter
+def counted(field: Field, case: ModelCase, contestant: Contestant) -> dict[str, Any]:
+    """Memory and transfers of a turn that is not the first: first-call costs stay out of them."""
+    workload, seen = Workload(field, case, contestant), TransferCounter()
+    cache = workload.prepare()
+    if contestant.compiled:  # a compiled function does not run under a counter
         memory = peak_memory(lambda: workload.run(cache), field.device) if field.device.type == "cuda" else None
-        return {"logits": logits, "memory_bytes": memory}
+        return {"memory_bytes": memory}
 
-    def counted() -> None:
+    def run() -> None:
         with seen:
             workload.run(cache)
 
     found = {
-        "logits": logits,
-        "memory_bytes": peak_memory(counted, field.device),
+        "memory_bytes": peak_memory(run, field.device),
         "host_to_device_bytes": seen.host_to_device,
         "device_to_host_bytes": seen.device_to_host,
     }
-    return found if workload.contestant.crossings is None else found | crossed(workload)
+    return found if contestant.crossings is None else found | crossed(workload)
 
 
 def crossed(workload: Workload) -> dict[str, int]:
@@ -218,124 +223,107 @@ def compare(field: Field, contestant: Contestant, logits: Tensor, expected: Tens
     return error, None
 
 
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Python's garbage collector runs before and not within."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+def first_turn(workload: Workload) -> tuple[float, Tensor]:
+    """A turn, after a short prefill that takes upon itself what only the first call of all costs."""
+    workload.model(workload.prompt[:, :PROMPT], logits_to_keep=1)
+    return turn(workload)
+
+
+def first_turns(field: Field, case: ModelCase) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Entries of the contestants, by name: whether the logits of each one's first turn are the plain model's; and the
+    milliseconds of those whose are."""
+    entries: dict[str, dict[str, Any]] = {}
+    milliseconds: dict[str, float] = {}
+    expected = None
+    for contestant in case.contestants:
+        entry = entries[contestant.name] = {"name": contestant.name, "kind": contestant.kind, "keys": contestant.keys}
+        first, problem = attempt(lambda contestant=contestant: first_turn(Workload(field, case, contestant)))
+        if problem is None:
+            milliseconds[contestant.name], logits = first
+            expected = logits if contestant is PLAIN else expected
+            error, problem = compare(field, contestant, logits, expected)
+            entry["logit_error"] = error if math.isfinite(error) else None
+        if problem is not None:
+            entry["status"] = problem
+            milliseconds.pop(contestant.name, None)
+    return entries, milliseconds
 
 
 @torch.no_grad()
-def measure(field: Field, case: ModelCase, seconds: float) -> dict[str, Any]:
-    """The entry of a case, from rounds of about `seconds` altogether."""
+def rounds(case: ModelCase, field_of: Callable[[], Field], seconds: float) -> Iterator[dict[str, Any]]:
+    """The entry of a case after each round: at most MOST_ROUNDS, and as few as LEAST_ROUNDS where they take `seconds`.
+
+    Args:
+        field_of: gives the contestants' models, which need not stay in memory between rounds.
+    """
+    field, problem = attempt(field_of)
+    if problem is not None:
+        yield {"suite": "model", "status": problem, "contestants": []}
+        return
     about = {key: value for key, value in dataclasses.asdict(case).items() if key not in ("contestants", "suffix")}
-    entries = {c.name: {"name": c.name, "kind": c.kind, "keys": c.keys} for c in case.contestants}
-    workloads: dict[str, Workload] = {}
-    expected = None
-    for contestant in case.contestants:
-        entry = entries[contestant.name]
-
-        def first(contestant: Contestant = contestant) -> tuple[Workload, dict[str, Any]]:
-            workload = Workload(field, case, contestant)
-            return workload, inspect(field, workload)
-
-        result, problem = attempt(first)
-        if problem is None:
-            workload, seen = result
-            logits = seen.pop("logits")
-            expected = logits if contestant is PLAIN else expected
-            error, problem = compare(field, contestant, logits, expected)
-            entry |= {**seen, "logit_error": error if math.isfinite(error) else None}
-            workloads[contestant.name] = workload
-        if problem is not None:
-            entry["status"] = problem
-            workloads.pop(contestant.name, None)
-        del result
-    rounds = time_rounds(field, workloads, entries, seconds)
-    return {
-        "suite": "model",
-        **about,
-        "weights": field.weights,
-        "rounds": rounds,
-        "contestants": list(entries.values()),
-    }
-
-
-def time_rounds(field: Field, workloads: dict[str, Workload], entries: dict[str, Any], seconds: float) -> int:
-    """Time every workload once a round and put times and ratios into the entries. Returns the number of rounds."""
-    times: dict[str, list[float]] = {name: [] for name in workloads}
+    about |= {"suite": "model", "weights": field.weights}
     start = time.monotonic()
-    rounds = 0
-    while workloads and rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or time.monotonic() - start < seconds):
-        with without_collector():
-            for name, workload in list(workloads.items()):
-                taken, problem = attempt(lambda workload=workload: turn(field.device, workload))
-                if problem is None:
-                    times[name].append(taken)
-                else:
-                    entries[name]["status"] = problem
-                    del workloads[name], times[name]
-        rounds += 1
-    plain = times.get(PLAIN.name)
-    for name, own in times.items():
-        entries[name]["ms"] = spread_twice(own[::2], own[1::2])
-        if plain is not None:
-            ratios = [a / b for a, b in zip(own, plain, strict=True)]
-            entries[name]["ratio"] = spread_twice(ratios[::2], ratios[1::2])
-    return rounds
+    entries, first = first_turns(field, case)
+    # On a CPU nothing is compiled, unless it is asked to: a first turn is as good as any.
+    counts_first = field.device.type == "cpu" and not any(contestant.compiled for contestant in case.contestants)
+    del field
+    able = {c.name: c for c in case.contestants if c.name in first}
+    turns = Turns({name: lambda c=c: turn(Workload(field_of(), case, c))[0] for name, c in able.items()}, PLAIN.name)
+    spent = 0.0
+    for count in range(1, MOST_ROUNDS + 1):
+        if count == FEW_ROUNDS + 1:
+            _count(turns, entries, lambda name: counted(field_of(), case, able[name]))
+        if count == 1 and counts_first:
+            turns.ms = {name: [milliseconds] for name, milliseconds in first.items()}
+        else:
+            start = time.monotonic()
+            turns.take()
+        spent += time.monotonic() - start
+        contestants = [{**entry, **turns.figures(name)} for name, entry in entries.items()]
+        yield {**about, "rounds": count, "contestants": contestants}
+        if not turns.turns or (count >= LEAST_ROUNDS and spent >= seconds):
+            return
 
 
-def turn(device: torch.device, workload: Workload) -> float:
-    """Milliseconds of a prefill, or of one token."""
+def _count(turns: Turns, entries: dict[str, dict[str, Any]], counts: Callable[[str], dict[str, Any]]) -> None:
+    for name in list(turns.turns):
+        found, problem = attempt(lambda name=name: counts(name))
+        if problem is None:
+            entries[name] |= found
+        else:
+            turns.end(name, problem)
+
+
+def measure(field: Field, case: ModelCase, seconds: float) -> dict[str, Any]:
+    """The entry of a case after all of its rounds."""
+    *_, entry = rounds(case, lambda: field, seconds)
+    return entry
+
+
+def turn(workload: Workload) -> tuple[float, Tensor]:
+    """Milliseconds of a prefill, or of one token; and the logits."""
     cache = workload.prepare()
-    synchronize(device)
+    synchronize(workload.device)
     start = time.perf_counter()
-    steps = workload.run(cache).shape[1]
-    synchronize(device)
-    return 1e3 * (time.perf_counter() - start) / steps
+    logits = workload.run(cache)
+    synchronize(workload.device)
+    return 1e3 * (time.perf_counter() - start) / logits.shape[1], logits
 
 
-def run_models(run: Run, device: torch.device, everything: bool = False, share: float = 1.0) -> None:
-    """Every wanted case, one model after the other."""
-    _run(run, device, model_cases(device.type == "cuda", everything), share)
-
-
-def run_compiled(run: Run, device: torch.device, everything: bool = False, share: float = 1.0) -> None:
-    """Every wanted case with a compiled plain model."""
-    _run(run, device, compiled_cases(device.type == "cuda", everything), share)
-
-
-def run_split(run: Run, device: torch.device, share: float = 1.0) -> None:
-    """A prefill over the boundary of the split placement."""
-    _run(run, device, split_cases(device.type == "cuda"), share)
-
-
-def _run(run: Run, device: torch.device, wanted: Iterable[ModelCase], share: float) -> None:
-    seconds = 2.0 if device.type == "cuda" else 4.0
+def jobs(device: torch.device, everything: bool) -> Iterator[Job]:
+    """Every case, one model after the other; the compiled ones last."""
+    on_cuda = device.type == "cuda"
     held: dict[str, Field] = {}
-    for case in wanted:
-        run.measure(case.id, lambda case=case: _entry(held, case, device, seconds), share)
-    held.clear()
-    _free(device)
 
+    def field_of(case: ModelCase) -> Field:
+        if case.model not in held:  # there may be no room for two
+            held.clear()
+            gc.collect()
+            if on_cuda:
+                torch.cuda.empty_cache()
+            held[case.model] = Field(*load(case.model, case.dtype, device))
+        return held[case.model]
 
-def _entry(held: dict[str, Field], case: ModelCase, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Measure a case; `held` keeps the model of the case before, if it is the same one."""
-    if case.model not in held:
-        held.clear()
-        _free(device)
-        field, problem = attempt(lambda: Field(*load(case.model, case.dtype, device)))
-        if problem is not None:
-            return {"suite": "model", "status": problem, "contestants": []}
-        held[case.model] = field
-    return measure(held[case.model], case, seconds)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    for case in (*model_cases(on_cuda, everything), *split_cases(on_cuda), *compiled_cases(on_cuda, everything)):
+        begin = partial(rounds, case, partial(field_of, case), 2.0 if on_cuda else 4.0)
+        yield Job(case.id, begin, case.is_marked, FEW_ROUNDS, case.seconds)

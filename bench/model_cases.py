@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["PLAIN", "Contestant", "ModelCase", "compiled_cases", "left_out", "model_cases", "split_cases"]
-
 
 @dataclass(frozen=True)
 class Contestant:
@@ -24,22 +22,31 @@ class Contestant:
         return "rival" if self.keys is None else "scx"
 
 
+KEYS: dict[str, dict[str, Any]] = {
+    "100 redundant rows": {"redundant_num": 100},
+    "noise": {"alp": True},
+    "100 redundant rows, noise": {"redundant_num": 100, "alp": True},
+    "sealed": {"cache_encoding": "sealed"},
+    "sealed, 100 redundant rows, noise": {"cache_encoding": "sealed", "redundant_num": 100, "alp": True},
+    "sealed by 12 rounds": {"cache_encoding": "sealed", "cipher_rounds": 12},
+    "sealed by 8 rounds": {"cache_encoding": "sealed", "cipher_rounds": 8},
+}
+"""Ways to encode, beside permutations alone: options of a key generator by what is said of them."""
+
+
+def encoded(name: str, placement: str = "", **options: Any) -> Contestant:
+    return Contestant(f"SCX, {placement}{name}", keys=KEYS[name], **options)
+
+
 PLAIN = Contestant("plain, sdpa")
 EAGER = Contestant("plain, eager", attention="eager")
 COMPILED = Contestant("plain, compiled", compiled=True)
 SCX = Contestant("SCX", keys={})
-REDUNDANT = Contestant("SCX, 100 redundant rows", keys={"redundant_num": 100})
-NOISE = Contestant("SCX, 100 redundant rows, noise", keys={"redundant_num": 100, "alp": True})
-SEALED = Contestant("SCX, sealed", keys={"cache_encoding": "sealed"})
-SEALED_12, SEALED_8 = (
-    Contestant(f"SCX, sealed by {rounds} rounds", keys={"cache_encoding": "sealed", "cipher_rounds": rounds})
-    for rounds in (12, 8)
-)
+REDUNDANT, NOISE = encoded("100 redundant rows"), encoded("100 redundant rows, noise")
+SEALED, SEALED_12, SEALED_8 = (encoded(name) for name in ("sealed", "sealed by 12 rounds", "sealed by 8 rounds"))
 FEW = Contestant("SCX, split, few crossings", keys={}, crossings="few")
 PAPERS = Contestant("SCX, split, the paper's crossings", keys={}, crossings="paper")
-FEW_NOISE = Contestant(
-    "SCX, split, few crossings, 100 redundant rows, noise", keys={"redundant_num": 100, "alp": True}, crossings="few"
-)
+FEW_NOISE = encoded("100 redundant rows, noise", "split, few crossings, ", crossings="few")
 REFERENCE = Contestant("SCX, reference operations", keys={}, backend="reference")
 
 OF_PREFILL = (PLAIN, EAGER, SCX, REDUNDANT, NOISE, SEALED, REFERENCE)
@@ -55,6 +62,9 @@ SIZES_OF_TOKEN = (
 PAPERS_CONTEXTS = (8, 512, 10240)
 """Lengths at which the paper gives a figure; 512 is the middle of its 1,000 new tokens."""
 
+MARKED = {("Llama-3-8B", "bfloat16"): (1024, 4096), ("SmolLM2", "float32"): (128,)}
+"""By model and dtype: contexts of one conversation of which something is asked; where there is no GPU, a short one."""
+
 ON_CPU = {"prefill": ((1, 8), (1, 128), (1, 512)), "token": ((1, 8), (1, 128), (1, 512))}
 
 
@@ -69,6 +79,20 @@ class ModelCase:
     dtype: str
     contestants: tuple[Contestant, ...] = field(repr=False, default=())
     suffix: str = ""
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether something is asked of its time over the plain model's."""
+        return not self.suffix and self.batch == 1 and self.context in MARKED.get((self.model, self.dtype), ())
+
+    @property
+    def seconds(self) -> float:
+        """About what few rounds take: on a GPU, or of the smallest model on a CPU."""
+        if self.suffix == "/compiled":
+            return 60.0
+        if self.dtype != "float32":
+            return 2.0 + self.batch * self.context / 20_000
+        return 1.6 + 0.02 * self.context * self.batch if self.kind == "prefill" else 2.7 * self.batch
 
     @property
     def id(self) -> str:

@@ -9,8 +9,6 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-__all__ = ["NullDriver", "no_launches"]
-
 
 class _Utils:
     """What Triton asks of a device: an H100's or H200's limits."""

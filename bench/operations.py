@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import scx_kernels as ops
 from bench.contest import BOUND, RIVAL, TRITON, Case, Contestant, Inputs, Operation, copied, key_of
+from bench.marks import is_marked
 from bench.operation_cases import OPERATIONS, cases
-from bench.run import Run, attempt
-from bench.timing import Times, peak_memory, rotating, spread_twice, time_calls
+from bench.rounds import Job
+from bench.timing import Times, attempt, peak_memory, rotating, spread_twice, time_calls
 
 FLOOR = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 0.0}
 """One rounding, relative to the largest element: allowed also where plain PyTorch happens to be exact; but not where
@@ -201,14 +203,11 @@ def _rate(amount: float, times: Times) -> float:
     return amount / (torch.tensor(times.ms).median().item() / 1e3)
 
 
-def run_operations(run: Run, device: torch.device, share: float = 1.0) -> None:
-    """Every wanted operation case, after the machine's ceilings."""
-    on_cuda = device.type == "cuda"
-    wanted = [case for case in cases(on_cuda) if run.wants(case.id)]
-    if not wanted:
-        return
-    print("measuring the machine's ceilings", flush=True)
-    dtypes, rounds = ({getattr(case, name) for case in wanted} for name in ("dtype", "rounds"))
-    run.content["ceilings"] = measure_ceilings(device, sorted(dtypes), sorted(rounds - {0}))
-    for case in sorted(wanted, key=lambda case: not case.headline):  # what the short table shows comes first
-        run.measure(case.id, lambda case=case: measure(case, device, 20), share)
+def jobs(device: torch.device, everything: bool) -> Iterator[Job]:
+    """Every case of the machine; what the short table shows comes first."""
+
+    def once(case: Case) -> Iterator[dict[str, Any]]:
+        yield measure(case, device, 20)
+
+    for case in sorted(cases(device.type == "cuda"), key=lambda case: not case.headline):
+        yield Job(case.id, partial(once, case), is_marked(case), seconds=0.4)

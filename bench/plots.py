@@ -1,12 +1,10 @@
 """Pictures of a result file: operations under the machine's ceilings, and time over plain against context length."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from bench.results import PAPER, Content, Entry, measured, of_suite
-
-__all__ = ["draw_context", "draw_roofline"]
 
 
 def draw_roofline(content: Content, path: Path) -> bool:
@@ -99,3 +97,7 @@ def _pyplot() -> Any:
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=110)
     _pyplot().close(figure)
+
+
+PICTURES: dict[str, Callable[[Content, Path], bool]] = {"roofline": draw_roofline, "context": draw_context}
+"""By name, what draws a result into a file; False if there is nothing of that to draw."""

@@ -19,18 +19,8 @@ BUSY_ABOVE = 5.0
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "cryptography")
 _GPU_FIELDS = (
-    "name",
-    "driver_version",
-    "utilization.gpu",
-    "memory.used",
-    "memory.total",
-    "clocks.sm",
-    "clocks.max.sm",
-    "clocks.mem",
-    "clocks.max.mem",
-    "temperature.gpu",
-    "power.draw",
-    "power.limit",
+    *("name", "driver_version", "utilization.gpu", "memory.used", "memory.total"),
+    *("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "temperature.gpu", "power.draw", "power.limit"),
 )
 
 

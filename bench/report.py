@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.marks import reached
-from bench.plots import draw_context, draw_roofline
+from bench.plots import PICTURES
 from bench.results import PAPER, Content, Entry, best_rival, failures, load_results, measured, of_suite, rate, ratio
-
-__all__ = ["Table", "markdown", "show", "tables", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def size_of(entry: Entry) -> str:
 # Operations.
 
 
-def headline_table(content: Content) -> Table | None:
+def headline_table(content: Content) -> Table:
     """SCX beside its best rival, where a case is of the short table."""
     rows = []
     for entry in of_suite(content, "operations"):
@@ -84,10 +82,10 @@ def headline_table(content: Content) -> Table | None:
         rows.append((name, shape, *speed, *beside, size_text(own["memory_bytes"]), host_text(own)))
     speed, beside = ("SCX", "rate", "of ceiling"), ("best rival", "SCX / rival")
     header = ("operation, tokens", "shape", *speed, *beside, "peak memory", "host")
-    return Table("Operations", header, tuple(rows)) if rows else None
+    return Table("Operations", header, tuple(rows))
 
 
-def marks_table(content: Content) -> Table | None:
+def marks_table(content: Content) -> Table:
     """What the kernels are asked to reach, and what they reach."""
     rows = [
         (
@@ -101,22 +99,12 @@ def marks_table(content: Content) -> Table | None:
         for found in reached(content)
     ]
     header = ("mark", "operation, tokens", "asked", "measured", "of a copy as large", "reached")
-    return Table("Marks", header, tuple(rows)) if rows else None
+    return Table("Marks", header, tuple(rows))
 
 
 def operation_tables(content: Content) -> Iterator[Table]:
     """Every case and contestant, a table for each operation."""
-    header = (
-        "shape",
-        "tokens",
-        "who",
-        "time (20–80 %)",
-        "rate",
-        "of ceiling",
-        "over best rival",
-        "peak memory",
-        "host",
-    )
+    figures = ("time (20–80 %)", "rate", "of ceiling", "over best rival", "peak memory", "host")
     by_name: dict[str, list[tuple[str, ...]]] = {}
     for entry in of_suite(content, "operations"):
         rows = by_name.setdefault(entry["operation"], [])
@@ -125,7 +113,7 @@ def operation_tables(content: Content) -> Iterator[Table]:
             rows.append((*place, "everybody", entry["status"], *["–"] * 5))
         rows.extend((*place, *_contestant_row(content, entry, contestant)) for contestant in entry["contestants"])
     for name, rows in by_name.items():
-        yield Table(name, header, tuple(rows))
+        yield Table(name, ("shape", "tokens", "who", *figures), tuple(rows))
 
 
 def _contestant_row(content: Content, entry: Entry, contestant: Entry) -> tuple[str, ...]:
@@ -144,20 +132,26 @@ def _contestant_row(content: Content, entry: Entry, contestant: Entry) -> tuple[
 # Whole models.
 
 
+def case_text(entry: Entry) -> str:
+    return f"{entry['model']}, {entry['kind']}, {batch_text(entry)}"
+
+
+def batch_text(entry: Entry) -> str:
+    return f"{entry['batch']} × {entry['context']:,}"
+
+
 def model_tables(content: Content) -> Iterator[Table]:
     """Ratios to the plain model, a table for each model and kind, with the paper's beside ours."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in of_suite(content, "model"):
         if "kind" in entry:
             names = tuple(contestant["name"] for contestant in entry["contestants"])
-            groups.setdefault((entry["model"], entry["dtype"], entry["weights"], entry["kind"], *names), []).append(
-                entry
-            )
-    for (model, dtype, weights, kind, *names), entries in groups.items():
+            group = (entry["model"], entry["dtype"], entry["weights"], entry["kind"], *names)
+            groups.setdefault(group, []).append(entry)
+    for (model, dtype, weights, kind, _, *names), entries in groups.items():
         what = "time to first token" if kind == "prefill" else "time per token"
         title = f"{model}, {dtype}, {weights} weights: {what}, over plain (sdpa)"
-        header = ("batch × context", "plain", *names[1:], "the paper's SCX")
-        yield Table(title, header, tuple(_model_row(entry) for entry in entries))
+        yield Table(title, ("batch × context", "plain", *names, "the paper's SCX"), tuple(map(_model_row, entries)))
 
 
 def _model_row(entry: Entry) -> tuple[str, ...]:
@@ -165,22 +159,17 @@ def _model_row(entry: Entry) -> tuple[str, ...]:
     paper = PAPER.get((entry["kind"], entry["context"])) if entry["batch"] == 1 else None
     first = plain["status"] if "status" in plain else time_text(plain["ms"]["median"])
     shown = (c["status"] if "status" in c else range_text(c["ratio"]) if "ratio" in c else "–" for c in others)
-    return (
-        f"{entry['batch']} × {entry['context']:,}",
-        first,
-        *shown,
-        "–" if paper is None else f"{paper[0]:g} ({paper[1]})",
-    )
+    return (batch_text(entry), first, *shown, "–" if paper is None else f"{paper[0]:g} ({paper[1]})")
 
 
-def cost_table(content: Content) -> Table | None:
+def cost_table(content: Content) -> Table:
     """Memory and transfers of the whole models' cases."""
     rows = [
         (
-            f"{entry['model']}, {entry['kind']}, {entry['batch']} × {entry['context']:,}",
+            case_text(entry),
             contestant["name"],
             time_text(contestant["ms"]["median"]),
-            size_text(contestant["memory_bytes"]),
+            size_text(contestant.get("memory_bytes")),
             size_text(contestant.get("host_to_device_bytes")),
             size_text(contestant.get("device_to_host_bytes")),
             "–" if contestant["logit_error"] is None else f"{contestant['logit_error']:.1e}",
@@ -189,72 +178,61 @@ def cost_table(content: Content) -> Table | None:
         for contestant in measured(entry)
     ]
     header = ("case", "who", "time", "peak memory", "host to device", "device to host", "logits differ by")
-    return Table("Whole models: memory, transfers, agreement", header, tuple(rows)) if rows else None
+    return Table("Whole models: memory, transfers, agreement", header, tuple(rows))
 
 
-def boundary_table(content: Content) -> Table | None:
+def boundary_table(content: Content) -> Table:
     """What crosses the boundary of the split placement in a prefill, beside the paper's way with the same rows."""
     rows = []
     for entry in of_suite(content, "model"):
         split = {c["name"]: c for c in measured(entry) if "boundary_bytes" in c}
         for name, contestant in split.items():
             paper = split.get(name.replace("few crossings", "the paper's crossings"))
-            blocks, size = contestant["blocks"], contestant["boundary_bytes"]
-            rows.append(
-                (
-                    f"{entry['model']}, {entry['kind']}, {entry['batch']} × {entry['context']:,}",
-                    name,
-                    size_text(size),
-                    size_text(size / blocks),
-                    "–" if paper is None else number(size / paper["boundary_bytes"], 3),
-                    f"{contestant['round_trips']}",
-                    f"{contestant['round_trips'] / blocks:.2f}",
-                )
-            )
+            blocks, size, trips = (contestant[key] for key in ("blocks", "boundary_bytes", "round_trips"))
+            of_paper = "–" if paper is None else number(size / paper["boundary_bytes"], 3)
+            sizes = (size_text(size), size_text(size / blocks), of_paper)
+            rows.append((case_text(entry), name, *sizes, f"{trips}", f"{trips / blocks:.2f}"))
     header = ("case", "who", "bytes", "per block", "of the paper's way", "round trips", "per block")
-    return Table("Over the boundary", header, tuple(rows)) if rows else None
+    return Table("Over the boundary", header, tuple(rows))
 
 
-def first_call_table(content: Content) -> Table | None:
+def first_call_table(content: Content) -> Table:
     rows = [
         (entry["id"].split("/")[1], contestant["name"], time_text(contestant["ms"]["median"]))
         for entry in of_suite(content, "first call")
         for contestant in measured(entry)
     ]
-    return Table("First call of a process", ("what", "who", "time"), tuple(rows)) if rows else None
+    return Table("First call of a process", ("what", "who", "time"), tuple(rows))
 
 
 def host_tables(content: Content) -> Iterator[Table]:
     """What the host does for a step of a model, and for an operation."""
-    steps, operations = [], []
+    steps: list[tuple[str, ...]] = []
+    operations: list[tuple[str, ...]] = []
     for entry in of_suite(content, "host"):
         name = entry["id"].split("/")[1]
+        times = [time_text(c["ms"]["median"]) for c in measured(entry)]
+        ratios = [range_text(c["ratio"]) for c in measured(entry)]
         if "status" in entry:
             operations.append((name, entry["status"], *["–"] * 3))
         elif "layers" in entry:
-            steps += [
-                (f"{name}, {entry['layers']} layers, hidden {entry['hidden']}", c["name"], time_text(c["ms"]["median"]),
-                 range_text(c["ratio"]))
-                for c in measured(entry)
-            ]  # fmt: skip
+            step = f"{name}, {entry['layers']} layers, hidden {entry['hidden']}"
+            who = [contestant["name"] for contestant in measured(entry)]
+            steps += [(step, *row) for row in zip(who, times, ratios, strict=True)]
         else:
-            public, bare, without = entry["contestants"]
-            times = [time_text(c["ms"]["median"]) for c in (public, bare, without)]
-            operations.append((name, *times, range_text(public["ratio"])))
-    if steps:
-        yield Table("Host time of a step", ("step", "who", "thread's CPU time", "over plain"), tuple(steps))
-    if operations:
-        header = ("operation", "public function", "launcher", "launcher without plans", "public over launcher")
-        yield Table("Host time of an operation", header, tuple(operations))
+            operations.append((name, *times, ratios[0]))
+    yield Table("Host time of a step", ("step", "who", "thread's CPU time", "over plain"), tuple(steps))
+    header = ("operation", "public function", "launcher", "launcher without plans", "public over launcher")
+    yield Table("Host time of an operation", header, tuple(operations))
 
 
 def tables(content: Content, everything: bool = False) -> list[Table]:
-    """The short tables, or all of them."""
+    """The short tables, or all of them; those that have rows."""
     found = [headline_table(content), marks_table(content), *model_tables(content)]
     found += [boundary_table(content), first_call_table(content), *host_tables(content)]
     if everything:
         found += [cost_table(content), *operation_tables(content)]
-    return [table for table in found if table is not None]
+    return [table for table in found if table.rows]
 
 
 def remarks(content: Content) -> list[str]:
@@ -307,9 +285,8 @@ def write_report(content: Content, path: Path) -> list[Path]:
     """Write Markdown and pictures beside a result file. Returns what was written."""
     text = path.with_suffix(".md")
     text.write_text(markdown(content))
-    roofline, context = (path.with_name(f"{path.stem}-{name}.png") for name in ("roofline", "context"))
-    drawn = [(draw_roofline, roofline), (draw_context, context)]
-    return [text, *(target for draw, target in drawn if draw(content, target))]
+    pictures = {path.with_name(f"{path.stem}-{name}.png"): draw for name, draw in PICTURES.items()}
+    return [text, *(picture for picture, draw in pictures.items() if draw(content, picture))]
 
 
 def main() -> None:

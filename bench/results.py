@@ -5,19 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "PAPER",
-    "Content",
-    "Entry",
-    "best_rival",
-    "failures",
-    "keystream_seconds",
-    "load_results",
-    "measured",
-    "of_suite",
-    "rate",
-    "ratio",
-]
+from bench.lines import WRONG, Line
 
 Content = dict[str, Any]
 Entry = dict[str, Any]
@@ -44,6 +32,20 @@ def load_results(path: Path) -> Content:
     return content
 
 
+def content_of(lines: list[Line]) -> Content:
+    """A result file's content out of a run's lines; without `provenance` where they do not say it. Of a case that was
+    measured in rounds the last line holds all of them."""
+    results = {(line["stage"], line["case"]): line["result"] for line in lines if "result" in line}
+    others = {(line["stage"], line["case"]): line for line in lines if "case" in line and line["state"] in WRONG}
+    about = results.get(("ceilings", "versions"))
+    return {
+        **({"provenance": about} if about else {}),
+        "ceilings": results.get(("ceilings", "ceilings"), {}),
+        "left_out": [f"{stage}, {case}: {line.get('cause', line['state'])}" for (stage, case), line in others.items()],
+        "cases": [result for result in results.values() if "contestants" in result],
+    }
+
+
 def measured(entry: Entry) -> Iterator[Entry]:
     """The contestants of a case that were timed."""
     return (contestant for contestant in entry["contestants"] if "ms" in contestant and "status" not in contestant)
@@ -63,6 +65,19 @@ def failures(content: Content) -> list[str]:
 
 def _is_failure(measurement: Entry) -> bool:
     return measurement.get("status", "").startswith(("failed", "raised"))
+
+
+def progress(figures: Entry) -> str:
+    """One line about a measured case, whose entry is the result among these figures; nothing about other results."""
+    entry = figures.get("result", {})
+    if "status" in entry:
+        return entry["status"]
+    told = []
+    for contestant in entry.get("contestants", ()):
+        status = contestant.get("status")
+        result = f"{contestant['ms']['median']:.4g} ms" if status is None else status.split(":")[0]
+        told.append(f"{contestant['name']} {result}")
+    return "; ".join(told)
 
 
 def best_rival(entry: Entry) -> Entry | None:

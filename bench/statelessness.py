@@ -24,8 +24,6 @@ from bench.provenance import save
 from scx import SCXKeyGenerator, decode_kvcache, encoded_llama
 from scx.commands.smollm2 import smollm2_path
 
-__all__ = ["Held", "encoded_and_plain", "losses", "measure"]
-
 CONTEXT, WINDOWS, REDUNDANT = 256, 8, 64
 PAPER = {"normal": 1.33, "zeros": 57_396.0, "encoded": 73_566.0, "nearest block's": 19_108.0}
 """The paper's table: Llama-2-7B, WikiText-2."""

@@ -1,10 +1,12 @@
 """How times, memory and transfers are measured; the same calls on either kind of device."""
 
+import gc
 import itertools
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +19,23 @@ from torch.utils._pytree import tree_leaves
 from scx_kernels.timing import device_times, host_times
 
 QUANTILES = (0.2, 0.5, 0.8)
+OUT_OF_MEMORY = "out of memory"
+
+
+def attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(result, None), or (None, what happened). Whatever a contestant raises ends that contestant, not the run."""
+    try:
+        return call(), None
+    except (torch.OutOfMemoryError, MemoryError):
+        problem = OUT_OF_MEMORY
+    except Exception as error:
+        text = str(error).strip() or "no message"
+        # The CPU's allocator has no exception of its own.
+        is_memory = "can't allocate memory" in text or "not enough memory" in text
+        problem = OUT_OF_MEMORY if is_memory else f"raised {type(error).__name__}: {text.splitlines()[0][:200]}"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None, problem
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -75,6 +94,64 @@ def time_calls(
         call()
         times.append(1e3 * (time.perf_counter() - start))
     return Times(times, "clock")
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's garbage collector runs before and not within."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class Turns:
+    """Contestants in turns: each round takes every one once, so that a busy moment falls on all of them, and a ratio to
+    `beside` is one within a round.
+
+    Args:
+        turns: by name, what takes a turn and gives its milliseconds.
+        beside: whom the others are held against; None where it does not compete.
+
+    Attributes:
+        ms: the milliseconds of each contestant.
+        problems: what ended whom, by name.
+    """
+
+    def __init__(self, turns: dict[str, Callable[[], float]], beside: str) -> None:
+        self.turns, self.beside = dict(turns), beside
+        self.ms: dict[str, list[float]] = {name: [] for name in turns}
+        self.problems: dict[str, str] = {}
+
+    def take(self, rounds: int = 1, *, counts: bool = True) -> None:
+        """So many rounds; of some that do not count nothing is kept."""
+        with without_collector():
+            for name, turn in rounds * list(self.turns.items()):
+                if name not in self.turns:
+                    continue
+                taken, problem = attempt(turn)
+                if problem is not None:
+                    self.end(name, problem)
+                elif counts:
+                    self.ms[name].append(taken)
+
+    def end(self, name: str, problem: str) -> None:
+        """A contestant competes no more."""
+        self.problems[name] = problem
+        del self.turns[name], self.ms[name]
+
+    def figures(self, name: str) -> dict[str, Any]:
+        """A contestant's times, and its ratio if there is one; or its problem. Nothing of one that takes no turns."""
+        own, beside = self.ms.get(name), self.ms.get(self.beside)
+        if not own:
+            return {"status": self.problems[name]} if name in self.problems else {}
+        found = {"ms": spread_twice(own[::2], own[1::2])}
+        if beside:
+            ratios = [a / b for a, b in zip(own, beside, strict=True)]
+            found["ratio"] = spread_twice(ratios[::2], ratios[1::2])
+        return found
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:

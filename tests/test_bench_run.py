@@ -12,8 +12,8 @@ from tiny import tiny_model
 
 from bench import __main__ as command
 from bench import first_call, model, operations, probe
-from bench.__main__ import SUITES
 from bench.contest import Case
+from bench.lines import FAILED, LATE, PASSED, Lines, read
 from bench.model import Field, Workload, measure
 from bench.model_cases import (
     COMPILED,
@@ -28,9 +28,11 @@ from bench.model_cases import (
     ModelCase,
 )
 from bench.operation_cases import OPERATIONS
-from bench.results import failures, load_results
-from bench.run import OUT_OF_MEMORY, Run, attempt
+from bench.results import content_of, failures, load_results
+from bench.rounds import Job, in_rounds
 from bench.shapes import SHAPES, Shape
+from bench.timing import OUT_OF_MEMORY, attempt
+from bench.work import Work
 
 CPU = torch.device("cpu")
 
@@ -83,33 +85,147 @@ def test_interruptions_are_not_swallowed() -> None:
         attempt(raising(KeyboardInterrupt()))
 
 
-def test_a_file_after_every_case(tmp_path: Path) -> None:
-    run = Run(tmp_path / "a" / "run.json", {"cuda_device": None})
-    for number in range(3):
-        run.measure(f"case {number}", entry)
-        assert [e["id"] for e in load_results(run.path)["cases"]] == [f"case {n}" for n in range(number + 1)]
+class Clock:
+    """Seconds that pass when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def work_for(folder: Path, until: float = 1e9, clock: Callable[[], float] | None = None) -> Work:
+    return Work("bench", Lines(folder / "run.jsonl"), until, clock=clock or Clock())
+
+
+def job(name: str, *entries: Callable[[], dict[str, Any]], **options: Any) -> Job:
+    """One whose rounds give these entries."""
+    return Job(name, lambda: (call() for call in entries or (entry,)), **options)
+
+
+def measured_in(folder: Path) -> list[str]:
+    """The ids of the cases measured, in the order of their first line."""
+    return [one["id"] for one in content_of(read(folder / "run.jsonl"))["cases"]]
+
+
+def test_a_line_after_every_case(tmp_path: Path) -> None:
+    """Whoever interrupts keeps what was measured before."""
+    seen = []
+
+    def looks() -> dict[str, Any]:
+        seen.append(measured_in(tmp_path))
+        return entry()
+
+    jobs = [job(f"case {number}", looks) for number in range(3)]
     with pytest.raises(KeyboardInterrupt):
-        run.measure("case 3", raising(KeyboardInterrupt()))
-    run.finish(interrupted=True)
-    content = load_results(run.path)
-    assert content["interrupted"]
-    assert len(content["cases"]) == 3
-    assert [path.name for path in run.path.parent.iterdir()] == ["run.json"]
+        in_rounds(work_for(tmp_path), [*jobs, job("case 3", raising(KeyboardInterrupt()))])
+    assert seen == [[], ["case 0"], ["case 0", "case 1"]]
+    assert measured_in(tmp_path) == ["case 0", "case 1", "case 2"]
 
 
-def test_only_wanted_cases(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run.json", {}, ["Attention", "first"])
-    for name in ("operations/attention/x", "operations/strip/x", "first call"):
-        run.measure(name, entry)
-    assert [e["id"] for e in run.content["cases"]] == ["operations/attention/x", "first call"]
+def test_the_last_line_of_a_case_is_its_result(tmp_path: Path) -> None:
+    """Rounds add up in one entry."""
+    in_rounds(work_for(tmp_path), [job("x", *(lambda n=n: {**entry(), "rounds": n} for n in range(1, 5)), few=2)])
+    lines = read(tmp_path / "run.jsonl")
+    assert [line["result"]["rounds"] for line in lines] == [2, 3, 4]
+    (found,) = content_of(lines)["cases"]
+    assert (found["id"], found["rounds"]) == ("x", 4)
+
+
+def test_a_case_that_raises_is_not_the_last(tmp_path: Path) -> None:
+    work = work_for(tmp_path)
+    in_rounds(work, [job("a", raising(ValueError("no"))), job("b")])
+    states = {line["case"]: (line["state"], line.get("cause")) for line in read(tmp_path / "run.jsonl")}
+    assert states == {"a": (FAILED, "ValueError: no"), "b": (PASSED, None)}
 
 
 def test_late_cases_are_named(tmp_path: Path) -> None:
     """When its time is up a run begins no further case and says which ones it did not begin."""
-    run = Run(tmp_path / "run.json", {}, minutes=0.0)
-    run.measure("too late", raising(AssertionError("began")))
-    run.finish(interrupted=False)
-    assert "too late" in load_results(run.path)["left_out"][0]
+    in_rounds(work_for(tmp_path, until=0.5), [job("too late", raising(AssertionError("began")))])
+    (text,) = content_of(read(tmp_path / "run.jsonl"))["left_out"]
+    assert "1 cases: no time: too late" in text
+
+
+# The machine's time.
+
+
+class Machine:
+    """Jobs as long as they say they take, times a machine's slowness, on a clock of their own."""
+
+    def __init__(self, folder: Path, seconds: float, slowness: float = 1.0) -> None:
+        self.clock, self.slowness, self.folder = Clock(), slowness, folder
+        self.order: list[str] = []
+        self.work = work_for(folder, seconds, self.clock)
+
+    def job(self, name: str, rounds: int, few: int = 2, seconds: float = 2.0, **options: Any) -> Job:
+        def steps() -> Any:
+            for _ in range(rounds):
+                self.clock.now += self.slowness * seconds / few
+                self.order.append(name)
+                yield entry()
+
+        return Job(name, steps, few=few, seconds=seconds, **options)
+
+    def late(self) -> str:
+        return "".join(line["cause"] for line in read(self.folder / "run.jsonl") if line["state"] == LATE)
+
+
+def test_marked_cases_come_first_and_nothing_is_repeated_before_all_have_a_few(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 100)
+    jobs = [machine.job(name, 4, is_marked=name.isupper()) for name in "aBcD"]
+    in_rounds(machine.work, jobs)
+    assert "".join(machine.order) == "BBDD" + "aacc" + 2 * "aBcD"
+    assert not machine.late()
+
+
+def test_rounds_follow_the_time_that_is_left(tmp_path: Path) -> None:
+    """A machine twice as slow makes fewer rounds of everything, not all rounds of fewer cases."""
+    counts = {}
+    for slowness in (1, 2, 3):
+        machine = Machine(tmp_path / str(slowness), 26, slowness)
+        machine.folder.mkdir()
+        in_rounds(machine.work, [machine.job(name, 8) for name in "abcd"])
+        counts[slowness] = [machine.order.count(name) for name in "abcd"]
+        assert machine.clock.now <= 26
+    assert counts == {1: [7, 7, 6, 6], 2: [4, 3, 3, 3], 3: [2, 2, 2, 2]}
+
+
+def test_what_does_not_fit_is_named_and_what_does_is_measured(tmp_path: Path) -> None:
+    """By how long the first cases took: a dear one that would exceed the time makes way for cheap ones."""
+    machine = Machine(tmp_path, 60, 5)
+    jobs = [machine.job("first", 2), machine.job("dear", 2, seconds=12.0), machine.job("cheap", 2)]
+    in_rounds(machine.work, jobs)
+    assert machine.order == ["first", "first", "cheap", "cheap"]
+    assert machine.late() == "no time: dear"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about the jobs of a machine without CUDA")
+def test_a_slow_machine_measures_every_marked_case(tmp_path: Path) -> None:
+    """The default run's own jobs within its own time, five times slower: all marked ones, then others; each of those
+    with its few rounds; the rest is named. On a usual machine nothing is left out."""
+    work = work_for(tmp_path)
+    real = command.wanted_jobs(work, CPU, False, "")
+    names = {one.id for one in real}
+    for slowness, is_complete in ((1, True), (5, False)):
+        folder = tmp_path / str(slowness)
+        folder.mkdir()
+        machine = Machine(folder, 60 * command.MINUTES["cpu"], slowness)
+        # The processes of a first call are those of the first such case.
+        seconds = {
+            one.id: one.usual_seconds() if "first call" not in one.id or "imports" in one.id else 0.01 for one in real
+        }
+        jobs = [machine.job(one.id, 2 * one.few, one.few, seconds[one.id], is_marked=one.is_marked) for one in real]
+        in_rounds(machine.work, jobs)
+        assert machine.clock.now <= 60 * command.MINUTES["cpu"]
+        begun = dict.fromkeys(machine.order)
+        few = {one.id: one.few for one in real}
+        assert all(machine.order.count(name) >= few[name] for name in begun)
+        marked = [one.id for one in real if one.is_marked]
+        assert list(begun)[: len(marked)] == marked
+        assert len(marked) >= 20
+        assert all(name in machine.late() for name in names - begun.keys())
+        assert (begun.keys() == names) == is_complete
 
 
 def test_a_wrong_operation_is_not_timed(tiny_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,13 +268,10 @@ def test_out_of_memory_in_a_whole_case(tiny_case: Case, monkeypatch: pytest.Monk
     monkeypatch.setitem(OPERATIONS, "strip_restore", broken)
     second = Case("inject_permute", "tiny", 12, dtype="float32")
     monkeypatch.setattr(operations, "cases", lambda on_cuda: [tiny_case, second])
-    monkeypatch.setattr(operations, "measure_ceilings", lambda device, *needed: {"needed": needed})
-    run = Run(tmp_path / "run.json", {})
-    operations.run_operations(run, CPU)
-    first, other = run.content["cases"]
+    in_rounds(work_for(tmp_path), operations.jobs(CPU, False))
+    first, other = content_of(read(tmp_path / "run.jsonl"))["cases"]
     assert (first["status"], first["contestants"]) == (OUT_OF_MEMORY, [])
     assert "ms" in other["contestants"][0]
-    assert run.content["ceilings"] == {"needed": (["float32"], [])}
 
 
 @pytest.fixture(scope="module")
@@ -250,11 +363,13 @@ def test_a_wrong_model_is_not_timed(field: Field, monkeypatch: pytest.MonkeyPatc
 def test_a_model_out_of_memory_while_timed(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
     original = model.turn
 
-    def turn(device: torch.device, workload: Workload) -> float:
-        if workload.contestant is NOISE:
+    def turn(workload: Workload) -> tuple[float, torch.Tensor]:
+        turns.append(workload.contestant)
+        if workload.contestant is NOISE and turns.count(NOISE) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(device, workload)
+        return original(workload)
 
+    turns: list[Any] = []
     monkeypatch.setattr(model, "turn", turn)
     case = ModelCase("tiny", "prefill", 9, 1, "float32", (PLAIN, EAGER, NOISE, SCX))
     plain, eager, noisy, scx = measure(field, case, 0.0)["contestants"]
@@ -266,14 +381,14 @@ def test_a_model_out_of_memory_while_timed(field: Field, monkeypatch: pytest.Mon
 
 def test_a_plain_model_out_of_memory(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without anything to agree with SCX is not timed, and nobody says that it failed."""
-    original = model.inspect
+    original = model.turn
 
-    def inspect(field: Field, workload: Workload) -> dict[str, Any]:
+    def turn(workload: Workload) -> tuple[float, torch.Tensor]:
         if workload.contestant is PLAIN:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(field, workload)
+        return original(workload)
 
-    monkeypatch.setattr(model, "inspect", inspect)
+    monkeypatch.setattr(model, "turn", turn)
     found = {"id": "x", **measure(field, ModelCase("tiny", "prefill", 9, 1, "float32", (PLAIN, SCX)), 0.0)}
     plain, scx = found["contestants"]
     assert plain["status"] == OUT_OF_MEMORY
@@ -284,9 +399,9 @@ def test_a_plain_model_out_of_memory(field: Field, monkeypatch: pytest.MonkeyPat
 
 def test_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(model, "load", raising(torch.OutOfMemoryError("CUDA out of memory")))
-    run = Run(tmp_path / "run.json", {}, ["context=8/"])
-    model.run_models(run, CPU)
-    assert {e["status"] for e in run.content["cases"]} == {OUT_OF_MEMORY}
+    in_rounds(work_for(tmp_path), [one for one in model.jobs(CPU, False) if "context=8/" in one.id])
+    cases = content_of(read(tmp_path / "run.jsonl"))["cases"]
+    assert [one["status"] for one in cases] == [OUT_OF_MEMORY] * 2
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
@@ -300,13 +415,12 @@ def test_first_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_cuda: b
         return {**figures, "warm-up": 50.0} if who == "warmed" else figures
 
     monkeypatch.setattr(first_call, "_probe", probe)
-    run = Run(tmp_path / "run.json", {})
-    first_call.run_first_call(run, on_cuda)
+    in_rounds(work_for(tmp_path), first_call.jobs(torch.device("cuda" if on_cuda else "cpu"), False))
     kept = ["scx"] if on_cuda else []
     assert list(seen.values()) == [["plain", "scx", *kept], ["plain", "scx", *kept], ["warmed"]]
     found = {
         entry["id"].removeprefix("first call/"): {c["name"]: c["ms"]["median"] for c in entry["contestants"]}
-        for entry in run.content["cases"]
+        for entry in content_of(read(tmp_path / "run.jsonl"))["cases"]
     }
     assert found["warm-up"] == {"SCX, warmed up": 50.0}
     cold = {"SCX, cold": 20.0, "SCX, Triton's cache kept": 30.0} if on_cuda else {"SCX": 20.0}
@@ -315,7 +429,7 @@ def test_first_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_cuda: b
 
 @pytest.mark.parametrize("who", ["plain", "scx", "warmed"])
 def test_a_process_tells_its_first_calls(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
-    monkeypatch.setattr(probe, "_small_model", lambda model_class: tiny_model())
+    monkeypatch.setattr(probe, "_small_model", lambda torch, model_class: tiny_model())
     found = probe.probe(who)
     warm_up = {"warm-up"} if who == "warmed" else set()
     assert found.keys() == {"libraries", "package", "first", "second"} | warm_up
@@ -324,18 +438,19 @@ def test_a_process_tells_its_first_calls(monkeypatch: pytest.MonkeyPatch, who: s
 
 @pytest.fixture
 def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Runs `python -m bench` with these arguments and stand-ins for suites: (exit status, result)."""
+    """Runs `python -m bench` with these arguments and stand-ins for suites' jobs: (exit status, result)."""
 
     def call(*words: str, **suites: Callable[..., Any]) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["bench", *words])
         monkeypatch.setattr(command, "LATEST", tmp_path)
-        stand_ins = [
-            (what, packages, suites.get(suite.__name__, lambda *args: None)) for what, packages, suite in SUITES
-        ]
-        monkeypatch.setattr(command, "SUITES", stand_ins)
+        monkeypatch.setattr(command, "measure_ceilings", lambda device, *needed: {"needed": needed})
+        monkeypatch.setattr(command, "show", lambda content: None)
+        monkeypatch.setattr(command, "write_report", lambda content, path: [])
+        for module in command.SUITES.values():
+            name = module.removeprefix("bench.")
+            monkeypatch.setattr(f"{module}.jobs", suites.get(name, lambda *args: ()))
         status = command.main()
         (path,) = tmp_path.glob("*.json")
-        assert path.with_suffix(".md").exists()
         return status, load_results(path)
 
     return call
@@ -343,19 +458,26 @@ def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..
 
 def test_an_interrupted_command(command_line: Callable[..., Any]) -> None:
     """What was measured before is kept, told and said to be incomplete."""
-
-    def models(run: Run, *rest: Any) -> None:
-        run.measure("model/x", lambda: {**entry(), "suite": "other"})
-        raise KeyboardInterrupt
-
-    status, content = command_line(run_models=models)
+    jobs = [job("model/x"), job("model/y", raising(KeyboardInterrupt()))]
+    status, content = command_line(model=lambda *args: jobs)
     assert status == 130
     assert [e["id"] for e in content["cases"]] == ["model/x"]
     assert "interruption" in content["left_out"][-1]
 
 
+def test_only_wanted_cases(command_line: Callable[..., Any]) -> None:
+    """By words of which one is in the name; the ceilings are measured in their dtypes and rounds."""
+    _, content = command_line("--only", "Strip_restore,first", first_call=lambda *args: [job("first call"), job("no")])
+    assert [e["id"] for e in content["cases"]] == ["first call"]
+    assert not content["ceilings"]
+    names = ("operations/strip_restore/SmolLM2/tokens=1/redundant=0/batch=1/float32", "operations/attention/x")
+    _, content = command_line("--only", "Strip_restore,first", operations=lambda *args: map(job, names))
+    assert [e["id"] for e in content["cases"]] == [names[0]]
+    assert content["ceilings"] == {"needed": [["float32"], []]}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA leaves out")
-def test_a_command_without_cuda(command_line: Callable[..., Any]) -> None:
+def test_a_command_without_cuda(command_line: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     status, content = command_line("--commit", "abc")
     assert status == 0
     assert any(text.startswith("no CUDA") for text in content["left_out"])
@@ -366,21 +488,18 @@ def test_a_suite_whose_packages_are_missing_is_named(
     command_line: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the others run."""
-    found = command.find_spec
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "cryptography" else found(name))
-    begun = []
-    status, content = command_line(
-        run_models=lambda *args: begun.append("models"), run_operations=lambda *args: begun.append("operations")
-    )
+
+    def absent(*args: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'no_such_package'", name="no_such_package.part")
+
+    status, content = command_line(model=absent, operations=lambda *args: [job("operations/x")])
     assert status == 0
-    assert begun == ["operations"]
-    assert "whole models: needs cryptography" in content["left_out"]
+    assert [e["id"] for e in content["cases"]] == ["operations/x"]
+    assert "bench, whole models: needs no_such_package" in content["left_out"]
 
 
 def test_a_failed_parity_fails_the_command(command_line: Callable[..., Any]) -> None:
-    def models(run: Run, *rest: Any) -> None:
-        run.measure(
-            "x", lambda: {"suite": "other", "contestants": [{"name": "SCX", "kind": "scx", "status": "failed"}]}
-        )
-
-    assert command_line(run_models=models)[0] == 1
+    failed = {"suite": "other", "contestants": [{"name": "SCX", "kind": "scx", "status": "failed"}]}
+    status, content = command_line(model=lambda *args: [job("x", lambda: failed)])
+    assert status == 1
+    assert content["cases"] == [{"id": "x", **failed}]

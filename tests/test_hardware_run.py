@@ -15,15 +15,15 @@ import pytest
 
 from bench.hardware import __main__ as command
 from bench.hardware import runner as runner_module
-from bench.hardware.lines import ENDED, FAILED, LATE, LEFT_OUT, PASSED, Lines, open_case, read
 from bench.hardware.report import content_of
 from bench.hardware.runner import Runner, share_of_spare
 from bench.hardware.stages import SECONDS, STAGES, Stage
 from bench.hardware.table import MOST_LINES, table
+from bench.lines import ENDED, FAILED, LATE, LEFT_OUT, PASSED, Lines, open_case, read
 
 PLANTED = """
 import os, signal, subprocess, sys, time
-from bench.hardware.work import BROKEN, CaseFailed, LeftOut
+from bench.work import BROKEN, CaseFailed, LeftOut
 
 def run(work):
     globals()[work.stage](work)

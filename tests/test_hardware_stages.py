@@ -19,17 +19,17 @@ from transformers import LlamaForCausalLM
 from bench.contest import Case
 from bench.hardware import __main__ as command
 from bench.hardware import blocks, compilation, counters, models, parity, sanitizer, selection
-from bench.hardware.lines import FAILED, LATE, PASSED, read
 from bench.hardware.operations import examine
 from bench.hardware.runner import Runner
 from bench.hardware.sizes import checked_cases, marked_cases, sanitized_cases
 from bench.hardware.stages import SECONDS, STAGES, Stage
 from bench.hardware.table import MOST_LINES
-from bench.hardware.work import CaseFailed, Late, LeftOut, judged
+from bench.lines import FAILED, LATE, PASSED, read
 from bench.marks import MARKS
 from bench.model_cases import ModelCase
 from bench.operation_cases import OPERATIONS
 from bench.shapes import SMALL_SHAPES
+from bench.work import CaseFailed, Late, LeftOut, judged
 from scx.warmup import PROMPTS
 
 CPU = torch.device("cpu")

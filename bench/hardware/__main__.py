@@ -14,11 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench.hardware.lines import FAILED, LATE, LEFT_OUT, PASSED, Line, read
-from bench.hardware.process import NO_GPU
 from bench.hardware.runner import Runner
 from bench.hardware.stages import SECONDS, STAGES, Stage
 from bench.hardware.table import table
+from bench.lines import FAILED, LATE, PASSED, Line, read
 
 ROOM = 64 << 20
 """Bytes that the folder's disk must have free."""
@@ -96,27 +95,19 @@ def run(folder: Path, stages: tuple[Stage, ...], runner: Runner) -> int:
     return 1 if FAILED in states or LATE in states or PASSED not in states else 0
 
 
-def lacks_gpu(lines: list[Line]) -> bool:
-    return any(line["state"] == LEFT_OUT and line.get("cause") == NO_GPU for line in lines)
-
-
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def arguments(given: list[str] | None) -> argparse.Namespace:
+def main(given: list[str] | None = None) -> int:
+    """Returns 0; 1 if something failed or was late; 2 if nothing could be run; 130 after an interruption."""
     parser = argparse.ArgumentParser(prog="python -m bench.hardware", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="for the results: new, or empty")
     parser.add_argument("--only", default="", metavar="STAGES", help=", ".join(stage.name for stage in STAGES))
     parser.add_argument("--again", metavar="FILE", help="stages.jsonl of an earlier run: what passed is not run again")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="rehearse every stage on the CPU, at small sizes")
-    return parser.parse_args(given)
-
-
-def main(given: list[str] | None = None) -> int:
-    """Returns 0; 1 if something failed or was late; 2 if nothing could be run; 130 after an interruption."""
-    options = arguments(given)
+    options = parser.parse_args(given)
     folder = options.folder.absolute()
     try:
         if str(options.folder) in ("", "."):
@@ -132,7 +123,7 @@ def main(given: list[str] | None = None) -> int:
     environment = REHEARSAL if options.dry_run else {}
     runner = Runner(folder, options.seconds, options.dry_run, again, environment)
     status = run(folder, stages, runner)
-    if lacks_gpu(runner.read()):
+    if runner.lacks_gpu():
         print("No GPU here: --dry-run rehearses every stage on the CPU.", file=sys.stderr)
         return 2
     return status

@@ -18,20 +18,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from bench.hardware.sizes import device_of, two_blocks
-from bench.hardware.work import CaseFailed, Work
 from bench.model import AGREEMENT, allowed_error
+from bench.model_cases import KEYS
+from bench.work import CaseFailed, Work
 from scx import SCXKeyGenerator, encoded_llama
-
-__all__ = ["VARIANTS", "run"]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "bare": {},
-    "100 redundant rows": {"redundant_num": 100},
-    "noise": {"alp": True},
-    "100 redundant rows, noise": {"redundant_num": 100, "alp": True},
-    "sealed": {"cache_encoding": "sealed"},
-    "sealed, 100 redundant rows, noise": {"cache_encoding": "sealed", "redundant_num": 100, "alp": True},
-    "sealed by 8 rounds": {"cache_encoding": "sealed", "cipher_rounds": 8},
+    **{name: keys for name, keys in KEYS.items() if name != "sealed by 12 rounds"},
 }
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 PROMPTS = (128, 7, 1)

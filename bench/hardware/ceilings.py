@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bench.hardware.sizes import device_of
-from bench.hardware.work import Work
 from bench.operations import measure_ceilings
 from bench.provenance import provenance
 from bench.timing import time_calls
+from bench.work import Work
 
 DTYPES = ("bfloat16", "float16", "float32")
 ROUNDS = (20, 12, 8)

@@ -4,39 +4,33 @@ Each process runs its share of the work once, on the GPU: what lies in Triton's 
 for, to the alignment of a pointer."""
 
 from functools import partial
-from typing import Any
 
 import torch
 
-from bench.contest import BOUND, RIVAL, Case
-from bench.hardware.operations import by_kernels
+from bench.hardware.operations import call_ours
 from bench.hardware.sizes import device_of, marked_cases, sanitized_cases, two_blocks
-from bench.hardware.work import Work
-from bench.operation_cases import OPERATIONS
+from bench.model_cases import KEYS
+from bench.work import Work
 
-KEYS = {
-    "permuted": {},
-    "100 redundant rows, noise": {"redundant_num": 100, "alp": True},
-    "sealed": {"cache_encoding": "sealed"},
-    "sealed by 8 rounds": {"cache_encoding": "sealed", "cipher_rounds": 8},
-}
+ENCODINGS = ("sealed by 8 rounds", "sealed", "100 redundant rows, noise", "permuted")
+"""What takes longest comes first."""
 LENGTHS = (1, 2, 3, 7, 12, 24, 48, 96, 200, 400, 800)
 """Of the warm-up's prompts, each a case."""
 
 
 def run(work: Work) -> None:
     lengths = LENGTHS[:2] if work.rehearsal else LENGTHS
-    # What takes longest comes first.
     cases = [(f"warm-up, {name}, {own} tokens", partial(warm, name, own, work.rehearsal))
-             for name in reversed(KEYS) for own in lengths]  # fmt: skip
+             for name in ENCODINGS for own in lengths]  # fmt: skip
     asked = [*marked_cases(work.rehearsal), *sanitized_cases(work.rehearsal)]
-    cases += [(case.id, partial(call_once, case, device_of(work.rehearsal))) for case in asked]
+    cases += [(case.id, partial(call_ours, case, device_of(work.rehearsal))) for case in asked]
     for name, compile_it in work.share([*cases[:2], cases[-1]] if work.rehearsal else cases):
         work.case(name, compile_it, limit=35)
 
 
-def warm(name: str, length: int, rehearsal: bool) -> dict[str, Any]:
+def warm(name: str, length: int, rehearsal: bool) -> None:
     """The warm-up that users call, on two blocks: what it compiles serves a model of any depth."""
+    # A machine may lack what they need: then it is these cases alone that are left out.
     from transformers import LlamaForCausalLM
 
     from scx import SCXKeyGenerator, encode_llama, warm_up
@@ -44,19 +38,5 @@ def warm(name: str, length: int, rehearsal: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     with torch.device(device_of(rehearsal)):
         model = LlamaForCausalLM(two_blocks(rehearsal).config()).eval().to(torch.bfloat16)
-    encode_llama(model, SCXKeyGenerator.for_model(model, **KEYS[name]))
+    encode_llama(model, SCXKeyGenerator.for_model(model, **KEYS.get(name, {})))
     warm_up(model, tokens=(length,), longest=32_768 if length == 1 and not rehearsal else 256)
-    return {}
-
-
-@torch.no_grad()
-def call_once(case: Case, device: torch.device) -> dict[str, Any]:
-    operation = OPERATIONS[case.operation]
-    inputs = operation.make(case, device)
-    for contestant in operation.contestants(case):
-        if contestant.kind not in (RIVAL, BOUND):
-            with by_kernels(device), contestant.within():
-                contestant.call(inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return {}

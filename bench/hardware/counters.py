@@ -2,32 +2,19 @@
 warps wait for. By Nsight Compute (`ncu`); a rehearsal runs the same operations without the tool."""
 
 import csv
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from bench.hardware.sizes import counted_cases
-from bench.hardware.work import CaseFailed, LeftOut, Work
+from bench.hardware.watched import watch
+from bench.work import CaseFailed, Work
 
-__all__ = ["counted", "run", "table"]
-
-ROOT = Path(__file__).parents[2]
 TOOL = "ncu"
 SECTIONS = (
-    "SpeedOfLight",
-    "MemoryWorkloadAnalysis",
-    "ComputeWorkloadAnalysis",
-    "Occupancy",
-    "LaunchStats",
-    "WarpStateStats",
+    *("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis"),
+    *("Occupancy", "LaunchStats", "WarpStateStats"),
 )
 MARKER = "_idle_kernel"
 OURS = r"regex:^_(idle|inject|strip|matmul|sum_splits|qkv|attention|step|combine|seal|unlock)_kernel$"
@@ -64,17 +51,11 @@ def run(work: Work) -> None:
 
 def count(work: Work) -> dict[str, Any]:
     """Raises: LeftOut where the tool is missing, CaseFailed where it counted nothing."""
-    tool = shutil.which(TOOL)
-    if tool is None and not work.rehearsal:
-        raise LeftOut(f"needs {TOOL}")
-    command = [sys.executable, "-m", "bench.hardware.counted", str(work.left() - 2 * TO_WRITE)]
-    command += ["--rehearsal"] if work.rehearsal else []
-    if not work.rehearsal:
-        # The clocks are left alone: whoever measures is a guest on the card.
-        told = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--apply-rules", "no"]
-        told += ["--kernel-name-base", "function", "--kernel-name", OURS]
-        command = [str(tool), *told, *(x for name in SECTIONS for x in ("--section", name)), *command]
-    code, text = finished(command, work)
+    # The clocks are left alone: whoever measures is a guest on the card.
+    options = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--apply-rules", "no"]
+    options += ["--kernel-name-base", "function", "--kernel-name", OURS]
+    options += [x for name in SECTIONS for x in ("--section", name)]
+    code, text, tool = watch("counted", work, TOOL, options, to_write=TO_WRITE)
     print(text, flush=True)
     kernels = list(counted(text, [case.id for case in counted_cases(work.rehearsal)]))
     if not work.rehearsal and not kernels:
@@ -83,25 +64,7 @@ def count(work: Work) -> dict[str, Any]:
         raise CaseFailed(f"it ended with {code}", kernels=kernels)
     with open(work.folder / "profiles.txt", "a") as file:
         file.write(table(kernels))
-    return {"kernels": kernels, "tool": tool if not work.rehearsal else "none: a rehearsal"}
-
-
-def finished(command: list[str], work: Work) -> tuple[int | None, str]:
-    """(exit status, output) of a command; None if it had to be interrupted, upon which the tool writes what it has."""
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = process.wait(max(0.0, work.left() - TO_WRITE))
-        except subprocess.TimeoutExpired:
-            code = None
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(max(0.0, work.left() - 1))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        return code, output.read()
+    return {"kernels": kernels, "tool": tool}
 
 
 def counted(text: str, operations: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from scx_kernels.kernels.launch import launch
 
-__all__ = ["idle"]
-
 
 @triton.jit
 def _idle_kernel(x_ptr, BLOCK: tl.constexpr):

@@ -1,6 +1,7 @@
 """Stage: whole models beside plain transformers with its eager attention, with sdpa and compiled: prompts of 8 to 10k
 tokens, and tokens on caches of 1k to 32k, for 1, 8 and 64 conversations at once. What tells most comes first."""
 
+import functools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -9,11 +10,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from bench.hardware.sizes import device_of
-from bench.hardware.work import CaseFailed, LeftOut, Work
 from bench.model import Field, load, measure
 from bench.model_cases import COMPILED, EAGER, NOISE, PLAIN, REDUNDANT, SCX, SEALED, SEALED_8, ModelCase
-from bench.results import failures, measured
+from bench.results import measured
 from bench.shapes import SHAPES, SMALL_SHAPES
+from bench.work import LeftOut, Work, passed
 
 MODEL, DTYPE = "Llama-3-8B", "bfloat16"
 OF_PREFILL = (PLAIN, EAGER, SCX, REDUNDANT, SEALED)
@@ -47,12 +48,7 @@ def run(work: Work) -> None:
     if work.rehearsal:
         rehearse(work)
         return
-    held: list[Field] = []
-
-    def field() -> Field:
-        if not held:
-            held.append(Field(*load(MODEL, DTYPE, device_of(False))))
-        return held[0]
+    field = functools.cache(lambda: Field(*load(MODEL, DTYPE, device_of(False))))
 
     def entry(case: ModelCase) -> dict[str, Any]:
         check_memory(case, torch.cuda.get_device_properties(device_of(False)).total_memory)
@@ -90,12 +86,9 @@ def cases() -> Iterator[tuple[ModelCase, float]]:
 
 
 def entry_of(field: Field, case: ModelCase, seconds: float) -> dict[str, Any]:
-    """Raises: CaseFailed if SCX's logits are not the plain model's; the others' times are in its figures."""
-    entry = {"id": case.id, **measure(field, case, seconds)}
-    figures = {"result": entry, "headlines": [headline(case, entry)]}
-    if wrong := failures({"cases": [entry]}):
-        raise CaseFailed(wrong[0], **figures)
-    return figures
+    """Raises: CaseFailed if SCX's logits are not the plain model's."""
+    entry = measure(field, case, seconds)
+    return passed({"id": case.id, **entry}, headlines=[headline(case, entry)])
 
 
 def headline(case: ModelCase, entry: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@ PyTorch's own error of float64, every element written, and fifty repeats bit for
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 import scx_kernels as ops
-from bench.contest import SCX, TRITON, Case, Contestant, Inputs, Operation, copied
+from bench.contest import SCX, TRITON, Case, Contestant, Inputs, Operation, copied, moved
 from bench.hardware.sizes import checked_cases, device_of
-from bench.hardware.work import CaseFailed, Work
 from bench.operation_cases import OPERATIONS
 from bench.operations import check, tensors_of
+from bench.timing import synchronize
+from bench.work import CaseFailed, Work
 
-__all__ = ["examine", "run"]
-
+OURS = (SCX, TRITON)
 REPEATS, REHEARSED_REPEATS = 50, 1
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,7 +38,7 @@ def examine(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     operation = OPERATIONS[case.operation]
     inputs = operation.make(case, device)
-    ours = [contestant for contestant in operation.contestants(case) if contestant.kind in (SCX, TRITON)]
+    ours = [contestant for contestant in operation.contestants(case) if contestant.kind in OURS]
     with by_kernels(device):
         wrong = {name: problem for name, problem in check(operation, ours, inputs).items() if problem}
     if wrong:
@@ -55,6 +55,30 @@ def by_kernels(device: torch.device) -> AbstractContextManager[Any]:
     """On a CPU the kernels run where Triton interprets them, if they are asked to."""
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     return ops.backend("triton" if device.type == "cpu" and interprets else "auto")
+
+
+@torch.no_grad()
+def call_ours(
+    case: Case,
+    device: torch.device,
+    kinds: Sequence[str] = OURS,
+    *,
+    drawn_on: torch.device | None = None,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Each of our contestants once, and wait for it.
+
+    Args:
+        drawn_on: where inputs are drawn; else on the device.
+        around: entered around a call.
+    """
+    operation = OPERATIONS[case.operation]
+    inputs = moved(operation.make(case, drawn_on or device), device)
+    for contestant in operation.contestants(case):
+        if contestant.kind in kinds:
+            with by_kernels(device), contestant.within(), around():
+                contestant.call(inputs)
+    synchronize(device)
 
 
 def first_difference(operation: Operation, contestant: Contestant, inputs: Inputs, repeats: int) -> int | None:

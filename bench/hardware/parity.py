@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.hardware.work import CaseFailed, Late, LeftOut, Work
+from bench.work import CaseFailed, Late, LeftOut, Work
 
 ROOT = Path(__file__).parents[2]
 KERNELS = (*sorted(path.name for path in (ROOT / "tests").glob("test_kernel_*.py")), "test_sealed_cache.py")

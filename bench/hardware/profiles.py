@@ -10,16 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from bench.hardware.sizes import device_of, two_blocks
-from bench.hardware.work import LeftOut, Work
 from bench.host import STEPS, measure_steps
+from bench.model_cases import KEYS
+from bench.work import LeftOut, Work
 from scx import SCXKeyGenerator, encode_llama
 
 FILE = "profiles.txt"
-KEYS: dict[str, dict[str, Any]] = {
-    "100 redundant rows, noise": {"redundant_num": 100, "alp": True},
-    "permuted": {},
-    "sealed": {"cache_encoding": "sealed"},
-}
+ENCODINGS = ("100 redundant rows, noise", "permuted", "sealed")
 PROMPT, REHEARSED_PROMPT = 1024, 9
 ROWS = 30
 WARM = 3
@@ -29,10 +26,10 @@ def run(work: Work) -> None:
     torch.manual_seed(0)
     device, shape = device_of(work.rehearsal), two_blocks(work.rehearsal)
     ids = torch.randint(3, shape.vocabulary, (1, REHEARSED_PROMPT if work.rehearsal else PROMPT), device=device)
-    for name, keys in KEYS.items():
+    for name in ENCODINGS:
         with torch.device(device):
             model = LlamaForCausalLM(shape.config()).eval().to(torch.float32 if work.rehearsal else torch.bfloat16)
-        encode_llama(model, SCXKeyGenerator.for_model(model, **keys))
+        encode_llama(model, SCXKeyGenerator.for_model(model, **KEYS.get(name, {})))
         for kind in ("prefill", "token"):
             work.case(f"{kind}, {name}", partial(profiled, work, kind, name, model, ids), limit=20)
     for step in STEPS:

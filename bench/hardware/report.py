@@ -1,57 +1,42 @@
 """Stage: what was measured as the result file that `python -m bench` writes as well, with its tables and pictures."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.hardware.lines import FAILED, LATE, LEFT_OUT, Line, read
-from bench.hardware.work import LeftOut, Work
+from bench.lines import read
 from bench.marks import MARKS, reached
-from bench.plots import draw_context, draw_roofline
+from bench.plots import PICTURES
 from bench.provenance import provenance, write_json
 from bench.report import markdown
-from bench.results import Content, measured
-
-__all__ = ["content_of", "run"]
-
-SUITES = ("marks", "models", "profiles")
+from bench.results import Content, content_of, measured
+from bench.work import LeftOut, Work
 
 
 def run(work: Work) -> None:
     content = content_of(read(work.lines.path, work.since))
+    content.setdefault("provenance", provenance())
     path = work.folder / "results.json"
-    work.case("results", lambda: written(content, path))
+    work.case("results", partial(written, content, path))
     work.case("marks", lambda: {"headlines": mark_lines(content)})
-    for name, draw in (("roofline", draw_roofline), ("context", draw_context)):
-        work.case(name, lambda draw=draw, name=name: drawn(draw, content, path.with_name(f"results-{name}.png")))
-
-
-def content_of(lines: list[Line]) -> Content:
-    """A result file's content out of a run's lines."""
-    results = {(line["stage"], line["case"]): line["result"] for line in lines if "result" in line}
-    about = results.get(("ceilings", "versions")) or provenance()
-    others = [line for line in lines if "case" in line and line["state"] in (FAILED, LATE, LEFT_OUT)]
-    return {
-        "provenance": about,
-        "ceilings": results.get(("ceilings", "ceilings"), {}),
-        "left_out": [f"{line['stage']}, {line['case']}: {line.get('cause', line['state'])}" for line in others],
-        "cases": [result for (stage, _), result in results.items() if stage in SUITES],
-    }
+    for name in PICTURES:
+        work.case(name, partial(drawn, name, content, path))
 
 
 def written(content: Content, path: Path) -> dict[str, Any]:
     """The result file and, where the machine's ceilings were measured, which its tables divide by, the tables."""
-    write_json(path, content)
-    if not content["ceilings"]:
-        return {"files": [path.name]}
-    text = path.with_suffix(".md")
-    text.write_text(markdown(content))
-    return {"files": [path.name, text.name]}
+    files = [write_json(path, content)]
+    if content["ceilings"]:
+        files.append(path.with_suffix(".md"))
+        files[-1].write_text(markdown(content))
+    return {"files": [file.name for file in files]}
 
 
-def drawn(draw: Any, content: Content, path: Path) -> dict[str, Any]:
-    if not content["ceilings"] or not draw(content, path):
+def drawn(name: str, content: Content, path: Path) -> dict[str, Any]:
+    picture = path.with_name(f"{path.stem}-{name}.png")
+    if not content["ceilings"] or not PICTURES[name](content, picture):
         raise LeftOut("nothing was measured that it shows")
-    return {"files": [path.name]}
+    return {"files": [picture.name]}
 
 
 def mark_lines(content: Content) -> list[str]:

@@ -1,7 +1,9 @@
 """Stages as processes: each part in a session of its own, watched until it ends or its limit comes, then removed with
 everything it started."""
 
+import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -9,29 +11,16 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from bench.hardware.lines import (
-    ENDED,
-    FAILED,
-    LATE,
-    LEFT_OUT,
-    PASSED,
-    Line,
-    Lines,
-    ended_cases,
-    open_case,
-    read,
-)
 from bench.hardware.process import EVERYTHING, NO_GPU
 from bench.hardware.stages import Stage
-from bench.hardware.work import BROKEN
-
-__all__ = ["Runner", "share_of_spare"]
+from bench.lines import ENDED, FAILED, LATE, LEFT_OUT, PASSED, WRONG, Line, Lines, ended_cases, open_case, read
+from bench.work import BROKEN
 
 ROOT = Path(__file__).parents[2]
 GRACE = 2.0
@@ -52,79 +41,59 @@ def share_of_spare(left: float, stages: Sequence[Stage]) -> float:
     return max(0.0, spare) / takers if stages[0].takes_spare else 0.0
 
 
-class Log:
+class Log(io.FileIO):
     """The output of all processes, in one file."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = io.FileIO(path, "a")
-
-    def write(self, text: bytes) -> bool:
+    def keep(self, text: bytes) -> bool:
         """Whether it could be written: on a full disk, or once the run is over, it is not, and nobody waits for it."""
         try:
-            self._file.write(text)
+            self.write(text)
         except (OSError, ValueError):
             return False
         return True
 
-    def close(self) -> None:
-        self._file.close()
-
 
 class Part:
-    """A process of a stage, leader of its own session, and the thread that reads what it prints, and cuts a flood."""
+    """A process of a stage, leader of its own session, and the thread that reads what it prints, and cuts a flood.
+
+    Args:
+        room: bytes of its output that are kept from the beginning.
+        offset: byte of the lines' file where its own begin.
+    """
 
     def __init__(
         self, number: int, command: list[str], environment: dict[str, str], log: Log, room: int, offset: int
     ) -> None:
-        self.number = number
-        self.offset = offset
+        self.number, self.offset = number, offset
         self._log, self._room = log, room
         self._last: deque[bytes] = deque()
-        self._held, self._dropped = 0, 0
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=ROOT,
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
+        self._dropped = 0
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def _read(self, pipe: IO[bytes]) -> None:
-        with pipe:
+    def _read(self) -> None:
+        with self.process.stdout as pipe:
             while chunk := os.read(pipe.fileno(), 65_536):
-                self._keep(chunk)
-
-    def _keep(self, chunk: bytes) -> None:
-        kept, rest = chunk[: self._room], chunk[self._room :]
-        self._room -= len(kept)
-        if not self._log.write(kept):
-            self._dropped += len(kept)
-        if rest:
-            self._last.append(rest)
-            self._held += len(rest)
-        while self._held > LAST_BYTES + 65_536:
-            gone = len(self._last.popleft())
-            self._held -= gone
-            self._dropped += gone
+                kept, rest = chunk[: self._room], chunk[self._room :]
+                self._room -= len(kept)
+                self._dropped += 0 if self._log.keep(kept) else len(kept)
+                if rest:
+                    self._last.append(rest)
+                while sum(map(len, self._last)) > LAST_BYTES + 65_536:
+                    self._dropped += len(self._last.popleft())
 
     def signal(self, number: int) -> None:
         """To the whole session's group, also after its leader has ended."""
-        try:
-            os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            return
+        _signal(os.killpg, self.process.pid, number)
 
     def close(self) -> None:
         """After its end: write what was held back. What is left in the pipe of a process that is not ours is lost."""
         self._reader.join(0.5)
         if self._dropped:
-            self._log.write(f"\n[... {self._dropped:,} bytes of output left out ...]\n".encode())
-        if self._held:
-            self._log.write(b"".join(self._last))
+            self._log.keep(f"\n[... {self._dropped:,} bytes of output left out ...]\n".encode())
+        self._log.keep(b"".join(self._last))
 
 
 @dataclass
@@ -155,7 +124,7 @@ class Runner:
 
     def run(self, stages: tuple[Stage, ...]) -> None:
         """Every stage in turn, whatever happens to the others. After an interruption the lines say so."""
-        log = Log(self.folder / "log.txt")
+        log = Log(self.folder / "log.txt", "a")
         try:
             for number, stage in enumerate(stages):
                 left = self._end - time.monotonic()
@@ -168,10 +137,10 @@ class Runner:
         if left < LEAST:
             self._say(stage, LATE, 0.0, cause=f"left out, no time: {max(0.0, left):.0f} s left")
             return
-        if not self.rehearsal and not stage.anywhere and self._lacks_gpu():
+        if not self.rehearsal and not stage.anywhere and self.lacks_gpu():
             self._say(stage, LEFT_OUT, 0.0, cause=NO_GPU)
             return
-        log.write(f"\n===== {stage.name}: {stage.about}\n".encode())
+        log.keep(f"\n===== {stage.name}: {stage.about}\n".encode())
         start, offset = time.monotonic(), self.lines.size()
         limit = min(seconds, left)
         watched = _Watched(self, stage, start + limit, offset, log)
@@ -184,7 +153,8 @@ class Runner:
         state, told = verdict(read(self.lines.path, offset), stage.name, watched.was_late)
         self._say(stage, state, time.monotonic() - start, limit=round(limit, 1), **told)
 
-    def _lacks_gpu(self) -> bool:
+    def lacks_gpu(self) -> bool:
+        """Whether a stage looked for one and found none."""
         return any(line["state"] == LEFT_OUT and line.get("cause") == NO_GPU for line in self.read())
 
     def _say(self, stage: Stage, state: str, seconds: float, **told: Any) -> None:
@@ -213,14 +183,12 @@ class _Watched:
         self.remove()
 
     def _begin(self, number: int) -> Part:
-        runner = self.runner
-        command = [sys.executable, "-m", "bench.hardware.process", self.stage.module]
-        command += ["--stage", self.stage.name, "--lines", str(runner.lines.path), "--since", str(runner.since)]
-        command += ["--until", str(self.until - GRACE), "--part", str(number), "--parts", str(self.count)]
-        command += ["--again", str(runner.again)] if runner.again and not self.stage.is_whole else []
-        command += ["--rehearsal"] if runner.rehearsal else []
-        command += ["--anywhere"] if self.stage.anywhere else []
-        command += ["--packages", ",".join(self.stage.packages)] if self.stage.packages else []
+        runner, stage = self.runner, self.stage
+        again = str(runner.again) if runner.again and not stage.is_whole else None
+        given = {"module": stage.module, "packages": stage.packages, "anywhere": stage.anywhere, "stage": stage.name}
+        given |= {"lines": str(runner.lines.path), "since": runner.since, "again": again, "rehearsal": runner.rehearsal}
+        given |= {"until": self.until - GRACE, "part": number, "parts": self.count}
+        command = [sys.executable, "-m", "bench.hardware.process", json.dumps(given)]
         environment = {**os.environ, **runner.environment, MARK: self.mark, "PYTHONUNBUFFERED": "1"}
         if self.count > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.count))
@@ -245,21 +213,20 @@ class _Watched:
     def remove(self, cause: str = "the stage's time was up") -> None:
         """End what still runs, first by asking; then its sessions; then whoever left them. `cause` is told of the cases
         that they were at."""
-        if self.parts:
-            for part in self.parts:
-                part.signal(signal.SIGTERM)
-            end = time.monotonic() + GRACE - 1
-            while time.monotonic() < end and any(part.process.poll() is None for part in self.parts):
-                time.sleep(0.02)
+        for part in self.parts:
+            part.signal(signal.SIGTERM)
+        end = time.monotonic() + GRACE - 1
+        while time.monotonic() < end and any(part.process.poll() is None for part in self.parts):
+            time.sleep(0.02)
         for part in self.parts:
             part.signal(signal.SIGKILL)
         for process in marked(self.mark):
-            _kill(process)
+            _signal(os.kill, process, signal.SIGKILL)
         for part in self.parts:
             try:
                 part.process.wait(0.4)
             except subprocess.TimeoutExpired:  # it hangs in the GPU's driver, where no signal reaches it
-                self.log.write(f"\n[process {part.process.pid} cannot be ended]\n".encode())
+                self.log.keep(f"\n[process {part.process.pid} cannot be ended]\n".encode())
             part.close()
             lines = read(self.runner.lines.path, self.offset)
             case = open_case(lines, self.stage.name, part.number)
@@ -287,18 +254,14 @@ def how_it_ended(code: int, case: Line | None = None, now: float = 0.0) -> str:
 
 def verdict(lines: list[Line], stage: str, was_late: bool) -> tuple[str, dict[str, Any]]:
     """A stage's state by the lines of its cases, with their counts and the first cause that is not well."""
-    counts: Counter[str] = Counter()
-    for state in ENDED:
-        counts[state] = len(ended_cases(lines, stage, (state,)))
-    state = PASSED
+    counts = {state: len(ended_cases(lines, stage, (state,))) for state in ENDED}
+    state = PASSED if counts[PASSED] else LEFT_OUT
     if counts[FAILED]:
         state = FAILED
     elif was_late or counts[LATE]:
         state = LATE
-    elif not counts[PASSED]:
-        state = LEFT_OUT
-    told: dict[str, Any] = {"cases": dict(counts)}
-    causes = [line.get("cause") for line in lines if "case" in line and line["state"] in (FAILED, LATE, LEFT_OUT)]
+    told: dict[str, Any] = {"cases": counts}
+    causes = [line.get("cause") for line in lines if "case" in line and line["state"] in WRONG]
     if state != PASSED:
         told["cause"] = causes[0] if causes else ("the stage's time was up" if was_late else "it had no case to run")
     return state, told
@@ -317,8 +280,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def _kill(process: int) -> None:
-    try:
-        os.kill(process, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def _signal(send: Callable[[int, int], None], process: int, number: int) -> None:
+    """Whoever has ended needs none."""
+    with contextlib.suppress(ProcessLookupError):
+        send(process, number)

@@ -1,24 +1,13 @@
 """Stage: every operation once under compute-sanitizer, which finds what lies outside of its memory (memcheck) and what
 meets in shared memory without a barrier (racecheck). A rehearsal runs the same operations without the tool."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from bench.hardware.work import CaseFailed, LeftOut, Work
+from bench.hardware.watched import TITLE, watch
+from bench.work import CaseFailed, Work
 
-__all__ = ["TITLE", "complaints", "run"]
-
-ROOT = Path(__file__).parents[2]
-TITLE = "operation: "
-"""Before an operation's name, in the output of the process that is watched."""
-TOOL = "compute-sanitizer"
 CHECKS = ("memcheck", "racecheck")
 COMPLAINED = 86
 PREFIX = "========= "
@@ -32,25 +21,10 @@ def run(work: Work) -> None:
 
 def sanitize(check: str, work: Work) -> dict[str, Any]:
     """Raises: LeftOut where the tool is missing, CaseFailed with what it found."""
-    tool = shutil.which(TOOL)
-    if tool is None and not work.rehearsal:
-        raise LeftOut(f"needs {TOOL}")
-    command = [sys.executable, "-m", "bench.hardware.sanitized", *(["--rehearsal"] if work.rehearsal else [])]
-    if tool is not None and not work.rehearsal:
-        command = [tool, "--tool", check, "--error-exitcode", str(COMPLAINED), "--report-api-errors", "no", *command]
+    options = ("--tool", check, "--error-exitcode", str(COMPLAINED), "--report-api-errors", "no")
     # Each tensor in memory of its own: inside the allocator's blocks a step too far meets the next tensor unnoticed.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        late = False
-        try:
-            left = work.left() - 1
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=left, check=False, env=environment
-            )
-        except subprocess.TimeoutExpired:
-            late = True
-        output.seek(0)
-        text = output.read()
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    code, text, tool = watch("sanitized", work, "compute-sanitizer", options, **alone)
     print(text[-20_000:], flush=True)
     begun = [line.removeprefix(TITLE) for line in text.splitlines() if line.startswith(TITLE)]
     found = complaints(text)
@@ -61,11 +35,11 @@ def sanitize(check: str, work: Work) -> dict[str, Any]:
         case, (first, *_) = next(iter(found.items()))
         raise CaseFailed(f"{len(found)} operations: {case}: {first}", **figures)
     place = begun[-1] if begun else "its start"
-    if late:
+    if code is None:
         raise CaseFailed(f"no end in time, at {place}; nothing found until then", **figures)
-    if done.returncode and not (others and done.returncode == COMPLAINED):
-        raise CaseFailed(f"it ended with {done.returncode}, at {place}", **figures)
-    return figures | {"tool": tool if not work.rehearsal else "none: a rehearsal"}
+    if code and not (others and code == COMPLAINED):
+        raise CaseFailed(f"it ended with {code}, at {place}", **figures)
+    return figures | {"tool": tool}
 
 
 def is_of_others(complaint: str) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.hardware.lines import FAILED, Lines
-from bench.hardware.work import BROKEN
+from bench.lines import FAILED, Lines
+from bench.work import BROKEN
 
 NO_TIME = "no time"
 

@@ -10,8 +10,6 @@ from bench.marks import MARKS
 from bench.operation_cases import cases
 from bench.shapes import SHAPES, SMALL_SHAPES, Shape
 
-__all__ = ["checked_cases", "counted_cases", "device_of", "marked_cases", "sanitized_cases", "two_blocks"]
-
 MODEL = "Llama-3-8B"
 REHEARSED = ("strip_restore", "unlock+in place", "inject_permute+norm", "qkv_decode_encode+cache", "attention_step")
 """What Triton's interpreter computes in moments."""
@@ -60,16 +58,7 @@ def sanitized_cases(rehearsal: bool) -> list[Case]:
     once = _once(checked_cases(False))
     if rehearsal:
         return [_shrunk(case) for case in once.values() if case.operation in REHEARSED[:2]]
-    return [
-        dataclasses.replace(
-            case,
-            model="narrow",
-            tokens=min(case.tokens, 160),
-            redundant=min(case.redundant, 12),
-            cached=min(case.cached, 320),
-        )
-        for case in once.values()
-    ]
+    return [_shrunk(case, "narrow", 160, 12, 320, dtype=case.dtype) for case in once.values()]
 
 
 def _once(found: Iterable[Case]) -> dict[str, Case]:
@@ -84,6 +73,9 @@ def _of_the_model() -> Iterator[Case]:
     return (case for case in cases(on_cuda=True) if case.model == MODEL)
 
 
-def _shrunk(case: Case) -> Case:
-    small = {"tokens": min(case.tokens, 9), "redundant": min(case.redundant, 3), "cached": min(case.cached, 24)}
-    return dataclasses.replace(case, model="rehearsal", dtype="float32", **small)
+def _shrunk(
+    case: Case, model: str = "rehearsal", tokens: int = 9, redundant: int = 3, cached: int = 24, dtype: str = "float32"
+) -> Case:
+    most = {"tokens": tokens, "redundant": redundant, "cached": cached}
+    small = {name: min(getattr(case, name), size) for name, size in most.items()}
+    return dataclasses.replace(case, model=model, dtype=dtype, **small)

@@ -5,8 +5,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SECONDS", "STAGES", "Stage"]
-
 SECONDS = 480.0
 """Of all stages together; their limits add up to no more."""
 CORES = os.cpu_count() or 1

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -23,8 +22,6 @@ from bench.rehearsal.rehearsal import ALL_TARGETS, Failure, Rehearsal
 from bench.rehearsal.requests import EXTRA_REQUESTS, REQUESTS, SHAPE_REQUESTS, SPLIT_REQUESTS, Pair
 from bench.rehearsal.settings import REAL, SPLIT, Setting, covering
 
-__all__ = ["main"]
-
 Requests = dict[str, Callable[[Pair], None]]
 _README = {"vocab_size": 1000, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
 _QUICK_SETTINGS = 6  # of the covering ones, in which every value of every setting is met
@@ -33,61 +30,45 @@ _QUICK_WARM_UP = 1  # the one of them that is held against the warm-up: sealed, 
 
 @dataclass(frozen=True)
 class Part:
-    """A setting, what is asked of it, and how it is served."""
+    """A setting, what is asked of it, and how it is served (`Rehearsal.serve`)."""
 
     setting: Setting
     requests: Requests
-    options: dict[str, Any]
+    has_values: bool = True
+    may_wait: bool = False
+    warms_up: bool = True
+
+    def named(self, words: list[str]) -> "Part":
+        """Of its requests those in whose names all of these words are."""
+        return replace(
+            self,
+            requests={
+                name: request
+                for name, request in self.requests.items()
+                if all(word in f"{self.setting.name}, {name}" for word in words)
+            },
+        )
 
 
 def groups(quick: bool) -> dict[str, list[Part]]:
     """What is rehearsed, by the name of its group."""
     settings = covering()
-    small = [Part(setting, REQUESTS, {}) for setting in settings]
-    other = [
-        Part(replace(setting, layers=3), EXTRA_REQUESTS, {"may_wait": True, "warms_up": False})
-        for setting in (settings[1], settings[3], settings[5])
-    ]
+    small = [Part(setting, REQUESTS) for setting in settings]
+    places = [replace(settings[place], layers=3) for place in (1, 3, 5)]
+    other = [Part(setting, EXTRA_REQUESTS, may_wait=True, warms_up=False) for setting in places]
     documented = Setting(
         "llama", 128, "fp16", 0, False, "permuted", layers=3, sizes=tuple(_README.items()), title="README"
     )
-    eager = Setting("llama", 64, "fp32", 1, False, "sealed12", attention="eager")
-    other.append(
-        Part(
-            documented,
-            {"split cache": EXTRA_REQUESTS["split cache"]},
-            {"has_values": False, "may_wait": True, "warms_up": False},
-        )
-    )
-    other.append(Part(eager, REQUESTS, {}))
-    split = [Part(setting, SPLIT_REQUESTS, {}) for setting in SPLIT]
-    real = [Part(setting, SHAPE_REQUESTS, {"has_values": False}) for setting in REAL]
+    split_cache = {"split cache": EXTRA_REQUESTS["split cache"]}
+    other.append(Part(documented, split_cache, has_values=False, may_wait=True, warms_up=False))
+    other.append(Part(Setting("llama", 64, "fp32", 1, False, "sealed12", attention="eager"), REQUESTS))
+    split = [Part(setting, SPLIT_REQUESTS) for setting in SPLIT]
+    real = [Part(setting, SHAPE_REQUESTS, has_values=False) for setting in REAL]
     if quick:
-        small = [
-            replace(part, options={"warms_up": i == _QUICK_WARM_UP}) for i, part in enumerate(small[:_QUICK_SETTINGS])
-        ]
-        other, split = other[1:4], [replace(part, options={"warms_up": False}) for part in split[:3]]
-        real = [
-            replace(
-                real[3],
-                requests={"prefill of 150": SHAPE_REQUESTS["prefill of 150"]},
-                options={"has_values": False, "warms_up": False},
-            )
-        ]
+        small = [replace(part, warms_up=place == _QUICK_WARM_UP) for place, part in enumerate(small[:_QUICK_SETTINGS])]
+        other, split = other[1:4], [replace(part, warms_up=False) for part in split[:3]]
+        real = [replace(real[3].named(["prefill of 150"]), warms_up=False)]
     return {"small models": small, "placements of a cache": other, "two parties": split, "real shapes": real}
-
-
-def _matching(parts: list[Part], words: list[str]) -> list[Part]:
-    found = []
-    for part in parts:
-        wanted = {
-            name: request
-            for name, request in part.requests.items()
-            if all(word in f"{part.setting.name}, {name}" for word in words)
-        }
-        if wanted:
-            found.append(replace(part, requests=wanted))
-    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,9 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     rehearsal = Rehearsal(ALL_TARGETS[1:2] if options.quick else ALL_TARGETS)
     for name, parts in groups(options.quick).items():
         begin, before, requests = time.perf_counter(), len(rehearsal.failures), rehearsal.requests
-        chosen = _matching(parts, words)
+        chosen = [part for part in (part.named(words) for part in parts) if part.requests]
         for part in chosen:
-            rehearsal.serve(part.setting, part.requests, **{"warms_up": not words, **part.options})
+            served = replace(part, warms_up=part.warms_up and not words)
+            rehearsal.serve(**vars(served))
         new = rehearsal.failures[before:]
         seconds = time.perf_counter() - begin
         done = rehearsal.requests - requests

@@ -1,5 +1,6 @@
 """Compile what was recorded, for GPUs that need not be here."""
 
+import math
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -8,8 +9,6 @@ from typing import Any
 import triton
 
 from bench.rehearsal.specialisation import Variant, gpu_target
-
-__all__ = ["compile_all", "problem_of", "representative"]
 
 
 def problem_of(variant: Variant) -> str:
@@ -51,26 +50,20 @@ def compile_all(variants: Iterable[Variant], jobs: int) -> Iterator[tuple[Varian
 def _branches(variant: Variant) -> set[object]:
     """What of a kernel this variant compiles: every flag as it is set, a head's tail, a split, and which of its
     pointers are absent together, since a branch that reads an absent one does not compile."""
-    names = [name for name, _ in variant.signature]
-    constants = {names[path[0]]: value for path, value in variant.constants}
     kernel = (variant.module, variant.kernel)
-    found: set[object] = {(kernel, tuple(name for name, value in constants.items() if value is None))}
-    found |= {(kernel, name, value) for name, value in constants.items() if isinstance(value, (bool, str))}
-    found |= {
-        (kernel, name, constants[name] > 0) for name in ("BLOCK_TAIL", "OLD_ROUNDS", "HEAD_DIM") if name in constants
-    }
-    return found | {(kernel, name, constants[name] > 1) for name in ("SPLIT_K", "WEIGHTS") if name in constants}
+    found: set[object] = {(kernel, tuple(name for name, value in variant.meta.items() if value is None))}
+    for name, value in variant.meta.items():
+        if isinstance(value, (bool, str)):
+            found.add((kernel, name, value))
+        elif name in ("BLOCK_TAIL", "OLD_ROUNDS", "HEAD_DIM", "SPLIT_K", "WEIGHTS"):
+            found.add((kernel, name, value > (name in ("SPLIT_K", "WEIGHTS"))))
+    return found
 
 
 def _cost(variant: Variant) -> int:
     """About how long it takes to compile: by its tile, and by the rounds of a cipher that are written out."""
-    names = [name for name, _ in variant.signature]
-    constants = {names[path[0]]: value for path, value in variant.constants}
-    cost = 1
-    for name, value in constants.items():
-        if name.startswith(("BLOCK_", "ROUNDS")) and isinstance(value, int):
-            cost *= max(1, value)
-    return cost
+    sizes = (value for name, value in variant.meta.items() if name.startswith(("BLOCK_", "ROUNDS")))
+    return math.prod(max(1, size) for size in sizes if isinstance(size, int))
 
 
 def representative(variants: Iterable[Variant]) -> list[Variant]:
@@ -78,8 +71,7 @@ def representative(variants: Iterable[Variant]) -> list[Variant]:
     met: set[object] = set()
     taken = []
     for variant in sorted(variants, key=lambda x: (_cost(x), x.module, x.kernel, x.key)):
-        branches = _branches(variant)
-        if branches - met:
-            met |= branches
+        if not _branches(variant) <= met:
+            met |= _branches(variant)
             taken.append(variant)
     return taken

@@ -10,6 +10,7 @@ It is no simulation: orders of execution, streams and memory are not those of a 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,8 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.rehearsal.methods import HostMethods, parts
 from bench.rehearsal.tensors import CPU, CUDA, StandIn, Wait, backing_of, in_use, mapped, wait_here
-
-__all__ = ["StandInDevice"]
 
 aten = torch.ops.aten
 
@@ -33,30 +32,22 @@ _WAITING = {
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
 
-class _Event:
-    """Stands in for a CUDA event: everything before it is done."""
+class _Queue:
+    """Stands in for a CUDA stream, and for an event of it: everything before it is done."""
 
-    def __init__(self, owner: "StandInDevice") -> None:
-        self.owner = owner
+    def __init__(self, owner: "StandInDevice", name: str) -> None:
+        self.owner, self.name = owner, name
 
     def synchronize(self) -> None:
-        self.owner.note("Event.synchronize")
+        self.owner.note(f"{self.name}.synchronize")
+
+    def record_event(self, event: Any = None) -> "_Queue":
+        return event or _Queue(self.owner, "Event")
 
     def record(self, stream: Any = None) -> None: ...
 
     def query(self) -> bool:
         return True
-
-
-class _Stream:
-    def __init__(self, owner: "StandInDevice") -> None:
-        self.owner = owner
-
-    def record_event(self, event: Any = None) -> _Event:
-        return event or _Event(self.owner)
-
-    def synchronize(self) -> None:
-        self.owner.note("Stream.synchronize")
 
     def wait_event(self, event: Any) -> None: ...
 
@@ -120,21 +111,17 @@ class StandInDevice:
         stand_ins = {
             "_lazy_init": lambda: None,
             "current_device": lambda: 0,
-            "current_stream": lambda device=None: _Stream(self),
+            "current_stream": lambda device=None: _Queue(self, "Stream"),
             "synchronize": lambda device=None: self.note("torch.cuda.synchronize"),
-            "Event": lambda **options: _Event(self),
+            "Event": lambda **options: _Queue(self, "Event"),
         }
-        before = {name: getattr(torch.cuda, name) for name in stand_ins}
         overwrote = torch.__future__.get_overwrite_module_params_on_conversion()
-        for name, function in stand_ins.items():
-            setattr(torch.cuda, name, function)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
-            yield
+            with patch.multiple(torch.cuda, **stand_ins):
+                yield
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(overwrote)
-            for name, function in before.items():
-                setattr(torch.cuda, name, function)
 
     def note(self, operation: str) -> None:
         """The host waits here."""
@@ -182,14 +169,12 @@ class StandInDevice:
         stand_ins = [x for x in tensors if isinstance(x, StandIn)]
         if func in _COPIES and (stand_ins or kwargs.get("device") == CUDA):
             return self._copy(func, args, kwargs)
-        device = kwargs.get("device")
-        locks = device is None or torch.device(device).type == "cpu"
+        on_host = kwargs.get("device") is None or torch.device(kwargs["device"]).type != "cuda"
         if kwargs.get("pin_memory"):
-            made = self._lock(func(*args, **{**kwargs, "pin_memory": False})) if locks else None
-            if made is None:
+            if not on_host:
                 raise RuntimeError("Only dense CPU tensors can be pinned")
-            return made
-        if not stand_ins and (device is None or torch.device(device).type != "cuda"):
+            return self._lock(func(*args, **{**kwargs, "pin_memory": False}))
+        if not stand_ins and on_host:
             return func(*args, **kwargs)
         if func.namespace == "scx_kernels":
             _check_one_side(func, tensors, ())
@@ -267,10 +252,8 @@ class StandInDevice:
 
     def _note_copy(self, source: Tensor, to_stand_in: bool, non_blocking: bool, target: Tensor | None) -> None:
         from_stand_in = isinstance(source, StandIn)
-        if from_stand_in and to_stand_in:
-            return
-        host = source if not from_stand_in else target
-        if not source.numel():
+        host = target if from_stand_in else source
+        if (from_stand_in and to_stand_in) or not source.numel():
             return
         if not (non_blocking and host is not None and self.is_pinned(host)):
             self.note("copy to the device" if to_stand_in else "copy to the host")

@@ -10,8 +10,6 @@ from torch.overrides import TorchFunctionMode
 
 from bench.rehearsal.tensors import CUDA, StandIn, mapped
 
-__all__ = ["HostMethods", "parts"]
-
 aten = torch.ops.aten
 
 

@@ -13,8 +13,6 @@ from scx_kernels.kernels import launch
 from scx_kernels.kernels.launch import Target
 from scx_kernels.operations import OPERATORS
 
-__all__ = ["Operators", "WrongResultError"]
-
 Record = Callable[[Target, Any, tuple[Any, ...], dict[str, Any]], None]
 
 

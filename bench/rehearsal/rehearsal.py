@@ -1,7 +1,7 @@
 """One rehearsal: settings served on the stand-in device, every launch recorded, every fault noted."""
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,6 @@ from bench.rehearsal.tensors import Wait, backing_of, package_frames
 from scx import SCXKeyGenerator, encoded_llama, warm_up
 from scx_kernels.kernels.launch import TARGETS, Target
 from scx_kernels.operations import allow_unproven
-
-__all__ = ["ALL_TARGETS", "Failure", "Rehearsal"]
 
 ALL_TARGETS = tuple(TARGETS["cuda", arch] for arch in (80, 90, 100))
 # Inside them nothing may wait for the device: they run while the host queues what comes next.
@@ -75,17 +73,13 @@ class Rehearsal:
         torch.manual_seed(0)
         plain = setting.model() if has_values else None
         self._asked = {}
-        with torch.no_grad(), self._device(has_values) as device:
-            model = self._on_device(setting, plain)
-            options = dict(setting.placement)
-            secure = options.pop("secure_device", None)
-            with encoded_llama(model, SCXKeyGenerator.for_model(model, **setting.keys), secure, **options):
-                pair = Pair(model, plain)
-                for name, request in requests.items():
-                    device.waits.clear()
-                    self._attempt(f"{setting.name}, {name}", lambda request=request: request(pair))
-                    if not may_wait:
-                        self._check_waits(device.waits)
+        with self._served(setting, plain) as (device, model):
+            pair = Pair(model, plain)
+            for name, request in requests.items():
+                device.waits.clear()
+                self._attempt(f"{setting.name}, {name}", lambda request=request: request(pair))
+                if not may_wait:
+                    self._check_waits(device.waits)
         if warms_up:
             self._check_warm_up(setting)
 
@@ -93,30 +87,28 @@ class Rehearsal:
         """What the requests asked for, the warm-up of such a model must have asked for."""
         asked, self._asked = self._asked, {}
         # Shapes alone: a padded mask is read as one that hides something, which is all that depends on values.
-        with torch.no_grad(), self._device(has_values=False):
-            model = self._on_device(setting, None)
-            options = dict(setting.placement)
-            secure = options.pop("secure_device", None)
-            with encoded_llama(model, SCXKeyGenerator.for_model(model, **setting.keys), secure, **options):
-                self._attempt(f"{setting.name}, warm-up", lambda: warm_up(model))
+        with self._served(setting, None) as (_, model):
+            self._attempt(f"{setting.name}, warm-up", lambda: warm_up(model))
         for variant, where in asked.items():  # told at most once a variant, by the first request that met it
             if variant not in self._asked:
                 what = f"not warmed up: sm_{variant.target.arch} {variant.describe()}"
                 self.failures.append(Failure(where, what))
 
     @contextmanager
-    def _device(self, has_values: bool) -> Any:
+    def _served(self, setting: Setting, plain: Any | None) -> Iterator[tuple[StandInDevice, Any]]:
+        """The device, and the encoded model on it: with the plain model's weights, or without values."""
+        options = dict(setting.placement)
+        secure = options.pop("secure_device", None)
         # What was wrong on a GPU once, and is refused there, has to be ready for when it is understood.
-        with allow_unproven(), StandInDevice(Operators(self.targets, self._record), has_values=has_values) as device:
-            yield device
-
-    def _on_device(self, setting: Setting, plain: Any | None) -> Any:
-        with torch.device("cuda"):
-            model = setting.model()
-        if plain is not None:
-            for mine, its in zip(model.parameters(), plain.parameters(), strict=True):
-                backing_of(mine).copy_(its)
-        return model
+        device = StandInDevice(Operators(self.targets, self._record), has_values=plain is not None)
+        with torch.no_grad(), allow_unproven(), device:
+            with torch.device("cuda"):
+                model = setting.model()
+            if plain is not None:
+                for mine, its in zip(model.parameters(), plain.parameters(), strict=True):
+                    backing_of(mine).copy_(its)
+            with encoded_llama(model, SCXKeyGenerator.for_model(model, **setting.keys), secure, **options):
+                yield device, model
 
     def _attempt(self, name: str, request: Callable[[], None]) -> None:
         self._request = name

@@ -11,8 +11,6 @@ from torch import Tensor
 from scx import load_keys, load_kvcache, save_keys, save_kvcache
 from scx.kvcache import decode_kvcache, split_kvcache_dynamic
 
-__all__ = ["EXTRA_REQUESTS", "REQUESTS", "SHAPE_REQUESTS", "SPLIT_REQUESTS", "Pair", "WrongValuesError"]
-
 PROMPT = 12  # tokens of most prompts
 # Of the largest logit: rounding of two orders of the same sums, some hundred roundings apart in half precision.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.2e-1}

@@ -21,8 +21,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-__all__ = ["FAMILIES", "REAL", "SPLIT", "Setting", "covering"]
-
 FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 9}),

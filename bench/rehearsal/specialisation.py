@@ -5,7 +5,7 @@ addresses that are multiples of 16 bytes, constants, options.
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +17,6 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from scx_kernels.kernels.launch import Target
-
-__all__ = ["Variant", "gpu_target", "variant_of"]
 
 
 @dataclass(frozen=True)
@@ -32,19 +30,10 @@ class Variant:
     module: str
     kernel: str
     key: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[tuple[int, ...], Any], ...]
-    attributes: tuple[tuple[tuple[int, ...], Any], ...]
-    options: tuple[tuple[str, Any], ...]
-
-    def __hash__(self) -> int:
-        return hash((self.target, self.module, self.kernel, self.key))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Variant):
-            return NotImplemented
-        mine, theirs = ((x.target, x.module, x.kernel, x.key) for x in (self, other))
-        return mine == theirs
+    signature: tuple[tuple[str, str], ...] = field(compare=False)
+    constants: tuple[tuple[tuple[int, ...], Any], ...] = field(compare=False)
+    attributes: tuple[tuple[tuple[int, ...], Any], ...] = field(compare=False)
+    options: tuple[tuple[str, Any], ...] = field(compare=False)
 
     def function(self) -> Any:
         """The kernel itself."""
@@ -59,15 +48,15 @@ class Variant:
             attrs={path: [list(mark) for mark in marks] for path, marks in self.attributes},
         )
 
-    def constant(self, name: str) -> Any:
-        """The value of a meta-parameter."""
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Constants by name: meta-parameters, and what is absent or 1."""
         names = [name for name, _ in self.signature]
-        return dict(self.constants)[(names.index(name),)]
+        return {names[path[0]]: value for path, value in self.constants}
 
     def describe(self) -> str:
         """Types and meta-parameters in one line."""
-        names = [name for name, _ in self.signature]
-        constants = " ".join(f"{names[path[0]]}={value}" for path, value in self.constants if names[path[0]].isupper())
+        constants = " ".join(f"{name}={value}" for name, value in self.meta.items() if name.isupper())
         types = sorted({kind for _, kind in self.signature if kind.startswith("*")})
         options = " ".join(f"{name}={value}" for name, value in self.options)
         return f"{self.kernel} {' '.join(types)} {constants} {options}"

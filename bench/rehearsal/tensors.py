@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CPU", "CUDA", "StandIn", "Wait", "backing_of", "in_use", "mapped", "package_frames", "wait_here"]
-
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 in_use: list[Any] = []

@@ -57,9 +57,7 @@ class Stage:
         rows = key.enter(hidden, self.party.weights.attention_norm[block], noise)
         return Products.read(self.line.ask("project_qkv", block, attention_input=rows), key, noise)
 
-    def _restore(
-        self, block: int, products: Products[Key], feature_key: FeatureKey
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _restore(self, block: int, products: Products[Key], feature_key: FeatureKey) -> tuple[Tensor, Tensor, Tensor]:
         """Token order, the noise's image off, rotary positions, π_r on: q (B, H, n, d), k and v (B, G, n, d)."""
         weights, noise = self.party.weights, products.noise
         return feature_key.encode(

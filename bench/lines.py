@@ -13,24 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "BEGUN",
-    "ENDED",
-    "FAILED",
-    "LATE",
-    "LEFT_OUT",
-    "PASSED",
-    "Line",
-    "Lines",
-    "ended_cases",
-    "open_case",
-    "read",
-]
-
 Line = dict[str, Any]
 
 BEGUN, PASSED, FAILED, LATE, LEFT_OUT = "begun", "passed", "failed", "late", "left out"
-ENDED = (PASSED, FAILED, LATE, LEFT_OUT)
+WRONG = (FAILED, LATE, LEFT_OUT)
+ENDED = (PASSED, *WRONG)
 
 
 class Lines:

@@ -1,4 +1,4 @@
-"""What a stage's module is given: a way to run its cases one after the other, each of which may fail by itself."""
+"""What whoever measures is given: a way to run cases one after the other, each of which may fail by itself."""
 
 import faulthandler
 import importlib.util
@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.hardware.lines import BEGUN, FAILED, LATE, LEFT_OUT, PASSED, Lines, ended_cases, read
-
-__all__ = ["BROKEN", "CaseFailed", "Late", "LeftOut", "Work", "cause_of", "judged"]
+from bench.lines import BEGUN, FAILED, LATE, LEFT_OUT, PASSED, Lines, ended_cases, read
+from bench.results import failures, progress
 
 BROKEN = 75
 """Exit status of a process that the GPU answers no more: a fresh one must go on."""
@@ -20,37 +19,44 @@ T = TypeVar("T")
 Figures = dict[str, Any]
 
 
-class LeftOut(Exception):
+class NotPassedError(Exception):
+    """A case that did not pass; `figures` go into its line."""
+
+    state = FAILED
+
+    def __init__(self, cause: str, **figures: Any) -> None:
+        super().__init__(cause)
+        self.figures = figures
+
+
+class CaseFailed(NotPassedError):
+    """A case that gave a wrong result."""
+
+
+class Late(NotPassedError):
+    """A case that ended before all of it was done."""
+
+    state = LATE
+
+
+class LeftOut(NotPassedError):
     """A case that cannot run here; the message says what it waits for."""
 
-
-class Late(Exception):
-    """A case that ended before all of it was done; `figures` go into its line."""
-
-    def __init__(self, cause: str, **figures: Any) -> None:
-        super().__init__(cause)
-        self.figures = figures
-
-
-class CaseFailed(Exception):
-    """A case that gave a wrong result; `figures` go into its line."""
-
-    def __init__(self, cause: str, **figures: Any) -> None:
-        super().__init__(cause)
-        self.figures = figures
+    state = LEFT_OUT
 
 
 class Work:
-    """A stage's cases within one process.
+    """Cases within one process.
 
     Args:
         stage: its name in the lines.
         lines: where they go.
-        until: on the clock `time.monotonic`, when the process is killed.
+        until: on the clock, when the process is killed, or begins nothing more.
         part, parts: which of several processes that share the cases this is.
         rehearsal: on a machine without a GPU, at sizes that a CPU computes in moments.
         again: lines of an earlier run, of which what passed is not run again.
         since: byte of the lines' file where this run begins.
+        clock: seconds.
     """
 
     def __init__(
@@ -64,14 +70,10 @@ class Work:
         rehearsal: bool = False,
         again: Path | None = None,
         since: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.stage = stage
-        self.lines = lines
-        self.until = until
-        self.part = part
-        self.parts = parts
-        self.rehearsal = rehearsal
-        self.since = since
+        self.stage, self.lines, self.until, self.clock = stage, lines, until, clock
+        self.part, self.parts, self.rehearsal, self.since = part, parts, rehearsal, since
         earlier = set() if again is None else ended_cases(read(again), stage, (PASSED,))
         self._done = earlier | ended_cases(read(lines.path, since), stage)
 
@@ -80,8 +82,8 @@ class Work:
         return self.lines.path.parent
 
     def left(self) -> float:
-        """Seconds until the process is killed."""
-        return self.until - time.monotonic()
+        """Seconds until time is up."""
+        return self.until - self.clock()
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
         """This part's items."""
@@ -99,26 +101,25 @@ class Work:
             return
         self._done.add(name)
         if self.left() < least:
-            self._say(name, LATE, cause=f"no time: {max(0.0, self.left()):.0f} s left, it needs {least:.0f}")
+            self.say(name, LATE, cause=f"no time: {max(0.0, self.left()):.0f} s left, it needs {least:.0f}")
             return
-        self._say(name, BEGUN, limit=round(limit, 1))
-        start = time.monotonic()
+        self.say(name, BEGUN, limit=round(limit, 1))
+        # A call that never comes back from the GPU's driver holds Python's lock: no signal handler would run.
         if limit < self.left():
-            # A call that never comes back from the GPU's driver holds Python's lock: no signal handler would run.
             faulthandler.dump_traceback_later(limit, exit=True)
+        start = self.clock()
         try:
-            figures, state = run() or {}, PASSED
-        except Exception as error:
-            state, figures = judged(error)
+            state, figures = outcome(run)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        self._say(name, state, seconds=round(time.monotonic() - start, 2), **figures)
+        self.say(name, state, seconds=round(self.clock() - start, 2), **figures)
         if state == FAILED:
             self._end_if_broken()
 
-    def _say(self, name: str, state: str, **figures: Any) -> None:
+    def say(self, name: str, state: str, **figures: Any) -> None:
+        """Write a case's line, and a short one to who looks on."""
         self.lines.write(stage=self.stage, case=name, part=self.part, state=state, **figures)
-        print(f"[{self.stage}] {name}: {state} {figures.get('cause', '')}", flush=True)
+        print(f"[{self.stage}] {name}: {state} {figures.get('cause') or progress(figures)}", flush=True)
 
     def _end_if_broken(self) -> None:
         """A fault of a kernel leaves the process's device context unusable: whatever came next would fail as well."""
@@ -133,14 +134,29 @@ class Work:
             sys.exit(BROKEN)
 
 
+def passed(entry: Figures, **figures: Any) -> Figures:
+    """What a line says of a case's entry. Raises: CaseFailed if a contestant of ours gave a wrong result or none; the
+    others' times are in its figures."""
+    figures = {"result": entry, **figures}
+    if wrong := failures({"cases": [entry]}):
+        raise CaseFailed(wrong[0], **figures)
+    return figures
+
+
+def outcome(run: Callable[[], Figures | None]) -> tuple[str, Figures]:
+    """The state in which a case ends, and what to say with it."""
+    try:
+        return PASSED, run() or {}
+    except Exception as error:
+        return judged(error)
+
+
 def judged(error: Exception) -> tuple[str, Figures]:
     """The state that an exception means, and what to say with it."""
-    if isinstance(error, LeftOut):
-        return LEFT_OUT, {"cause": str(error)}
-    if isinstance(error, Late):
-        return LATE, {"cause": str(error), **error.figures}
     if isinstance(error, ImportError) and _is_absent(error.name):
         return LEFT_OUT, {"cause": f"needs {str(error.name).split('.')[0]}"}
+    if isinstance(error, NotPassedError) and error.state != FAILED:
+        return error.state, {"cause": str(error), **error.figures}
     traceback.print_exception(error)
     return FAILED, {"cause": cause_of(error), **getattr(error, "figures", {})}
 
