@@ -190,9 +190,8 @@ def read_container(
         _check_identity(header.metadata, kind, protection)
         limit = MAX_ENCRYPTED_BYTES if max_bytes is None and protection == "encrypted" else max_bytes
         if limit is not None and header.data_bytes > limit:
-            raise FileRefusedError(
-                "format", f"the file has {header.data_bytes} bytes of data, expected at most {limit}"
-            )
+            too_much = f"the file has {header.data_bytes} bytes of data, expected at most {limit}"
+            raise FileRefusedError("format", too_much)
         metadata = {name: value for name, value in header.metadata.items() if name not in _RESERVED}
         if check is not None:
             check(metadata)
@@ -240,9 +239,8 @@ def _reading_secret(key: Secret | bytes | None, passphrase: str | bytes | None, 
     n, r, p = (int(word) for word in words[1:])
     max_n, only_r, max_p = MAX_SCRYPT
     if not 2 <= n <= max_n or n & (n - 1) or r != only_r or not 1 <= p <= max_p:
-        raise FileRefusedError(
-            "format", f"kdf: {metadata['kdf']!r:.80} is out of bounds, the most is scrypt {MAX_SCRYPT}"
-        )
+        bounds = f"kdf: {metadata['kdf']!r:.80} is out of bounds, the most is scrypt {MAX_SCRYPT}"
+        raise FileRefusedError("format", bounds)
     return _stretch(passphrase, bytes.fromhex(metadata["salt"]), n, r, p)
 
 
