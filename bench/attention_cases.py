@@ -1,6 +1,6 @@
 """Attention of several tokens and of one on a permuted or a sealed cache, and a cache unlocked with a shared key."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -186,7 +186,9 @@ def step(*, position: bool = False, sealed: bool = False) -> Operation:
     )
 
 
-def against_sdpa(finish, *, sealed: bool, backends: bool = True) -> Iterator[Contestant]:
+def against_sdpa(
+    finish: Callable[[Inputs, Tensor], Tensor], *, sealed: bool, backends: bool = True
+) -> Iterator[Contestant]:
     """PyTorch's attention and its backends on plain Q, K, V. What brings a backend's output into SCX's encoding is not
     timed."""
     if sealed:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-import transformers  # loads a class when it is asked for
+import transformers  # loads a class when it is asked for, which is not here
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Shape:
         block = attention + 3 * self.hidden * self.feed_forward + 2 * self.hidden
         return self.layers * block + 2 * self.vocabulary * self.hidden + self.hidden
 
-    def config(self, **options: Any) -> transformers.LlamaConfig:
+    def config(self, **options: Any) -> Any:
         """The transformers configuration of a model of this shape."""
         return transformers.LlamaConfig(
             vocab_size=self.vocabulary,
