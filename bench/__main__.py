@@ -85,7 +85,7 @@ def main() -> int:
     lines.path.unlink(missing_ok=True)
     for text in about["warnings"]:
         print(f"doubtful: {text}", flush=True)
-    interruption = []
+    interruption, start = [], time.monotonic()
     try:
         measure(lines, about, options, device)
     except KeyboardInterrupt:
@@ -93,6 +93,7 @@ def main() -> int:
     said = read(lines.path)
     content = {"provenance": about, **content_of(said)}
     content["left_out"] = [*left_out(device.type == "cuda", options.all), *content["left_out"], *interruption]
+    content |= {"seconds": round(time.monotonic() - start, 1), "interrupted": bool(interruption)}
     show(content)
     print("written:", write_json(path, content), *write_report(content, path))
     if interruption:

@@ -33,6 +33,9 @@ PROMPT = 8
 """Tokens of a cache that are really prefilled; the others' K and V are random numbers, the same for everybody."""
 
 FEW_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 2, 4, 12
+LOADING = 4.0
+"""Seconds of a usual machine until there is a model with its contestants."""
+
 AGREEMENT = 4
 """How many times further than transformers' eager attention SCX may be from its sdpa attention: both only reorder
 sums, SCX in more places."""
@@ -324,6 +327,9 @@ def jobs(device: torch.device, everything: bool) -> Iterator[Job]:
             held[case.model] = Field(*load(case.model, case.dtype, device))
         return held[case.model]
 
+    def seconds(case: ModelCase) -> float:
+        return case.seconds + (0.0 if case.model in held else LOADING)
+
     for case in (*model_cases(on_cuda, everything), *split_cases(on_cuda), *compiled_cases(on_cuda, everything)):
         begin = partial(rounds, case, partial(field_of, case), 2.0 if on_cuda else 4.0)
-        yield Job(case.id, begin, case.is_marked, FEW_ROUNDS, case.seconds)
+        yield Job(case.id, begin, case.is_marked, FEW_ROUNDS, partial(seconds, case))

@@ -463,6 +463,7 @@ def test_an_interrupted_command(command_line: Callable[..., Any]) -> None:
     assert status == 130
     assert [e["id"] for e in content["cases"]] == ["model/x"]
     assert "interruption" in content["left_out"][-1]
+    assert content["interrupted"]
 
 
 def test_only_wanted_cases(command_line: Callable[..., Any]) -> None:
