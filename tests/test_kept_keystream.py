@@ -24,6 +24,7 @@ from scx import (
     save_kvcache,
     split_kvcache_dynamic,
 )
+from scx.models.llama import model_shape
 from scx_kernels import KeptKeystream, Sealing, WriteCounter, kept, key_words, sealing
 from scx_kernels.chacha import BLOCK_BYTES
 
@@ -448,8 +449,6 @@ def test_nothing_is_kept_on_an_accelerator(model) -> None:
 
 
 def shape_and_batch(model) -> tuple:
-    from scx.models.llama import model_shape
-
     return model_shape(model), 1
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from scx import SCXKeyGenerator, decode_kvcache, decode_llama, encode_llama, encoded_llama
+from scx_kernels import permuted_linear
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -228,7 +229,6 @@ def test_rows_between_blocks_are_permuted_with_redundant_rows(llama, prompt) -> 
 def test_noise_covers_the_first_blocks_input(llama, prompt) -> None:
     """With alp the rows that the first block's products see are far from the plain ones, every time by other noise."""
     ids, seen = prompt(8), []
-    from scx_kernels import permuted_linear
 
     def spy(x, *args, image=None, **options):
         seen.append(x)

@@ -14,6 +14,7 @@ from bench.rehearsal.operators import Operators
 from bench.rehearsal.settings import SETTINGS, covering
 from bench.rehearsal.tensors import CUDA, StandIn
 from scx.keystream import KeyStream, Secret
+from scx_kernels import inject_permute
 from scx_kernels.kernels.launch import TARGETS
 
 PLANTED = Path(__file__).parent / "planted.py"
@@ -152,8 +153,6 @@ def test_shapes_flow_without_values() -> None:
 
 def test_the_packages_operators_need_somebody_who_runs_them(device) -> None:
     """A stand-in by itself refuses them by name, where it could only guess."""
-    from scx_kernels import inject_permute
-
     with pytest.raises(NotImplementedError, match="inject_permute"):
         inject_permute(torch.ones(1, 2, 16, device="cuda"), torch.tensor([[1, 0]]).to("cuda"))
 

@@ -30,7 +30,7 @@ from scx import (
 )
 from scx.audit import order_rows
 from scx.encoding import FeatureKey, LayerKeys, Noise, RowKey, TokenKeys
-from scx.keys import PassKeys
+from scx.keys import ModelShape, PassKeys
 from scx.keystream import KeyStream, Secret
 from scx.models.llama import model_shape
 from scx.models.step import Step
@@ -577,8 +577,6 @@ def test_bytes_follow_the_formula(
 
 def test_few_crossings_move_less() -> None:
     """For grouped-query models a prefill moves at most 0.6 of the paper's bytes, with few protected layers."""
-    from scx.keys import ModelShape
-
     for layers, hidden, heads, groups, size in ((30, 576, 9, 3, 64), (32, 4096, 32, 8, 128), (80, 8192, 64, 8, 128)):
         shape = ModelShape(layers, hidden, heads, groups, size, 1000, 1.0, "")
         for tokens, redundant in ((64, 0), (1024, 64)):

@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from scx import SCXKeyGenerator, encode_llama, restore_conversation
 from scx.models.llama import model_shape
 from scx.party import PartyLostError
 from scx.party.boundary import Request
-from scx.party.process import RemoteParty
+from scx.party.process import Peer, RemoteParty
 from scx.party.replies import ReplyRule
 from scx.party.secure import split_plan
 
@@ -116,12 +118,6 @@ def test_nobody_joins() -> None:
 @torch.no_grad()
 def test_late_answer(prompt) -> None:
     """A party that takes a request and does not answer is given up in time."""
-    from threading import Thread
-
-    from torch.distributed import TCPStore
-
-    from scx.party.process import Peer
-
     model, remote = split_over_processes(timeout=2.0)
     done: list[str] = []
 
