@@ -61,7 +61,7 @@ def stand_in(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         yield
         return
-    from bench.null_driver import no_launches  # it needs Triton, which others here do not
+    from bench.null_driver import no_launches  # it needs Triton, which others here do not  # noqa: PLC0415
 
     with no_launches(), operations.accelerator(device.type):
         yield
@@ -144,7 +144,7 @@ def _call_of(case: str, model: Any, ids: Tensor) -> Call:
 
 def launchers(device: torch.device) -> dict[str, tuple[Call, Call]]:
     """By name, each operation of a decoded token as users call it, and its launcher, on the same arguments."""
-    from scx_kernels.kernels import attention, product, qkv, rows  # needs Triton
+    from scx_kernels.kernels import attention, product, qkv, rows  # needs Triton  # noqa: PLC0415
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device)
@@ -185,7 +185,7 @@ def operation_rounds(name: str, device: torch.device) -> Iterator[dict[str, Any]
     """The entries of an operation of `launchers`: milliseconds a call of the public function, of its launcher, and of
     the launcher without its plans, and each over the launcher."""
     # Where Triton is missing there is no launcher.
-    from scx_kernels.kernels.plans import plans_off
+    from scx_kernels.kernels.plans import plans_off  # noqa: PLC0415
 
     def within(context: Callable[[], AbstractContextManager[None]], call: Call) -> float:
         with context():

@@ -187,7 +187,7 @@ def _keystream_rate(device: torch.device, rounds: int) -> float:
     """Of keystream that stays in registers but for a word of each block; on a CPU of `random_bits`, which writes it."""
     streams, key = torch.arange(192, device=device).view(64, 3), key_of(device)
     if device.type == "cuda":
-        from bench.keystream import fold  # where Triton is missing there is no keystream to measure
+        from bench.keystream import fold  # where Triton is missing there is no keystream to measure  # noqa: PLC0415
 
         blocks = 1 << 24
         return _rate(64 * blocks / 1e9, time_calls(lambda key: fold(key, blocks, rounds), [key], device, 100))

@@ -264,8 +264,8 @@ def markdown(content: Content) -> str:
 
 def show(content: Content) -> None:
     """Print the short tables."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table as RichTable  # noqa: PLC0415
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables(content):

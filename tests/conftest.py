@@ -109,7 +109,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def llama() -> "PreTrainedModel":
-    from tiny import tiny_model
+    from tiny import tiny_model  # noqa: PLC0415
 
     return tiny_model()
 
@@ -117,7 +117,7 @@ def llama() -> "PreTrainedModel":
 @pytest.fixture
 def prompt(device: torch.device) -> Callable[..., torch.Tensor]:
     """Random tokens (batch, length), never the padding token."""
-    from tiny import VOCABULARY
+    from tiny import VOCABULARY  # noqa: PLC0415
 
     def draw(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -28,7 +28,7 @@ def test_published_vectors(vector):
 @needs("cryptography", "safetensors", "transformers")
 def test_random_bits_are_those_of_a_session():
     """What a session draws on the CPU, an accelerator draws for itself: permutations and noise need no copy."""
-    from scx.keystream import KeyStream, Secret
+    from scx.keystream import KeyStream, Secret  # noqa: PLC0415
 
     stream = KeyStream(Secret(KEY))
     streams = [(0, 0, 0), (5, 6, 2**32 - 1), (2**31, 1, 0)]

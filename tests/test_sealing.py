@@ -37,7 +37,7 @@ def test_published_vectors(vector):
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 64), (torch.float16, 80), (torch.bfloat16, 10)])
 def test_row_is_keystream_of_the_library(dtype, size):
     """The layout, said in another way: bytes of a head's row are bytes of ChaCha20 from a 16-byte nonce on."""
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms  # noqa: PLC0415
 
     writes, layer, blocks = torch.tensor([[7, 2**28 + 5, 2**59 + 1]]), 513, -(-size * dtype.itemsize // 64)
     own = Sealing(key_words(KEY), writes, layer, 20, first_head=3)

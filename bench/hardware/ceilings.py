@@ -46,7 +46,7 @@ def ceilings(device: torch.device, rehearsal: bool) -> dict[str, Any]:
 
 def launches(device: torch.device) -> dict[str, Any]:
     """An idle kernel of Triton's through the package's `launch`, and PyTorch's addition of one number to another."""
-    from bench.hardware.idle import idle  # where Triton is missing, it is this case alone that is left out
+    from bench.hardware.idle import idle  # where Triton is missing, it is this case alone that is left out  # noqa: PLC0415
 
     inputs = [torch.randn(1, device=device) for _ in range(8)]
 

@@ -31,9 +31,9 @@ def run(work: Work) -> None:
 def warm(name: str, length: int, rehearsal: bool) -> None:
     """The warm-up that users call, on two blocks: what it compiles serves a model of any depth."""
     # A machine may lack what they need: then it is these cases alone that are left out.
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM  # noqa: PLC0415
 
-    from scx import SCXKeyGenerator, encode_llama, warm_up
+    from scx import SCXKeyGenerator, encode_llama, warm_up  # noqa: PLC0415
 
     torch.manual_seed(0)
     with torch.device(device_of(rehearsal)):

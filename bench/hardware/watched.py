@@ -77,7 +77,7 @@ def sanitized(rehearsal: bool, until: float) -> None:
 
 def counted(rehearsal: bool, until: float) -> None:
     """Every case that begins in time, so that the tool, which writes at the end, comes to write."""
-    from bench.hardware.idle import idle  # needs Triton
+    from bench.hardware.idle import idle  # needs Triton  # noqa: PLC0415
 
     device = device_of(rehearsal)
     anything = torch.empty(1, device=device)

@@ -89,10 +89,10 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: A
 
 def draw_caches(plain: Cache, encoded: EncodedCache, layer: int, path: Path, title: str) -> None:
     """One picture: K and V of a layer as the plain model stores them, as SCX does, and as its session decodes them."""
-    import matplotlib
+    import matplotlib  # noqa: PLC0415
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # noqa: PLC0415
 
     decoded = decode_kvcache(encoded, encoded.session)
     columns = (("plain model", plain), ("stored under SCX", encoded), ("decoded with the session's key", decoded))
@@ -123,8 +123,8 @@ def _draw_states(axis: "Axes", states: Tensor, limit: float) -> Any:
 
 
 def _print_table(plain: Answer, encoded: Answer) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
 
     agree = bool(torch.equal(plain.tokens, encoded.tokens))
     common = min(len(plain.logits), len(encoded.logits))

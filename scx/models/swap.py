@@ -40,7 +40,7 @@ def _swap(module: Any, kind: type[Any]) -> None:
     if hook is None:
         module.__class__ = kind
         return
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module  # noqa: PLC0415
 
     remove_hook_from_module(module)
     del module.forward  # the original's, which accelerate leaves in the instance in front of the class
