@@ -4,12 +4,12 @@ It spends its time on types and checks, hardly any on numbers: what it makes ane
 kept here, and what it computes and then drops is not computed."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from triton.language import core
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction
 
 
 def hasten() -> None:
@@ -21,18 +21,18 @@ def hasten() -> None:
 
 
 def patch_once() -> None:
-    """Whenever a kernel calls a function, Triton's interpreter goes through all of `triton.language` to put its own
-    functions in the place of the compiler's, a third of the time of these tests; and it leaves them there. So the first
-    call of each function is enough: what a launch takes back at its end, the next launch puts there itself."""
-    patch_and_call, patched = InterpretedFunction.__call__, set()
+    """Whenever a kernel is launched or calls a function, Triton's interpreter goes through all of `triton.language` to
+    put its own functions in the place of the compiler's; a launch takes them back at its end, a call leaves them. Once
+    for each function is enough, and nothing here compiles: they stay."""
+    patch, patched = interpreter._patch_lang, set()
 
-    def call(self: InterpretedFunction, *args: Any, **options: Any) -> Any:
-        if self.fn in patched:
-            return self.rewrite()(*args, **options)
-        patched.add(self.fn)
-        return patch_and_call(self, *args, **options)
+    def patch_new(function: Callable) -> interpreter._LangPatchScope:
+        if function not in patched:
+            patched.add(function)
+            patch(function)
+        return interpreter._LangPatchScope()
 
-    InterpretedFunction.__call__ = call
+    interpreter._patch_lang = patch_new
 
 
 def drop_unread_checks() -> None:

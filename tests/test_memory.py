@@ -175,6 +175,7 @@ def test_what_lies_unsealed_of_a_sealed_cache(prompt) -> None:
             assert all(not rows_shared(seen, x) for seen in recorder.written for x in states)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"redundant_num": REDUNDANT, "alp": True}], ids=["bare", "all encodings"])
 def test_nobody_waits_for_the_host(options: dict, prompt) -> None:

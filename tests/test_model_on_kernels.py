@@ -9,6 +9,7 @@ import scx_kernels as ops
 from scx import SCXKeyGenerator, decode_kvcache, encoded_llama
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @by_dtype

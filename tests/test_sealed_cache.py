@@ -206,6 +206,7 @@ def test_a_thread_computes_a_block_of_its_own(dtype, size):
         assert plain | other == sealed | other
 
 
+@pytest.mark.slow
 @by_dtype
 @pytest.mark.parametrize(
     ("slots", "size", "tile"),

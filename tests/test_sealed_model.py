@@ -330,6 +330,7 @@ def sliding_model(family: str, window: int, **options):
 class TestSlidingWindows:
     """A layer that slides keeps its window's rows alone, sealed, and does what a permuted one does."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
     @pytest.mark.parametrize(("window", "length"), [(5, 12), (6, 6), (9, 5), (2, 4)])

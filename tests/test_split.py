@@ -110,6 +110,7 @@ def test_half_precision(prompt, crossings: str, dtype: torch.dtype) -> None:
     check_logits(model, {"input_ids": prompt(9, 2)}, crossings, 24 * torch.finfo(dtype).eps * largest)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @by_crossings
 @pytest.mark.parametrize("family", FAMILIES)
