@@ -93,8 +93,8 @@ def _seal_kernel(
         if HEAD_DIM * BITS % 512 != 0:
             mask = mask & (columns < HEAD_DIM)
         x = tl.load(x_rows[:, None] + columns.to(tl.int64) * stride_x_feature, mask=mask, other=0)
-        sealed = x ^ bits.to(x.dtype, bitcast=True)
-        tl.store(out_rows[:, None] + columns.to(tl.int64) * stride_out_feature, sealed, mask=mask)
+        places = out_rows[:, None] + columns.to(tl.int64) * stride_out_feature
+        tl.store(places, x ^ bits.to(x.dtype, bitcast=True), mask=mask)
 
 
 # How much is drawn changes from request to request: one compiled kernel serves every length.
