@@ -1,6 +1,6 @@
 """Tables and pictures of a result file: `python -m bench.report FILE` prints the short table and writes the rest.
 
-Beside FILE.json go FILE.md (every case, and short tables for the README), FILE-roofline.png and FILE-context.png.
+Beside FILE.json go FILE.md (every case, and short tables), FILE-roofline.png and FILE-context.png.
 """
 
 import argparse

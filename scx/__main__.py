@@ -10,7 +10,7 @@ from scx.party.plan import CROSSINGS
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scx", description="SCX on a real model.")
+    parser = argparse.ArgumentParser(prog="scx", description="SCX on a real model.")
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("demo", help="answer a prompt twice, plain and encoded, and compare")
     shown.add_argument("--model", help="directory or hub id (default: SmolLM2-135M-Instruct)")
