@@ -4,7 +4,8 @@
 runs each kernel N times on the same inputs and demands the same bits (`parity.run_kernel`).
 
 `-m "not slow"` leaves out what is marked `slow`: tests that start processes with models or compilers in them, load or
-build a large model, or take more than a few seconds of a core; and of tests in several dtypes the half precisions.
+build a large model, or take more than a few seconds of a core; of tests in several dtypes the half precisions; and
+whole files about what does not change from edit to edit: how benchmarks and a GPU's stages run, what is packed.
 """
 
 import hashlib
@@ -72,7 +73,12 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return PatientModule.from_parent(parent, path=module_path)
 
 
+SLOW_FILES = {"test_bench_run.py", "test_hardware.py", "test_hardware_run.py", "test_packaging.py"}
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.name in SLOW_FILES:
+        item.add_marker(pytest.mark.slow)
     given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     if given.get("dtype") in (torch.float16, torch.bfloat16):
         item.add_marker(pytest.mark.slow)
