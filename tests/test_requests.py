@@ -228,6 +228,9 @@ class TestRefusedRequests:
         other = encoded(ids).past_key_values
         foreign = split_kvcache_dynamic(other, gpu_layers=[1])[1]
         self.refuse(encoded, ValueError, "differ", ids[:, :1], gpu_kvcache=gpu, cpu_kvcache=foreign)
+        for name, parts in (("gpu_kvcache", (DynamicCache(), cpu)), ("cpu_kvcache", (gpu, DynamicCache()))):
+            message = rf"{name}: expected a part .* \(EncodedCache\), got DynamicCache"
+            self.refuse(encoded, TypeError, message, ids[:, :1], gpu_kvcache=parts[0], cpu_kvcache=parts[1])
         assert gpu.get_seq_length() == cpu.get_seq_length() == 4
 
     @torch.no_grad()

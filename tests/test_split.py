@@ -791,8 +791,10 @@ def test_refusals(llama, prompt) -> None:
         llama(prompt(1, 3), past_key_values=cache)
     with pytest.raises(ValueError, match="the conversation's first tokens are None"):
         llama(prompt(1, 2), past_key_values=cache, attention_mask=torch.tensor([[0, *[1] * 6]] * 2))
-    with pytest.raises(ValueError, match="expected a part|parts of different"):
+    with pytest.raises(ValueError, match="parts of different"):
         llama(prompt(1, 2), gpu_kvcache=cache.divide([1])[0], cpu_kvcache=llama(ids).past_key_values.divide([1])[1])
+    with pytest.raises(TypeError, match=r"cpu_kvcache: expected a part .* \(ConversationPart\), got DynamicCache"):
+        llama(prompt(1, 2), gpu_kvcache=cache.divide([1])[0], cpu_kvcache=plain)
     assert cache.get_seq_length() == 6
     decode_llama(llama)
     encode_llama(llama, keys_for(llama), "cpu")

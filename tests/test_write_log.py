@@ -1,9 +1,10 @@
 """Write numbers of a sealed cache's layers: one log for layers that the same passes filled, and none written over."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from scx.kvcache.layers import SealedLayer, SharedLogs
+from scx.kvcache.layers import SealedLayer, SealedSlidingLayer, SharedLogs, append
 
 HEADS, SIZE = 2, 16
 
@@ -88,3 +89,12 @@ def test_what_one_layer_held_is_never_taken_for_another_s() -> None:
         passed(layer, numbers(9000, 1), shared)
         assert layer.writes.tolist() == [[*range(100 * layer_number, 100 * layer_number + 5), 9000]]
         del layer
+
+
+@pytest.mark.parametrize("layer", [SealedLayer(), SealedSlidingLayer(sliding_window=4)], ids=lambda x: type(x).__name__)
+def test_nothing_goes_into_a_sealed_layer_as_it_is(layer: SealedLayer) -> None:
+    """Not even by the function that fills a layer which is not sealed."""
+    states = torch.zeros(1, HEADS, 2, SIZE)
+    with pytest.raises(TypeError, match="expected one that is not sealed"):
+        append(layer, states, states)
+    assert layer.held_tokens == 0

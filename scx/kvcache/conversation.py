@@ -31,7 +31,8 @@ class ConversationCache(DynamicCache):
         cpu_device: torch.device | str = "cpu",
     ) -> tuple[CachePart, CachePart]:
         """(untrusted part, secure part), as `split_kvcache_dynamic` returns them, with its arguments and errors."""
-        raise NotImplementedError
+        # Not an abstract method: a plain cache becomes one of ours by its class, and nothing would ask for it.
+        raise NotImplementedError(f"a {type(self).__name__} is the cache of no placement")
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What a plain model would call; its K and V must not be mixed with encoded ones."""

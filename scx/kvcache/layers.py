@@ -151,7 +151,12 @@ class GrowingLayer(DynamicLayer):
 
 
 def append(layer: GrowingLayer, k: Tensor, v: Tensor) -> Stored:
-    """Append plain or permuted K and V (B, G, n, d) to a layer that is not sealed. Returns all of its K and V."""
+    """Append plain or permuted K and V (B, G, n, d) to a layer that is not sealed. Returns all of its K and V.
+
+    Raises: TypeError for a sealed layer, in which they would lie as they are.
+    """
+    if isinstance(layer, SealedLayer):
+        raise TypeError("layer: expected one that is not sealed; `EncodedLayers.append` seals what it writes")
     batch, groups, tokens, size = k.shape
     slots = layer.room(tokens, (batch, groups, size), k)
     slots.keys[:, :, slots.offset : slots.offset + tokens] = k

@@ -1,6 +1,7 @@
 """What an encoded model is, in either placement: whose keys it uses, and how it takes a request and answers."""
 
 import weakref
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from scx.models.request import Admitted, admit
 __all__ = ["EncodedModel", "ModelEncoding"]
 
 
-class ModelEncoding:
+class ModelEncoding(ABC):
     """What an encoded model knows beyond its weights: whose keys, and the sessions that are alive.
 
     `cache_kind` is the placement's kind of cache, `part_kind` what that is divided into.
@@ -48,9 +49,9 @@ class ModelEncoding:
         """A session of this model that is still alive, by its public id."""
         return self._sessions.get(session_id)
 
+    @abstractmethod
     def undo(self, decoder: Decoder) -> None:
         """Undo what the placement did to the decoder's modules, other than to its own class."""
-        raise NotImplementedError
 
     def check_adoptable(self, cache: Cache | None) -> None:
         """An empty cache given to a prefill must be one that can become the session's."""
@@ -108,4 +109,5 @@ class EncodedModel(nn.Module):
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         """The placement's answer to a request."""
-        raise NotImplementedError
+        # Not an abstract method: a model's class is swapped, never made anew, and nothing would ask for it.
+        raise NotImplementedError(f"{type(self).__name__} is in no placement")

@@ -85,8 +85,10 @@ def _join(
         raise ValueError("gpu_kvcache and cpu_kvcache: give both parts of a split cache")
     for name, part in (("gpu_kvcache", gpu_kvcache), ("cpu_kvcache", cpu_kvcache)):
         if not isinstance(part, part_kind):
-            given = type(part).__name__
-            raise TypeError(f"{name}: expected an encoded cache's part of this placement, got {given}")
+            raise TypeError(
+                f"{name}: expected a part of an encoded cache as this placement divides it ({part_kind.__name__}), "
+                f"got {type(part).__name__}"
+            )
     return gpu_kvcache.join(cpu_kvcache)
 
 
