@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import scx_kernels as ops
 from scx.architecture import is_plain_rms_norm
 from scx.devices import upload
+from scx.projections import noise_images
 
 __all__ = [
     "ENCODINGS",
@@ -102,19 +103,18 @@ class RowKey:
     def __repr__(self) -> str:
         return "RowKey(identity)" if self.entry is None else f"RowKey(rows={self.entry.shape[1]})"
 
-    def enter(self, rows: Tensor, norm: nn.Module | None = None, noise: "Noise | None" = None) -> Tensor:
+    def enter(self, rows: Tensor, norm: nn.Module | None = None, noise: Tensor | None = None) -> Tensor:
         """(B, N, F) -> the (B, T, F) rows of this encoding, with fresh redundant rows; normalised and under noise if
-        these are given."""
-        added = None if noise is None else noise.noise
+        these are given, noise (B, T, F) in the accumulation dtype."""
         if norm is None:
-            is_identity = self.entry is None and added is None
-            return rows if is_identity else ops.inject_permute(rows, self.entry, self.redundant, noise=added)
+            is_identity = self.entry is None and noise is None
+            return rows if is_identity else ops.inject_permute(rows, self.entry, self.redundant, noise=noise)
         if is_plain_rms_norm(norm):
             weight: Any = norm.weight
             eps: Any = norm.variance_epsilon
-            return ops.inject_permute(rows, self.entry, self.redundant, norm_weight=weight, eps=eps, noise=added)
+            return ops.inject_permute(rows, self.entry, self.redundant, norm_weight=weight, eps=eps, noise=noise)
         entered: Tensor = norm(rows if self.entry is None else ops.inject_permute(rows, self.entry, self.redundant))
-        return entered if added is None else ops.inject_permute(entered, None, noise=added)
+        return entered if noise is None else ops.inject_permute(entered, None, noise=noise)
 
     def enter_heads(self, heads: Tensor, feature_index: Tensor) -> Tensor:
         """(B, S, H, d) attention output -> (B, T, H*d) encoded rows, their features in the order of feature_index."""
@@ -239,7 +239,7 @@ class TokenKeys:
 
 @dataclass(frozen=True, repr=False)
 class Noise:
-    """One-time noise of the first block: `noise` (B, T, D) and, per projection, its `image` (B, T, N).
+    """One-time noise of a block's input, `noise` (B, T, D), and its images behind q, k and v, (B, T, N) each.
 
     dtype: `scx_kernels.accumulation_dtype` of the model's.
     """
@@ -250,8 +250,13 @@ class Noise:
     def __repr__(self) -> str:
         return f"Noise(batch={self.noise.shape[0]}, rows={self.noise.shape[1]})"
 
-    def __getitem__(self, rows: slice) -> "Noise":
-        return Noise(self.noise[:, rows], tuple(image[:, rows] for image in self.images))
+    @classmethod
+    def of(cls, noise: Tensor, projections: Sequence[nn.Module], layer: int = 0) -> "Noise":
+        """Noise with the images that a layer's projections give it now.
+
+        Raises: ValueError for a projection that is not linear.
+        """
+        return cls(noise, noise_images(projections, noise, layer))
 
 
 @dataclass(frozen=True)

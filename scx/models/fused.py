@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import scx_kernels as ops
-from scx.architecture import QKV, SUPPORTED, Decoder, head_norms, is_plain_linear, sliding_window
-from scx.encoding import FeatureKey, Noise, RowKey
+from scx.architecture import SUPPORTED, Decoder, head_norms, is_plain_linear, sliding_window
+from scx.encoding import FeatureKey, RowKey
 from scx.keys import Session
 from scx.kvcache import EncodedCache
 from scx.kvcache.layers import Stored
@@ -29,8 +29,9 @@ from scx.models.encoded import EncodedModel, ModelEncoding
 from scx.models.request import Admitted
 from scx.models.step import Step
 from scx.models.swap import encode_class, restore_class
+from scx.projections import project_quiet, projection_dtype
 
-__all__ = ["EncodedAttention", "EncodedDecoderLayer", "FusedEncoding", "FusedModel", "check_plain_linear", "fuse"]
+__all__ = ["EncodedAttention", "EncodedDecoderLayer", "FusedEncoding", "FusedModel", "fuse"]
 
 
 class EncodedAttention(nn.Module):
@@ -53,7 +54,7 @@ class EncodedAttention(nn.Module):
         past_key_values: EncodedCache | None = None,
         *,
         scx_step: Step,
-        scx_noise: Noise | None = None,
+        scx_noise: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         layer_idx, device, cache = self.layer_idx, hidden_states.device, past_key_values
@@ -80,19 +81,13 @@ class EncodedAttention(nn.Module):
         rows, weights = self._attend(q, stored, attention_mask, feature_key, keys.output, **kwargs)
         return self.o_proj(rows.to(device)), weights
 
-    def _project_qkv(self, rows: Tensor, noise: Noise | None) -> Sequence[Tensor]:
+    def _project_qkv(self, rows: Tensor, noise: Tensor | None) -> Sequence[Tensor]:
         """The products of encoded rows, of q, k and v, (B, T, *) each; without the noise's image if there is noise."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        weights = [projection.weight for projection in projections]
-        biases = [projection.bias for projection in projections]
         if noise is not None:
-            for projection in projections:
-                check_plain_linear(projection, f"layers.{self.layer_idx}")
-            return [
-                ops.permuted_linear(rows, weight, bias=bias, image=image)
-                for weight, bias, image in zip(weights, biases, noise.images, strict=True)
-            ]
+            return project_quiet(projections, rows, noise, self.layer_idx)
         if all(is_plain_linear(projection) for projection in projections):
+            weights, biases = ([getattr(x, name) for x in projections] for name in ("weight", "bias"))
             return ops.permuted_linears(rows, weights, biases=biases)
         return [projection(rows) for projection in projections]
 
@@ -243,8 +238,8 @@ class FusedModel(EncodedModel):
             session = kept.session
 
         step = encoding.open_step(session, request, kept, self.embed_tokens.weight.device)
-        attention = self.layers[0].self_attn
-        step.prepare(request.batch, request.tokens, [attention.get_submodule(name).weight for name in QKV])
+        projection = self.layers[0].self_attn.q_proj
+        step.prepare(request.batch, request.tokens, projection_dtype(projection), projection.weight.device)
         # Who names a stage serves a model: the kernels, which have no backward, are not to be kept out by its weights.
         restored = nullcontext() if kept is None else kept.restored_on_failure()
         with torch.set_grad_enabled(torch.is_grad_enabled() and request.mode is None), restored:
@@ -269,15 +264,6 @@ def _decode_hidden_states(hidden_states: Sequence[Tensor | None], step: Step) ->
     decoded += hidden_states[1:]
     last = step.session.shape.num_layers
     return tuple(states if i >= last or states is None else step.leave(states) for i, states in enumerate(decoded))
-
-
-def check_plain_linear(projection: nn.Module, place: str) -> None:
-    """A projection behind noise must be one whose weight alone gives the noise's image."""
-    if not is_plain_linear(projection):
-        raise TypeError(
-            f"{place}: alp=True needs plain nn.Linear projections without hooks, whose weight alone gives the noise's "
-            f"image; got {type(projection).__name__}"
-        )
 
 
 def fuse(decoder: Decoder, encoding: FusedEncoding) -> None:

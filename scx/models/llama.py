@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from scx.architecture import QKV, Decoder, ModelShape, encoded_decoders, find_decoder, model_shape
+from scx.architecture import Decoder, ModelShape, encoded_decoders, find_decoder, model_shape
 from scx.calibration import measure_scale
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, check_generator
-from scx.models.fused import FusedEncoding, check_plain_linear, fuse
+from scx.models.fused import FusedEncoding, fuse
 from scx.models.split import SplitCausalLM, causal_lm, divide
 from scx.models.split import secure_device as named_device
 from scx.models.swap import check_forwards, restore_class
@@ -102,10 +102,6 @@ def encode_llama(
             needed = secure_parameters(decoder.layers, plan)
     _check_data(decoder, needed)
     check_forwards(decoder)
-    if key_generator.alp:
-        for name in QKV:
-            place = f"self_attn.{name}"
-            check_plain_linear(decoder.layers[0].get_submodule(place), f"model: layers.0.{place}")
     is_whole = not any(parameter.is_meta for parameter in decoder.layers.parameters())
     scale = _calibrate(decoder, key_generator, shape) if key_generator.redundant_num and is_whole else None
     if plan is not None and secure is not None:

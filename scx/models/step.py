@@ -1,12 +1,11 @@
 """The keys of one forward pass in the fused placement, and how the residual stream enters and leaves its encoding."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from scx.encoding import FeatureKey, LayerKeys, Noise, ResidualKey, TokenKeys
+from scx.encoding import FeatureKey, LayerKeys, ResidualKey, TokenKeys
 from scx.keys import Session
 
 __all__ = ["Step"]
@@ -30,7 +29,7 @@ class Step:
         self.session = session
         self.feature_key = feature_keys.feature_key
         self._token_keys = token_keys
-        self.noise: Noise | None = None  # of the first block's input, once prepared
+        self.noise: Tensor | None = None  # of the first block's input, once prepared
         self.writes: Tensor | None = None  # write numbers of the pass's tokens (B, S), where layers are sealed
         self._rows: Tensor
         self._on_device: dict[torch.device, tuple[ResidualKey, list[LayerKeys]]] = {}
@@ -57,18 +56,17 @@ class Step:
         keys = self._keys_on(device)
         return _IDENTITY if keys is None else keys[1][layer]
 
-    def prepare(self, batch: int, tokens: int, weights: Sequence[Tensor]) -> None:
+    def prepare(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         """Draw what the blocks will need before they run, so that nothing on their way waits for the host.
 
         Args:
-            weights: of the first block's q, k and v, (N, D) each, on the device that runs it.
+            dtype, device: of the first block.
         """
-        device = weights[0].device
         self.feature_key(0, device)
         key = self.layer_keys(0, device).attention
         if self.session.settings.alp:
             rows = tokens if key.entry is None else key.entry.shape[1]
-            self.noise = self.session.take_noise(batch, rows, weights)
+            self.noise = self.session.take_noise(batch, rows, dtype, device)
         if self.session.settings.sealed_layers:
             self.writes = self.session.take_writes(batch, tokens, device)
 
