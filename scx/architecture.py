@@ -205,9 +205,12 @@ def _check_projections(decoder: Decoder) -> None:
             projection = layer.get_submodule(name)
             weight = weight_of(projection) if isinstance(getattr(projection, "weight", None), Tensor) else None
             place = f"model: layers.{index}.{name} ({type(projection).__name__})"
-            if not isinstance(weight, Tensor) or weight.dtype not in _DENSE_DTYPES:
+            if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
                 kind = "no dense weight" if not isinstance(weight, Tensor) else f"a {weight.dtype} weight"
                 raise TypeError(f"{place} has {kind}; quantised projections are not supported")
+            if weight.dtype not in _DENSE_DTYPES:
+                served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DENSE_DTYPES)
+                raise TypeError(f"{place} has a {weight.dtype} weight; expected one of {served}")
             if isinstance(weight, DTensor):
                 raise TypeError(f"{place} is split over devices; tensor parallelism is not supported")
 

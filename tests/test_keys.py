@@ -294,8 +294,8 @@ class TestBadInput:
     def test_redundant_and_noise(self) -> None:
         with pytest.raises(ValueError, match="redundant_num"):
             generator(redundant_num=-1)
-        for wrong in (0.0, -1.0, float("inf"), float("nan")):
-            with pytest.raises(ValueError, match="noise_scale"):
+        for wrong in (0.0, -1.0, 40.5, 1e4, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="noise_scale: expected .* at most 40, beyond which noise no longer"):
                 generator(noise_scale=wrong)
         with pytest.raises(ValueError, match="noise_distribution: expected one of"):
             generator(noise_distribution="uniform")
