@@ -182,12 +182,17 @@ class FusedEncoding(ModelEncoding):
             restore_class(layer.self_attn)
             restore_class(layer)
 
-    def open_step(self, session: Session, request: Admitted, cache: EncodedCache | None, device: torch.device) -> Step:
+    def open_step(
+        self, session: Session, request: Admitted, cache: EncodedCache | None, embedding: nn.Embedding
+    ) -> Step:
         """The keys of one forward pass; rows of a lone token that continues a session stay in token order."""
-        token_keys = None
+        token_keys, device = None, embedding.weight.device
         if request.opens or request.tokens > 1:
             scale = None if self.scale is None else self.scale.to(device)
-            token_keys = session.draw_token_keys(request.tokens, request.batch, scale, self.dtype, device)
+            vocabulary = self.redundant_tokens(embedding) if self.generator.redundant_num else None
+            token_keys = session.draw_token_keys(
+                request.tokens, request.batch, scale, self.dtype, device, vocabulary=vocabulary
+            )
         return Step(session, session if cache is None else cache, token_keys)
 
     def check_adoptable(self, cache: Cache | None) -> None:
@@ -242,7 +247,7 @@ class FusedModel(EncodedModel):
             kept = encoding.check_cache(cache, request.batch)
             session = kept.session
 
-        step = encoding.open_step(session, request, kept, self.embed_tokens.weight.device)
+        step = encoding.open_step(session, request, kept, self.embed_tokens)
         attention = self.layers[0].self_attn
         step.prepare(request.batch, request.tokens, [attention.get_submodule(name).weight for name in QKV])
         # Who names a stage serves a model: the kernels, which have no backward, are not to be kept out by its weights.
