@@ -24,6 +24,7 @@ from scx.architecture import QKV, SUPPORTED, Decoder, head_norms, is_plain_linea
 from scx.encoding import FeatureKey, Noise, RowKey
 from scx.keys import Session
 from scx.kvcache import EncodedCache
+from scx.kvcache.conversation import ConversationCache
 from scx.kvcache.layers import Stored
 from scx.models.encoded import EncodedModel, ModelEncoding
 from scx.models.request import Admitted
@@ -60,7 +61,7 @@ class EncodedAttention(nn.Module):
         feature_key, keys = scx_step.feature_key(layer_idx, device), scx_step.layer_keys(layer_idx, device)
         cos, sin = position_embeddings
         slots, into = None, {}
-        if cache is not None:
+        if cache is not None and not self._wants_gradients(cache):
             slots = cache.room(layer_idx, cos.shape[1], feature_key.key.shape, self.q_proj.weight, scx_step.writes)
         if slots is not None:
             # A layer's first tokens attend to one another alone: their K and V go sealed into the cache, and unsealed,
@@ -79,6 +80,17 @@ class EncodedAttention(nn.Module):
             feature_key, keys = scx_step.feature_key(layer_idx, q.device), scx_step.layer_keys(layer_idx, q.device)
         rows, weights = self._attend(q, stored, attention_mask, feature_key, keys.output, **kwargs)
         return self.o_proj(rows.to(device)), weights
+
+    def _wants_gradients(self, cache: EncodedCache) -> bool:
+        """Whether gradients are to flow through the cache, into which nothing is then written in place."""
+        if not self.q_proj.weight.requires_grad or not torch.is_grad_enabled():
+            return False
+        if self.layer_idx in cache.session.settings.sealed_layers:
+            raise ValueError(
+                "cache_encoding: gradients do not flow through a sealed cache; "
+                "use torch.no_grad(), name the mode, or use_cache=False"
+            )
+        return True
 
     def _project_qkv(self, rows: Tensor, noise: Noise | None) -> Sequence[Tensor]:
         """The products of encoded rows, of q, k and v, (B, T, *) each; without the noise's image if there is noise."""
@@ -196,11 +208,13 @@ class FusedEncoding(ModelEncoding):
             raise ValueError("past_key_values: this is one part of a split cache")
 
     def check_cache(self, cache: Cache | None, batch: int) -> EncodedCache:
-        """A cache that is to be continued by `batch` sequences, attached to its session."""
+        """A cache that is to be continued by `batch` sequences, attached to its session; a plain one, encoded."""
+        if isinstance(cache, DynamicCache) and not isinstance(cache, ConversationCache):
+            return EncodedCache.encode(cache, self.open_session(batch))
         if not isinstance(cache, EncodedCache):
             raise TypeError(
-                f"past_key_values: expected an encoded cache, got a plain {type(cache).__name__} that holds tokens; "
-                "prefill with the encoded model"
+                f"past_key_values: expected an encoded cache, or a DynamicCache of the plain model, got a "
+                f"{type(cache).__name__} that holds tokens; prefill with the encoded model"
             )
         if not cache.is_complete:
             raise ValueError("past_key_values: this is one part of a split cache; give gpu_kvcache and cpu_kvcache")
@@ -215,6 +229,7 @@ class FusedEncoding(ModelEncoding):
             raise ValueError(
                 f"past_key_values: session {session.id} and the model's key generator differ: {difference}"
             )
+        cache.check_continued()
         if cache.rows != batch:
             raise ValueError(f"past_key_values: holds {cache.rows} sequences, the input has {batch}")
         session.keep_keystream = self.generator.keep_keystream
