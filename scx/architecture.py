@@ -33,6 +33,7 @@ __all__ = [
     "encoded_decoders",
     "find_decoder",
     "head_norms",
+    "is_hooked",
     "is_plain_linear",
     "is_plain_rms_norm",
     "keep_query_rows",
@@ -80,18 +81,25 @@ class ModelShape:
     fingerprint: str
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module(x)` is just `x @ weight.T + bias`: no subclass, no hook, no forward put around it."""
-    return type(module) is nn.Linear and not _is_hooked(module)
+    return type(module) is nn.Linear and not is_hooked(module)
 
 
 def is_plain_rms_norm(module: nn.Module) -> bool:
     """Whether `module(x)` is just Llama's RMS norm: one of transformers' classes for it, with no hook around it."""
-    return type(module) in PLAIN_RMS_NORMS and not _is_hooked(module)
+    return type(module) in PLAIN_RMS_NORMS and not is_hooked(module)
 
 
 def head_norms(attention: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from scx.calibration import measure_scale
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, check_generator
 from scx.models.fused import FusedEncoding, fuse
-from scx.models.split import SplitCausalLM, causal_lm, divide
+from scx.models.split import causal_lm, divide
 from scx.models.split import secure_device as named_device
 from scx.models.swap import check_forwards, restore_class
 from scx.party.process import RemoteParty
@@ -119,8 +119,6 @@ def decode_llama(model: PreTrainedModel) -> PreTrainedModel:
     decoders = list(encoded_decoders(model))
     if not decoders:
         raise ValueError("model: it is not encoded")
-    for outer in [module for module in model.modules() if isinstance(module, SplitCausalLM)]:
-        restore_class(outer)
     for decoder in decoders:
         decoder._scx.undo(decoder)
         restore_class(decoder)
