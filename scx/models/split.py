@@ -169,7 +169,7 @@ class SplitModel(EncodedModel):
         else:
             check_padding(first_key, encoding.check_conversation(request.cache, request.batch).first_key)
         encoding.prepare(self)
-        wants = wants_gradients(self, request.inputs_embeds)
+        wants = wants_gradients(self, request.inputs_embeds) or _follows_gradients(request)
         with encoding.computing():
             output = self._lead(request, position_ids, first_key, use_cache)
         return _without_gradients(output) if wants else output
@@ -249,8 +249,15 @@ class SplitModel(EncodedModel):
         return Rope(position_ids, cos, sin)
 
 
+def _follows_gradients(request: Admitted) -> bool:
+    """Whether earlier tokens of the conversation ask for gradients, which a plain cache would lead to."""
+    return torch.is_grad_enabled() and not request.opens and getattr(request.cache, "wants_gradients", False)
+
+
 def _without_gradients(output: SplitOutput) -> SplitOutput:
     """The output, if something asks for gradients: they do not come back over the boundary."""
+    if output.past_key_values is not None:
+        output.past_key_values.wants_gradients = True
     reason = (
         "gradients do not come back over the boundary of the split placement; train in the fused placement, or the "
         "plain model"

@@ -41,7 +41,8 @@ class SplitCache(ConversationCache):
     `session` has its keys, `party` the secure side that leads it. `tokens` counts cached tokens, `steps` those of its
     generation and `rows` sequences; `prefill_rows` is T of the prefill. `first_key` (rows,) is the first token of each
     sequence that is no padding, or None. `is_shared` says whether the untrusted side has the middle blocks' token
-    permutations; the first generated token shares them if nobody did before.
+    permutations; the first generated token shares them if nobody did before. `wants_gradients` says whether something
+    that filled it asked for gradients, which there are none of.
     """
 
     session: Session
@@ -52,6 +53,7 @@ class SplitCache(ConversationCache):
     prefill_rows: int
     first_key: Tensor | None
     is_shared: bool
+    wants_gradients: bool
     sequences: Tensor | None
     history: tuple[Tensor, Tensor] | None
     values: dict[int, Tensor]
@@ -70,7 +72,7 @@ class SplitCache(ConversationCache):
         adopted.session, adopted.session_id, adopted.party = session, session.id, party
         adopted.tokens = adopted.steps = adopted.prefill_rows = 0
         adopted.rows, adopted.first_key = rows, None
-        adopted.is_shared, adopted.sequences = False, None
+        adopted.is_shared, adopted.wants_gradients, adopted.sequences = False, False, None
         adopted.history = None  # token ids and rotary positions, (rows, tokens) each, unless embeddings were given
         adopted.values = {}  # end block -> V (rows, G, tokens, d)
         adopted.columns = {}  # end block -> (rows, tokens): which column of the scores is which token
