@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from scx import decode_llama, encode_llama, encoded_llama, record_transcript, split_kvcache_dynamic
 from scx.models.llama import model_shape
+from scx.party import PartyLostError
 from scx.party.live import Mirror
 from scx.party.process import RemoteParty
 from scx.party.secure import split_plan
@@ -270,6 +271,19 @@ def test_hooks_on_what_is_not_called(llama, prompt) -> None:
         encode_llama(llama, keys_for(llama), "cpu")
 
 
+def test_accelerates_hooks(llama, prompt) -> None:
+    """What moves a block's inputs to where its weights are is not missed; anything else around a block would be."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    wanted = llama(prompt(5)).logits
+    for module in (llama.model.layers[1], llama.model.layers[1].self_attn, llama.model.layers[0].self_attn.q_proj):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+    encode_llama(llama, keys_for(llama), "cpu")
+    torch.testing.assert_close(llama(prompt(5)).logits, wanted, rtol=1e-4, atol=1e-4)
+    hooks.add_hook_to_module(llama.model.layers[2], hooks.ModelHook())
+    with refused(llama, ValueError, r"model: layers\.2 has hooks"):
+        llama(prompt(2))
+
+
 def test_hooked_norms_of_heads(prompt) -> None:
     model = tiny_model("qwen3")
     encode_llama(model, keys_for(model), "cpu")
@@ -320,6 +334,7 @@ def with_a_worker(model, **options) -> None:
 
 WORKERS: list[tuple[Callable[[Any], object], str]] = [
     (lambda model: model.model.layers[1].mlp.up_proj.weight.detach().mul_(2), r"layers\.1\.mlp\.up_proj"),
+    (lambda model: model.model.layers[1].mlp.down_proj.weight.data.mul_(2), r"layers\.1\.mlp\.down_proj"),
     (lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.GELU()), r"layers\.0\.mlp"),
     (lambda model: model.model.layers[2].mlp.act_fn.register_forward_hook(lambda *_: None), r"layers\.\d\.mlp\.act_fn"),
     (lambda model: model.half(), r"layers\.0\.self_attn\.q_proj"),
@@ -335,6 +350,32 @@ def test_blocks_that_differ_from_the_workers(llama, prompt, change: Callable[[An
     change(llama)
     with refused(llama, ValueError, f"model: {name} has changed since the model was encoded, and the untrusted party"):
         llama(prompt(3))
+
+
+def test_a_rotary_embedding_that_grows_is_the_workers_too(prompt) -> None:
+    """Dynamic scaling changes the module by itself, here as at the worker's."""
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    with_a_worker(model)
+    for length in (300, 400):
+        with pytest.raises(PartyLostError, match="(open|close), block -1: worker 0 is not connected"):
+            model(prompt(length))
+
+
+@torch.no_grad()
+@by_crossings
+def test_a_rotary_embedding_that_grows(prompt, crossings: str) -> None:
+    """Keys keep the angles of their own time, and new ones have those of now, on both sides."""
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+
+    def run() -> list[Tensor]:
+        out = model(prompt(250))
+        later = [model(prompt(n, seed=n), past_key_values=out.past_key_values).logits for n in (1, 20, 1)]
+        return [out.logits, *later, model(prompt(5)).logits]
+
+    wanted = run()
+    encode_llama(model, keys_for(model), "cpu", crossings=crossings)
+    for got, logits in zip(run(), wanted, strict=True):
+        torch.testing.assert_close(got, logits, rtol=1e-4, atol=2e-4)
 
 
 def test_hooks_that_a_worker_does_not_have(llama) -> None:

@@ -64,6 +64,7 @@ class SplitEncoding(ModelEncoding):
         self.party = party
         self.blocks = blocks
         self.watch = watch
+        self._rotary_watch: Watch | None = None
         self._outer = outer
         self._generating = generating
         self._causal = causal
@@ -85,9 +86,11 @@ class SplitEncoding(ModelEncoding):
         size: int = self._causal.lm_head.weight.shape[0]
         return size
 
-    def prepare(self, decoder: Decoder) -> None:
+    def prepare(self, decoder: Decoder, opens: bool) -> None:
         """Hold the model against what was divided, and give the untrusted side what it has now.
 
+        Args:
+            opens: whether it is for a prefill; a worker's weights are then compared number by number, some of each.
         Raises: ValueError, TypeError naming the module or setting that is another.
         """
         check_blocks(decoder, self.blocks)
@@ -95,7 +98,8 @@ class SplitEncoding(ModelEncoding):
         device = decoder.embed_tokens.weight.device
         if device != self.party.device:
             raise ValueError(f"model: its embedding is on {device}, and the secure side on {self.party.device}")
-        changed = None if self.watch is None else self.watch.changed()
+        watches = (self.watch, self._rotary_watch)
+        changed = next((name for watch in watches if watch and (name := watch.changed(numbers=opens))), None)
         if changed is not None:
             raise ValueError(
                 f"model: {changed} has changed since the model was encoded, and the untrusted party in another process "
@@ -103,6 +107,11 @@ class SplitEncoding(ModelEncoding):
             )
         if self._untrusted is not None:
             self._supply(self._untrusted, decoder)
+
+    def expect_rotary(self, rotary: nn.Module) -> None:
+        """Take a rotary embedding as it is for what the worker has as well: dynamic ones grow, on both sides alike."""
+        if self.watch is not None:
+            self._rotary_watch = Watch({"rotary_emb": rotary})
 
     def _supply(self, untrusted: UntrustedParty, decoder: Decoder) -> None:
         head, k = None, self.party.plan.prefill_top_k
@@ -168,7 +177,7 @@ class SplitModel(EncodedModel):
             encoding.check_adoptable(request.cache)
         else:
             check_padding(first_key, encoding.check_conversation(request.cache, request.batch).first_key)
-        encoding.prepare(self)
+        encoding.prepare(self, request.opens)
         wants = wants_gradients(self, request.inputs_embeds) or _follows_gradients(request)
         with encoding.computing():
             output = self._lead(request, position_ids, first_key, use_cache)
@@ -218,7 +227,7 @@ class SplitModel(EncodedModel):
             raise ValueError("cache: the conversation began with embeddings, of which the secure side keeps none")
         if not cache.tokens:
             raise ValueError("cache: it holds no tokens; a prefill opens a session for it")
-        self._scx.prepare(self)
+        self._scx.prepare(self, opens=True)
         before = dict(cache.__dict__)
         (ids, positions), first_key = cache.history, cache.first_key
         try:
@@ -246,6 +255,7 @@ class SplitModel(EncodedModel):
         if position_ids.dim() != 2 or position_ids.shape[0] not in rows or position_ids.shape[1] != tokens:
             raise ValueError(f"position_ids: expected ({rows[1]} or 1, {tokens}), got {tuple(position_ids.shape)}")
         cos, sin = self.rotary_emb(hidden, position_ids=position_ids)
+        self._scx.expect_rotary(self.rotary_emb)
         return Rope(position_ids, cos, sin)
 
 
@@ -347,6 +357,7 @@ def divide(
     decoder._scx = SplitEncoding(
         generator, shape, scale, dtype, party, blocks, outer, generating, causal, untrusted, watch
     )
+    decoder._scx.expect_rotary(decoder.rotary_emb)
     encode_class(decoder, SplitModel)
     for module in generating:
         encode_class(module, SplitCausalLM if module is causal else SplitOuter)
@@ -354,11 +365,11 @@ def divide(
 
 def _watch(decoder: Decoder, blocks: Sequence[nn.Module], causal: Any) -> Watch:
     """Over what a worker computes with as well. Raises ValueError for hooks, which it has none of."""
-    watched = {f"layers.{i}": block for i, block in enumerate(blocks)} | {"rotary_emb": decoder.rotary_emb}
+    watched = {f"layers.{i}": block for i, block in enumerate(blocks)}
     if causal is not None:
         watched |= {"norm": decoder.norm, "lm_head": causal.lm_head}
     watch = Watch(watched)
-    hooked = watch.hooked()
+    hooked = watch.hooked() or Watch({"rotary_emb": decoder.rotary_emb}).hooked()
     if hooked is not None:
         raise ValueError(f"model: {hooked} has hooks, and the untrusted party in another process has none of them")
     return watch

@@ -1,7 +1,7 @@
 """Modules as they are now: a copy on another device that follows its source, and a watch over those that must stay.
 
-Neither reads a number of a weight. What changes by neither object, memory nor counter of versions (`weight.data.mul_`)
-is seen by whoever uses the module itself, and by a copy when it is made anew.
+What changes by neither object, memory nor counter of versions, as `weight.data.mul_` does, is seen by whoever uses the
+module itself, by a copy when it is made anew, and by a watch where it looks at numbers.
 """
 
 import copy
@@ -10,12 +10,13 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scx.architecture import is_hooked
 
 __all__ = ["Mirror", "Watch", "accelerated"]
 
+_SAMPLE = 64
 _NUMBERS = ("scaling", "variance_epsilon", "sliding_window", "attention_scaling")
 """What a module of the blocks computes with beside its tensors and modules."""
 
@@ -91,6 +92,13 @@ class Mirror:
         self._copies.clear()
 
 
+def _sample(module: nn.Module) -> Tensor:
+    """The bytes of some numbers of each of a module's own parameters, from all over it."""
+    parts = [x.detach().flatten() for x in module.parameters(recurse=False) if not x.is_meta]
+    drawn = [x[:: -(-len(x) // _SAMPLE)].contiguous().view(torch.uint8).cpu() for x in parts if len(x)]
+    return torch.cat(drawn) if drawn else torch.empty(0, dtype=torch.uint8)
+
+
 class Watch:
     """Modules that must stay as they are, because somebody else computes with others that were the same.
 
@@ -103,11 +111,18 @@ class Watch:
         self._named = {f"{name}.{path}" if path else name: module for name, path, module in named}
         self._look = _Look([*self._named.values()])
         self._each = {name: _Look([module]) for name, module in self._named.items()}
+        self._samples = {name: _sample(module) for name, module in self._named.items()}
 
     def hooked(self) -> str | None:
         """The name of a module around whose forward there is something."""
         return next((name for name, x in self._named.items() if is_hooked(x) and not accelerated(x)), None)
 
-    def changed(self) -> str | None:
-        """The name of a module that is not what it was."""
-        return None if self._look.holds() else next(name for name, look in self._each.items() if not look.holds())
+    def changed(self, numbers: bool = False) -> str | None:
+        """The name of a module that is not what it was. With `numbers` some of every weight's are compared as well."""
+        if not self._look.holds():
+            return next(name for name, look in self._each.items() if not look.holds())
+        if not numbers:
+            return None
+        return next(
+            (x for x, module in self._named.items() if not torch.equal(_sample(module), self._samples[x])), None
+        )
