@@ -483,6 +483,18 @@ def test_autocast_and_inference_mode(llama, prompt) -> None:
         torch.testing.assert_close(llama(prompt(n, 2), past_key_values=cache).logits, logits, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_compiled_model(llama, prompt) -> None:
+    """Who compiles a split model has the protocol run between the graphs."""
+    ids = prompt(6)
+    wanted = llama(ids).logits
+    encode_llama(llama, keys_for(llama), "cpu")
+    compiled = torch.compile(llama, backend="eager")
+    out = compiled(ids)
+    torch.testing.assert_close(out.logits, wanted, rtol=1e-4, atol=1e-4)
+    assert compiled(prompt(1), past_key_values=out.past_key_values).logits.isfinite().all()
+
+
 # Ways to generate
 
 

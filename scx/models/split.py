@@ -163,6 +163,7 @@ class SplitModel(EncodedModel):
     rotary_emb: nn.Module
     norm: nn.Module
 
+    @torch.compiler.disable  # what crosses a boundary is no part of a graph
     def _serve(
         self, request: Admitted, *, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool,
         **kwargs: Any,
