@@ -137,6 +137,18 @@ class TestPlainModels:
         self._check(llama, {"redundant_num": 3}, run)
 
 
+@pytest.mark.parametrize("settings", [{"redundant_num": 3}, SEALED], ids=["permuted", "sealed"])
+def test_who_names_a_stage_asks_for_no_gradients(llama, prompt, settings) -> None:
+    """As documented calls do: nothing is recorded, and the cache grows where it lies."""
+    encode_llama(llama, keys_for(llama, **settings))
+    out = llama.model(prompt(6), mode="prefill")
+    place = out.past_key_values.layers[0].keys.data_ptr()
+    for step in range(3):
+        out = llama.model(prompt(1, seed=step), mode="decode", past_key_values=out.past_key_values)
+        assert not out.last_hidden_state.requires_grad
+        assert out.past_key_values.layers[0].keys.data_ptr() == place
+
+
 class TestSealed:
     """What autograd keeps is not sealed: no gradient goes through a sealed cache."""
 
@@ -169,6 +181,15 @@ class TestSealed:
         cache = llama(prompt(5)).past_key_values
         out = llama(prompt(3, seed=1), past_key_values=cache)
         with pytest.raises(RuntimeError, match=r"gradients do not go through a sealed cache; train with model.train"):
+            out.logits.sum().backward()
+
+    def test_gradients_asked_for_earlier_are_refused_later(self, llama, prompt) -> None:
+        """A soft prompt of a frozen model filled the cache; nothing else asks for gradients."""
+        encode_llama(llama, keys_for(llama, **SEALED))
+        train_only(llama)
+        cache = llama(inputs_embeds=soft_prompt(llama)).past_key_values
+        out = llama(prompt(3, 2), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="gradients do not go through a sealed cache"):
             out.logits.sum().backward()
 
     def test_without_anything_to_train_nothing_is_attached(self, llama, prompt) -> None:

@@ -269,6 +269,7 @@ class EncodedCache(EncodedLayers):
             layer.is_initialized = False
             if self._session is not None:
                 self._session.forget_keystream(layer)
+        self.has_cut_gradients = False
         super().reset()
 
     def _with_layers(self, layers: list[CacheLayerMixin], split_id: str | None = None) -> "EncodedCache":

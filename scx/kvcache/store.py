@@ -19,6 +19,7 @@ class EncodedLayers(ConversationCache):
     """K and V of some or all layers, written and read under one session's keys."""
 
     _session: Session | None
+    has_cut_gradients: bool = False  # somebody asked for gradients of rows that were sealed
     # Of the pass that brought these numbers: the logs that hold them.
     _logs_of: Tensor | None = None
     _logs: SharedLogs
@@ -53,8 +54,9 @@ class EncodedLayers(ConversationCache):
 
     @property
     def carries_gradients(self) -> bool:
-        """Whether gradients flow into rows that are stored here, so that a pass over them is one with gradients."""
-        return any(
+        """Whether gradients flow into rows that are stored here, or would if these were not sealed, so that a pass over
+        them is one with gradients."""
+        return self.has_cut_gradients or any(
             x is not None and x.requires_grad
             for layer in self.layers
             if not isinstance(layer, AbsentLayer)

@@ -327,7 +327,6 @@ class FusedModel(EncodedModel):
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         step, kept, refusal = self._open(request, use_cache, kwargs)
-        # Who names a stage serves a model: the kernels, which have no backward, are not to be kept out by its weights.
         recording = torch.is_grad_enabled() and request.mode is None and refusal is None
         restored = nullcontext() if kept is None else kept.restored_on_failure()
         with torch.set_grad_enabled(recording), restored:
@@ -346,12 +345,9 @@ class FusedModel(EncodedModel):
         if outputs.get("hidden_states") is not None:
             states = enumerate(outputs.hidden_states)
             outputs.hidden_states = tuple(None if x is None else step.in_token_order(x, place) for place, x in states)
-            if refusal is not None:
-                outputs.hidden_states = tuple(
-                    None if x is None else refuse_backward(x, refusal) for x in outputs.hidden_states
-                )
         if refusal is not None:
-            outputs.last_hidden_state = refuse_backward(outputs.last_hidden_state, refusal)
+            for name in ("last_hidden_state", "hidden_states"):
+                outputs[name] = _refused(outputs.get(name), refusal)
         return outputs
 
     @torch.compiler.disable  # keys are drawn for every pass, and are no constants of a program
@@ -362,8 +358,11 @@ class FusedModel(EncodedModel):
         encoding, blocks = self._scx, running_blocks(self)
         encoding.check_blocks(blocks)
         session, kept = self._session(request, len(blocks), use_cache, keywords.get("cache"))
-        records = wants_gradients(self, request.inputs_embeds, kept)
-        refusal = None if kept is None or not records else self._refusal_of_gradients(kept, request)
+        # Who names a stage serves a model: the kernels, which have no backward, are not to be kept out by its weights.
+        records = request.mode is None and wants_gradients(self, request.inputs_embeds, kept)
+        refusal = None if kept is None or not records else self._refusal_of_gradients(kept, request.opens)
+        if kept is not None and refusal is not None:
+            kept.has_cut_gradients = True
 
         open_at = _hooked_places(blocks)
         if records and refusal is None:
@@ -395,20 +394,27 @@ class FusedModel(EncodedModel):
         empty: Any = DynamicCache(config=self.config) if cache is None else cache
         return session, EncodedCache.adopt(empty, session, num_blocks)
 
-    def _refusal_of_gradients(self, kept: EncodedCache, request: Admitted) -> str | None:
+    def _refusal_of_gradients(self, kept: EncodedCache, opens: bool) -> str | None:
         """Why no gradient goes through this request, which would have some in the plain model; None if they do.
 
         What autograd keeps for a backward is not sealed. So a sealed cache is filled with gradients in training alone,
         and gradients do not go through what it holds.
         """
-        if request.mode is not None or not kept.session.settings.sealed_layers:
+        if not kept.session.settings.sealed_layers:
             return None
         reason = "cache_encoding: gradients do not go through a sealed cache"
         if not self.training:
             return f"{reason}; train with model.train(), or with use_cache=False"
-        if not request.opens:
+        if not opens:
             raise ValueError(f"{reason} that holds tokens; use torch.no_grad(), or use_cache=False for the whole text")
         return None
+
+
+def _refused(result: Any, reason: str) -> Any:
+    """`refuse_backward` of a tensor, of each of a tuple's, or of none."""
+    if isinstance(result, tuple):
+        return tuple(_refused(x, reason) for x in result)
+    return None if result is None else refuse_backward(result, reason)
 
 
 def _hooked_places(blocks: Sequence[nn.Module]) -> set[int]:
@@ -428,7 +434,8 @@ def _is_recorder(hook: Any) -> bool:
 
 def _wants_hidden_states(model: Any, keywords: dict[str, Any]) -> bool:
     wanted = keywords.get("output_hidden_states")
-    return bool(getattr(model.config, "output_hidden_states", False) if wanted is None else wanted)
+    wanted = getattr(model.config, "output_hidden_states", False) if wanted is None else wanted
+    return wanted is not None and wanted is not False  # a number selects one of them
 
 
 def fuse(model: nn.Module, decoder: Decoder, encoding: FusedEncoding) -> None:
