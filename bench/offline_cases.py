@@ -98,10 +98,11 @@ def transcode(
 
 def prefill(
     name: str, heads: str, tokens: int, keys: int, *, window: int | None = None, lengths=False, masked=False,
-    encoding=False, redundant=128, rounds=0, **options: Any,
+    additive=False, encoding=False, redundant=128, rounds=0, **options: Any,
 ) -> Launch:  # fmt: skip
     def more(draw: Draw) -> dict[str, Any]:
-        mask = torch.empty(2, 1, tokens, keys, dtype=torch.bool, device=draw.device)
+        kind = draw.case.torch_dtype if additive else torch.bool
+        mask = torch.empty(2, 1, tokens, keys, dtype=kind, device=draw.device)
         found = {"window": window, "is_causal": not masked, "mask": mask if masked else None}
         if lengths:
             found |= {"kv_start": places(draw), "kv_length": places(draw)}
@@ -211,6 +212,8 @@ CASES = (
     prefill("attention 4096 128 encoded", "32x8x128", 4096, 4096, encoding=True),
     prefill("attention 4096 128 window lengths", "32x8x128", 4096, 4096, window=1024, lengths=True),
     prefill("attention 1024 128 mask", "32x8x128", 1024, 1024, masked=True),
+    prefill("attention 1024 128 added mask", "32x8x128", 1024, 1024, masked=True, additive=True),
+    prefill("sealed attention 1024 9217 128 added mask", "32x8x128", 1024, 9217, masked=True, additive=True, rounds=20),
     prefill("attention 4096 64", "9x3x64", 4096, 4096, encoding=True, quick=True),
     prefill("attention 4096 80", "32x32x80", 4096, 4096, quick=True),
     prefill("attention 4096 96", "32x32x96", 4096, 4096, encoding=True),

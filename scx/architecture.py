@@ -32,14 +32,19 @@ __all__ = [
     "ModelShape",
     "encoded_decoders",
     "find_decoder",
+    "has_data",
     "head_norms",
+    "home",
+    "is_hooked",
     "is_plain_linear",
     "is_plain_rms_norm",
     "keep_query_rows",
     "kept_query_rows",
     "model_shape",
     "root_mean_square",
+    "running_blocks",
     "sliding_window",
+    "weight_of",
 ]
 
 Decoder = Any
@@ -80,18 +85,52 @@ class ModelShape:
     fingerprint: str
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module(x)` is just `x @ weight.T + bias`: no subclass, no hook, no forward put around it."""
-    return type(module) is nn.Linear and not _is_hooked(module)
+    return type(module) is nn.Linear and not is_hooked(module)
 
 
 def is_plain_rms_norm(module: nn.Module) -> bool:
     """Whether `module(x)` is just Llama's RMS norm: one of transformers' classes for it, with no hook around it."""
-    return type(module) in PLAIN_RMS_NORMS and not _is_hooked(module)
+    return type(module) in PLAIN_RMS_NORMS and not is_hooked(module)
+
+
+def home(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate brings them for the time of a call."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    return torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or device)
+
+
+def weight_of(module: Any, name: str = "weight") -> Tensor:
+    """A module's weight: on the meta device without data, unless accelerate keeps that elsewhere between calls."""
+    weight: Tensor = getattr(module, name)
+    kept = _kept_weights(module) if weight.is_meta else None
+    return weight if kept is None else kept[name].to(home(module))
+
+
+def _kept_weights(module: nn.Module) -> Any:
+    """What accelerate's hook brings to a module for the time of a call, by name; None without such a hook."""
+    return getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+
+
+def has_data(module: nn.Module, name: str) -> bool:
+    """Whether a parameter below a module, by its dotted name, has data here or where accelerate keeps it."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return not owner.get_parameter(leaf).is_meta or _kept_weights(owner) is not None
 
 
 def head_norms(attention: Any) -> dict[str, Any]:
@@ -99,7 +138,12 @@ def head_norms(attention: Any) -> dict[str, Any]:
     norm = attention._modules.get("q_norm")
     if norm is None:
         return {}
-    return {"q_norm": norm.weight, "k_norm": attention.k_norm.weight, "eps": norm.variance_epsilon}
+    return {"q_norm": weight_of(norm), "k_norm": weight_of(attention.k_norm), "eps": norm.variance_epsilon}
+
+
+def running_blocks(decoder: Decoder) -> list[Any]:
+    """The blocks that run, in order: those of the stack that the configuration counts."""
+    return list(decoder.layers)[: decoder.config.num_hidden_layers]
 
 
 def sliding_window(attention: Any) -> int | None:
@@ -110,7 +154,7 @@ def sliding_window(attention: Any) -> int | None:
 
 def root_mean_square(norm: Any) -> float:
     """Of rows behind an RMS norm: that of its weight."""
-    return float(norm.weight.detach().float().square().mean().sqrt())
+    return float(weight_of(norm).detach().float().square().mean().sqrt())
 
 
 def encoded_decoders(model: nn.Module) -> Iterator[Decoder]:
@@ -135,10 +179,15 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     """
     decoder = find_decoder(model)
     _check_projections(decoder)
-    first, config = decoder.layers[0], decoder.config
+    blocks, config = running_blocks(decoder), decoder.config
+    if not blocks:
+        raise ValueError("model: its decoder has no blocks")
+    if len(set(map(id, blocks))) != len(blocks):
+        raise ValueError("model: one block stands in several places of the stack; copy it, so that each has its own")
+    first = blocks[0]
     fingerprint = _fingerprint(decoder)
     return ModelShape(
-        num_layers=len(decoder.layers),
+        num_layers=len(blocks),
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
@@ -154,11 +203,14 @@ def _check_projections(decoder: Decoder) -> None:
     for index, layer in enumerate(decoder.layers):
         for name in _PROJECTIONS:
             projection = layer.get_submodule(name)
-            weight = getattr(projection, "weight", None)
+            weight = weight_of(projection) if isinstance(getattr(projection, "weight", None), Tensor) else None
             place = f"model: layers.{index}.{name} ({type(projection).__name__})"
-            if not isinstance(weight, Tensor) or weight.dtype not in _DENSE_DTYPES:
+            if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
                 kind = "no dense weight" if not isinstance(weight, Tensor) else f"a {weight.dtype} weight"
                 raise TypeError(f"{place} has {kind}; quantised projections are not supported")
+            if weight.dtype not in _DENSE_DTYPES:
+                served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DENSE_DTYPES)
+                raise TypeError(f"{place} has a {weight.dtype} weight; expected one of {served}")
             if isinstance(weight, DTensor):
                 raise TypeError(f"{place} is split over devices; tensor parallelism is not supported")
 
@@ -176,13 +228,13 @@ def kept_query_rows(module: nn.Module) -> Tensor | None:
 def _fingerprint(decoder: Decoder) -> str:
     """A public digest of a few weights, which tells models apart."""
     config, first = decoder.config, decoder.layers[0]
-    query, kept = first.self_attn.q_proj.weight, kept_query_rows(decoder)
+    query, kept = weight_of(first.self_attn.q_proj), kept_query_rows(decoder)
     if query.is_meta and kept is not None:
         query = kept.to(query.dtype)
     covered = {
-        "embed_tokens": decoder.embed_tokens.weight[:FINGERPRINT_ROWS],
-        "norm": decoder.norm.weight,
-        "layers.0.input_layernorm": first.input_layernorm.weight,
+        "embed_tokens": weight_of(decoder.embed_tokens)[:FINGERPRINT_ROWS],
+        "norm": weight_of(decoder.norm),
+        "layers.0.input_layernorm": weight_of(first.input_layernorm),
         "layers.0.self_attn.q_proj": query[:FINGERPRINT_ROWS],
     }
     digest = hashlib.sha256(f"{config.model_type} {config.hidden_size} {len(decoder.layers)}".encode())

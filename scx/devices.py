@@ -5,7 +5,7 @@ from torch import Tensor
 
 from scx_kernels.operations import is_accelerator
 
-__all__ = ["CPU", "upload"]
+__all__ = ["CPU", "is_autocast", "upload"]
 
 CPU = torch.device("cpu")
 
@@ -14,3 +14,8 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     """x on `device`. From the host to a GPU it goes out of pinned memory, so that neither side waits for the other."""
     leaves_host = x.device.type == "cpu" != device.type and is_accelerator(device)
     return x.pin_memory().to(device, non_blocking=True) if leaves_host else x.to(device)
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether layers that are called with x may compute in a dtype of autocast's choice."""
+    return torch.is_autocast_enabled(x.device.type)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import scx_kernels as ops
 from scx.architecture import is_plain_rms_norm
 from scx.devices import upload
+from scx.projections import noise_images
 
 __all__ = [
     "ENCODINGS",
@@ -102,31 +103,41 @@ class RowKey:
     def __repr__(self) -> str:
         return "RowKey(identity)" if self.entry is None else f"RowKey(rows={self.entry.shape[1]})"
 
-    def enter(self, rows: Tensor, norm: nn.Module | None = None, noise: "Noise | None" = None) -> Tensor:
+    def enter(self, rows: Tensor, norm: nn.Module | None = None, noise: Tensor | None = None) -> Tensor:
         """(B, N, F) -> the (B, T, F) rows of this encoding, with fresh redundant rows; normalised and under noise if
-        these are given."""
-        added = None if noise is None else noise.noise
+        these are given, noise (B, T, F) in the accumulation dtype."""
+        redundant = self.redundant_as(rows.dtype)
         if norm is None:
-            is_identity = self.entry is None and added is None
-            return rows if is_identity else ops.inject_permute(rows, self.entry, self.redundant, noise=added)
-        if is_plain_rms_norm(norm):
-            weight: Any = norm.weight
+            is_identity = self.entry is None and noise is None
+            return rows if is_identity else ops.inject_permute(rows, self.entry, redundant, noise=noise)
+        weight: Any = norm.weight
+        if is_plain_rms_norm(norm) and weight.dtype == rows.dtype:
             eps: Any = norm.variance_epsilon
-            return ops.inject_permute(rows, self.entry, self.redundant, norm_weight=weight, eps=eps, noise=added)
-        entered: Tensor = norm(rows if self.entry is None else ops.inject_permute(rows, self.entry, self.redundant))
-        return entered if added is None else ops.inject_permute(entered, None, noise=added)
+            return ops.inject_permute(rows, self.entry, redundant, norm_weight=weight, eps=eps, noise=noise)
+        entered: Tensor = norm(rows if self.entry is None else ops.inject_permute(rows, self.entry, redundant))
+        return entered if noise is None else ops.inject_permute(entered, None, noise=noise)
+
+    def redundant_as(self, dtype: torch.dtype) -> Tensor | None:
+        """The redundant rows, in the dtype of those that come."""
+        return None if self.redundant is None else self.redundant.to(dtype)
 
     def enter_heads(self, heads: Tensor, feature_index: Tensor) -> Tensor:
         """(B, S, H, d) attention output -> (B, T, H*d) encoded rows, their features in the order of feature_index."""
-        return ops.inject_permute(heads.flatten(2), self.entry, self.redundant, feature_index=feature_index)
+        redundant = self.redundant_as(heads.dtype)
+        return ops.inject_permute(heads.flatten(2), self.entry, redundant, feature_index=feature_index)
 
     def leave(self, rows: Tensor) -> Tensor:
         """(B, T, F) -> (B, S, F) in token order, redundant rows dropped."""
         return rows if self.position is None else ops.strip_restore(rows, self.position)
 
     def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
-        """The residual stream plus rows of this encoding, both (B, T, D)."""
-        return residual + rows if self.back is None else ops.strip_restore(rows, self.back, residual)
+        """The residual stream plus rows of this encoding, both (B, T, D), in the wider dtype of the two."""
+        if self.back is None:
+            return residual + rows
+        if rows.dtype != residual.dtype:
+            wider = torch.promote_types(rows.dtype, residual.dtype)
+            rows, residual = rows.to(wider), residual.to(wider)
+        return ops.strip_restore(rows, self.back, residual)
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,10 +178,24 @@ class ResidualKey:
         rows: Tensor = embedding(tokens.gather(1, self.entry))
         return rows
 
-    def enter(self, rows: Tensor, embedding: nn.Module) -> Tensor:
-        """(B, S, D) rows in token order -> (B, T, D) encoded rows."""
-        redundant = embedding(self.decoys).to(rows.dtype) if self.decoys.shape[1] else None
+    def embed_decoys(self, embedding: nn.Module, like: Tensor) -> Tensor | None:
+        """The (B, R, D) redundant rows to begin with, in the dtype and on the device of `like`; None for R = 0. Hooks
+        of the embedding are for tokens, and do not see them."""
+        if not self.decoys.shape[1]:
+            return None
+        with torch.no_grad():
+            return embedding.forward(self.decoys).to(like.device, like.dtype)
+
+    def enter(self, rows: Tensor, redundant: Tensor | None) -> Tensor:
+        """(B, S, D) rows in token order and (B, R, D) redundant ones -> (B, T, D) encoded rows."""
         return ops.inject_permute(rows, self.entry, redundant)
+
+    def redundant(self, rows: Tensor) -> Tensor | None:
+        """The (B, R, D) redundant rows among (B, T, D) encoded ones, for `enter`; None for R = 0."""
+        if not self.decoys.shape[1]:
+            return None
+        places = inverse(self.entry)[:, self.position.shape[1] :]
+        return ops.strip_restore(rows.detach(), places.contiguous())
 
     def leave(self, rows: Tensor) -> Tensor:
         """(B, T, D) -> (B, S, D) in token order, redundant rows dropped."""
@@ -239,7 +264,7 @@ class TokenKeys:
 
 @dataclass(frozen=True, repr=False)
 class Noise:
-    """One-time noise of the first block: `noise` (B, T, D) and, per projection, its `image` (B, T, N).
+    """One-time noise of a block's input, `noise` (B, T, D), and its images behind q, k and v, (B, T, N) each.
 
     dtype: `scx_kernels.accumulation_dtype` of the model's.
     """
@@ -250,8 +275,13 @@ class Noise:
     def __repr__(self) -> str:
         return f"Noise(batch={self.noise.shape[0]}, rows={self.noise.shape[1]})"
 
-    def __getitem__(self, rows: slice) -> "Noise":
-        return Noise(self.noise[:, rows], tuple(image[:, rows] for image in self.images))
+    @classmethod
+    def of(cls, noise: Tensor, projections: Sequence[nn.Module], layer: int = 0) -> "Noise":
+        """Noise with the images that a layer's projections give it now.
+
+        Raises: ValueError for a projection that is not linear.
+        """
+        return cls(noise, noise_images(projections, noise, layer))
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ class Secret:
         return self
 
 
+# A compiler that traced these would guard on what it sees, and print it: keys.
+@torch.compiler.disable
 def derive(secret: Secret, label: str, salt: bytes = b"") -> Secret:
     """The secret named by (label, salt) below `secret`, by HKDF-SHA256 (RFC 5869, `label` as its info)."""
     key = HKDF(hashes.SHA256(), KEY_BYTES, salt=salt, info=label.encode()).derive(secret.reveal())
@@ -88,6 +90,7 @@ class KeyStream:
             key = self._purpose_keys[purpose] = derive(self._secret, f"scx keystream v2\0{purpose}")
         return key.reveal()
 
+    @torch.compiler.disable
     def bits(
         self, purpose: str, streams: Sequence[StreamId], count: int, dtype: torch.dtype, device: torch.device = CPU
     ) -> Tensor:

@@ -7,14 +7,15 @@ What an operator takes is what its reference takes: the schema is read off the r
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, wraps
 from importlib import import_module
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
 
 from scx_kernels.dispatch import is_served_at_once, is_traced, takes_triton
 from scx_kernels.sealing import Sealing
@@ -157,6 +158,16 @@ class Operator:
         return self.launcher(*args, **options)
 
 
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """An operation computes in the dtypes of its arguments; autocast is for the layers around it."""
+    with ExitStack() as stack:
+        for kind in ("cuda", "cpu"):
+            if is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def operation(original: _Function, operator: Operator | None = None) -> Callable[[Callable], _Function]:
     """Give a function that runs on the kernels its public face: signature and documentation of the reference, which
     takes the call where the kernels do not.
@@ -169,6 +180,9 @@ def operation(original: _Function, operator: Operator | None = None) -> Callable
     def decorate(on_kernels: Callable) -> _Function:
         @wraps(original)
         def call(*args: Any, **options: Any) -> Any:
+            if is_autocast_enabled("cuda") or is_autocast_enabled("cpu"):
+                with _without_autocast():
+                    return call(*args, **options)
             # Launchers take more than this; the reference raises for what nobody knows.
             if not names.issuperset(options):
                 return original(*args, **options)

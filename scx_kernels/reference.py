@@ -255,7 +255,7 @@ def rotary_permute(x: Tensor, cos: Tensor, sin: Tensor, feature_index: Tensor) -
         cos, sin: (B or 1, S, d).
         feature_index: (B, H, d) int64 in 0..d-1.
 
-    Returns: (B, H, S, d), encoded.
+    Returns: (B, H, S, d) of x's dtype, encoded.
     Source: Su et al., RoFormer (arXiv 2104.09864), in the half-split layout; SCX, prefill.
     """
     half = x.shape[-1] // 2
@@ -263,7 +263,7 @@ def rotary_permute(x: Tensor, cos: Tensor, sin: Tensor, feature_index: Tensor) -
     rotated = x * cos
     rotated[..., :half].sub_(x[..., half:] * sin[..., :half])
     rotated[..., half:].add_(x[..., :half] * sin[..., half:])
-    return permute_features(rotated, feature_index)
+    return permute_features(rotated.to(x.dtype), feature_index)
 
 
 def qkv_decode_encode(

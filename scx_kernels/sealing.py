@@ -277,6 +277,8 @@ def _cipher_run(
         cipher_memory(key, (count, number >> COUNT_BITS, word14, word15), read, written, size)
 
 
+# A compiler that traced these two would guard on the key's bytes, and print them.
+@torch.compiler.disable
 def _library_keystream(sealing: Sealing, groups: int, blocks: int, word15: int) -> Tensor:
     """(B, G, N, 16n) int32, from runs over the distinct numbers in their order."""
     numbers, place = sealing.writes.unique(return_inverse=True)
@@ -301,6 +303,7 @@ def keystream(sealing: Sealing, groups: int, head_dim: int, dtype: torch.dtype, 
     return words.view(integer)[..., :head_dim]
 
 
+@torch.compiler.disable
 def cipher_in_place(x: Tensor, sealing: Sealing, is_value: bool, out: Tensor) -> bool:
     """out = sealed x by the library alone, one call a run and head. False, and nothing done, where rows have gaps."""
     blocks = blocks_of(x.shape[3], x.element_size())

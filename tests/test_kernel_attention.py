@@ -101,6 +101,29 @@ def test_attention_mask(dtype, kind, keys):
 
 
 @by_dtype
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.3, 8.0])
+def test_attention_where_the_lowest_number_hides_every_key(dtype, mask_dtype, scale):
+    """Beside a key that is seen it hides; a row of nothing else is the mean of its values, for every score vanishes in
+    such a number; and -inf hides for good."""
+    q, k, v = qkv((2, 4, 2, 21, 35, 32), dtype)
+    mask = torch.zeros(2, 1, 21, 35, dtype=mask_dtype, device=parity.DEVICE)
+    mask[0, :, 4:9, 3:] = torch.finfo(mask_dtype).min
+    mask[0, :, 9:] = torch.finfo(mask_dtype).min
+    mask[0, :, 15:, 20:] = -math.inf
+    mask[1, :, :5] = -math.inf
+    got = run_kernel(kernels.attention, q, k, v, softmax_scale=scale, mask=mask, tile=SMALL)
+    mean = q.clone()
+    mean[0, :, 9:] = 0  # float64 has room for a score beside the lowest number of float32
+    exact = plain_attention(*parity.wide(mean, k, v, mask), scale)
+    assert_close(got, plain_attention(q, k, v, mask.to(dtype).nan_to_num(neginf=-math.inf), scale), exact)
+    everything, first = (v[0, :, :n].double().mean(1).repeat_interleave(2, 0) for n in (35, 20))
+    assert_close(got[0, :, 9], everything.to(dtype), everything)
+    assert_close(got[0, :, 20], first.to(dtype), first)
+    assert not got[1, :, :5].any()
+
+
+@by_dtype
 @pytest.mark.parametrize("size", [32, 80])
 @pytest.mark.parametrize("decoys", [0, 21])
 def test_attention_into_the_next_order(dtype, size, decoys):

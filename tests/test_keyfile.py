@@ -257,6 +257,21 @@ class TestContainer:
         path.write_bytes(with_metadata(data, note="another"))
         refuse("key", read, path)
 
+    @PROTECTIONS
+    @pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "directory"])
+    def test_what_is_no_regular_file_is_not_replaced(self, tmp_path, protection: str, kind: str) -> None:
+        place = tmp_path / "place"
+        if kind == "directory":
+            place.mkdir()
+        else:
+            os.mkfifo(tmp_path / "pipe" if "link" in kind else place)
+        if "link" in kind:
+            place.symlink_to(tmp_path / "pipe")
+        before = sorted((x.name, x.lstat().st_mode, x.lstat().st_ino) for x in tmp_path.iterdir())
+        with pytest.raises(ValueError, match=r"path: expected a new name or that of a regular file, got '.*place'"):
+            write(place, protection)
+        assert sorted((x.name, x.lstat().st_mode, x.lstat().st_ino) for x in tmp_path.iterdir()) == before
+
     def test_foreign_files(self, path, tmp_path) -> None:
         torch.save(TENSORS, path)
         refuse("format", read, path, match="no safetensors file")
@@ -265,6 +280,8 @@ class TestContainer:
         path.write_bytes(b"")
         refuse("format", read, path)
         refuse("format", read, tmp_path, match="not a regular file")
+        os.mkfifo(tmp_path / "pipe")
+        refuse("format", read, tmp_path / "pipe", match="not a regular file")
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "absent")
 
@@ -324,8 +341,8 @@ def one_time_keys(session: Session, count: int = 3) -> list[Tensor]:
     for _ in range(count):
         keys = session.draw_token_keys(40, 2, scale, torch.float32)
         drawn += [keys.entry.flatten().double(), torch.stack(keys.redundant).flatten().double()]
-        drawn.append(session.take_noise(2, 1, [torch.ones(4, 96)]).noise.flatten().double())
-        drawn.append(session.take_noise(2, 3, [torch.ones(4, 96)]).noise.flatten().double())
+        drawn.append(session.take_noise(2, 1, torch.float32, CPU).flatten().double())
+        drawn.append(session.take_noise(2, 3, torch.float32, CPU).flatten().double())
     return drawn
 
 
@@ -357,9 +374,7 @@ class TestKeys:
         for place in range(len(drawn[0])):
             same_place = [keys[place] for keys in drawn]
             assert all(not torch.equal(a, b) for i, a in enumerate(same_place) for b in same_place[:i])
-        noise = torch.cat(
-            [holder.take_noise(2, 1, [torch.ones(4, 96)]).noise[:, 0] for holder in holders for _ in range(70)]
-        )
+        noise = torch.cat([holder.take_noise(2, 1, torch.float32, CPU)[:, 0] for holder in holders for _ in range(70)])
         assert len(noise.unique(dim=0)) == len(noise)
         assert len({holder.branch for holder in holders}) == 4
 

@@ -46,3 +46,11 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **opti
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model_class(config).eval().to(device=device, dtype=dtype)
+
+
+def difference(got: torch.Tensor, plain: torch.Tensor) -> float:
+    """The largest difference from what the plain model gives, relative to the largest of its values."""
+    assert got.shape == plain.shape
+    if not got.is_floating_point():
+        return float(not torch.equal(got, plain))
+    return ((got.double() - plain.double()).abs().max() / plain.double().abs().max()).item()

@@ -136,7 +136,8 @@ def write_container(
     The file appears whole or not at all, readable and writable by its owner alone.
 
     Args:
-        path: the file; an old one of that name is replaced.
+        path: the file; an old one of that name is replaced, but nothing that is no regular file, such as a directory,
+            a device or a pipe.
         tensors: by name, dense, of any device; with `encrypt`, up to 256 MiB in all.
         metadata: public and authenticated; none of the names in the table above.
         kind: what the file holds.
@@ -146,6 +147,8 @@ def write_container(
 
     Raises: TypeError, ValueError naming the argument; OSError if the file cannot be written.
     """
+    if _is_special(path):
+        raise ValueError(f"path: expected a new name or that of a regular file, got {os.fspath(path)!r:.200}")
     reserved = sorted(_RESERVED & set(metadata))
     if reserved:
         raise ValueError(f"metadata: the names {reserved} are the container's own")
@@ -183,7 +186,7 @@ def read_container(
     Raises: TypeError, ValueError naming the argument; FileRefusedError; OSError if the file cannot be read.
     """
     _check_key_arguments(key, passphrase)
-    if not Path(path).is_file() and Path(path).exists():
+    if _is_special(path):
         raise FileRefusedError("format", "the path is not a regular file")
     with open(path, "rb") as file:
         header = _read_header(file, os.fstat(file.fileno()).st_size)
@@ -198,6 +201,11 @@ def read_container(
         file_key = _file_key(_reading_secret(key, passphrase, header.metadata), header.metadata)
         read = _read_encrypted if protection == "encrypted" else _read_authenticated
         return Container(metadata, read(file, header, file_key))
+
+
+def _is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether there is something of this name that is no regular file."""
+    return Path(path).exists() and not Path(path).is_file()
 
 
 def _check_key_arguments(key: Secret | bytes | None, passphrase: str | bytes | None) -> None:

@@ -8,7 +8,6 @@ fresh random nonce. So no counter has to survive a process, and two that load on
 import itertools
 import os
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 import scx_kernels as ops
 from scx.architecture import ModelShape
 from scx.devices import CPU
-from scx.encoding import ENCODINGS, FeatureKey, Noise, RedundantScale, TokenKeys
+from scx.encoding import ENCODINGS, FeatureKey, RedundantScale, TokenKeys
 from scx.keys.passes import PassKeys, draw_redundant, streams_of
 from scx.keys.settings import KeySettings
 from scx.keystream import KeyStream, Secret, derive
@@ -45,7 +44,8 @@ class Branch:
         self.stream = KeyStream(derive(session_secret, "scx branch v1", nonce))
         self._steps = itertools.count()
         self._noise_draws = itertools.count()
-        self._noise_ahead: dict[int, tuple[Noise, int]] = {}  # by layer: rows drawn, and how many of them are used
+        # By layer: for what, rows drawn, and how many of them are used.
+        self._noise_ahead: dict[int, tuple[tuple[object, ...], Tensor, int]] = {}
         self._noise_lock = threading.Lock()
         self.writes = ops.WriteCounter()
 
@@ -108,31 +108,41 @@ class Branch:
         return PassKeys(self.stream, next(self._steps), tokens, batch, redundant_num, scale, dtype, device)
 
     def take_noise(
-        self, batch: int, rows: int, weights: Sequence[Tensor], *, layer: int = 0, rms: float | None = None
-    ) -> Noise:
-        """One-time noise for `rows` rows of `batch` sequences entering `weights` (each (N, D)), with its images.
+        self,
+        batch: int,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        layer: int = 0,
+        rms: float | None = None,
+    ) -> Tensor:
+        """One-time noise for `rows` rows of `batch` sequences; no row is ever given out twice.
 
-        Noise for lone tokens is drawn several steps ahead, so that a step needs no product for its image. No row is
-        ever given out twice.
+        Noise for lone tokens is drawn several steps ahead.
 
         Args:
+            dtype: of the model. device: where the rows are.
             layer: the block whose input it covers. rms: the unit of the noise scale there; default: the first block's.
+
+        Returns: (B, rows, D) in `scx_kernels.accumulation_dtype(dtype)`.
         """
         rms = self._shape.first_norm_rms if rms is None else rms
+        wanted = (batch, dtype, device, rms)
         with self._noise_lock:
             if rows > 1:
-                return self._draw_noise(batch, rows, weights, layer, rms)
-            ahead, start = self._noise_ahead.get(layer, (None, 0))
-            fits = ahead is not None and ahead.noise.shape[0] == batch and ahead.noise.device == weights[0].device
-            if ahead is None or not fits or start >= ahead.noise.shape[1]:
-                ahead, start = self._draw_noise(batch, _NOISE_ROWS_AHEAD, weights, layer, rms), 0
-            self._noise_ahead[layer] = (ahead, start + 1)
-            return ahead[start : start + 1]
+                return self._draw_noise(layer, rows, *wanted)
+            known, ahead, start = self._noise_ahead.get(layer, (None, None, 0))
+            if ahead is None or known != wanted or start >= ahead.shape[1]:
+                ahead, start = self._draw_noise(layer, _NOISE_ROWS_AHEAD, *wanted), 0
+            self._noise_ahead[layer] = (wanted, ahead, start + 1)
+            return ahead[:, start : start + 1]
 
-    def _draw_noise(self, batch: int, rows: int, weights: Sequence[Tensor], layer: int, rms: float) -> Noise:
+    def _draw_noise(
+        self, layer: int, rows: int, batch: int, dtype: torch.dtype, device: torch.device, rms: float
+    ) -> Tensor:
         draw = getattr(self.stream, self._settings.noise_distribution)
         streams = streams_of([layer], batch, next(self._noise_draws))
-        drawn = draw("noise of the first block", streams, rows * self._shape.hidden_size, weights[0].device)
+        drawn: Tensor = draw("noise of the first block", streams, rows * self._shape.hidden_size, device)
         drawn = drawn.view(batch, rows, -1).mul_(self._settings.noise_scale * rms)
-        noise = drawn.to(ops.accumulation_dtype(weights[0].dtype))
-        return Noise(noise, tuple(ops.noise_image(noise, weight) for weight in weights))
+        return drawn.to(ops.accumulation_dtype(dtype))

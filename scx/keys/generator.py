@@ -14,6 +14,7 @@ from scx.keys.session import Session
 from scx.keys.settings import (
     CACHE_ENCODINGS,
     CIPHER_ROUNDS,
+    MOST_NOISE,
     NOISE_DISTRIBUTIONS,
     SESSION_ID_BYTES,
     KeySettings,
@@ -40,7 +41,9 @@ class SCXKeyGenerator:
         decode_end_layers: last layers whose keys stay on the secure side; default: the last `protected_layers`.
         master_key: 32 bytes; drawn from the operating system if not given.
         noise_scale: scale of the noise in units of the root mean square of the normalised rows it is added to
-            (the paper's range is 5 to 10).
+            (the paper's range is 5 to 10), at most 40. It cancels in float32 but for rounding, which grows with it: by
+            about 2e-6 of the largest logit for each unit. Where a few weights of the norm are so large that they alone
+            make the unit, rounding is as much larger as the unit is than their median.
         noise_distribution: "laplace" (scale is its b) or "normal" (scale is its standard deviation).
         protected_layers: how many first and last layers are protected where the lists above are not given.
         cache_encoding: how K and V are stored: "permuted", or "sealed" under a stream cipher as well; one for all
@@ -79,8 +82,11 @@ class SCXKeyGenerator:
         self.batch_size = check_positive("batch_size", batch_size)
         self.protected_layers = check_positive("protected_layers", protected_layers, least=0)
         self.alp = bool(alp)
-        if not 0 < noise_scale < 1e4:
-            raise ValueError(f"noise_scale: expected a number between 0 and 1e4, got {noise_scale}")
+        if not 0 < noise_scale <= MOST_NOISE:
+            raise ValueError(
+                f"noise_scale: expected a number above 0 and at most {MOST_NOISE:g}, beyond which noise no longer "
+                f"cancels in float32 to a ten-thousandth of the logits, got {noise_scale}"
+            )
         self.noise_scale = float(noise_scale)
         if noise_distribution not in NOISE_DISTRIBUTIONS:
             raise ValueError(f"noise_distribution: expected one of {NOISE_DISTRIBUTIONS}, got {noise_distribution!r}")

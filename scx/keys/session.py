@@ -17,7 +17,7 @@ from torch import Tensor
 import scx_kernels as ops
 from scx.architecture import ModelShape
 from scx.devices import upload
-from scx.encoding import FeatureKey, Noise, TokenKeys, inverse
+from scx.encoding import FeatureKey, TokenKeys, inverse
 from scx.keys.branch import Branch
 from scx.keys.passes import streams_of
 from scx.keys.settings import BRANCH_BYTES, KeySettings, public_bytes
@@ -134,12 +134,17 @@ class Session:
         Args:
             owner: the object that holds the rows. On a CPU their keystream may be kept here for as long as it lives.
         """
-        place = (branch, writes.device)
-        if place not in self._cipher_keys:
-            key = ops.key_words(self.derive_key("sealed cache", branch=branch).reveal())
-            self._cipher_keys[place] = upload(key, writes.device)
+        key = self._cipher_keys.get((branch, writes.device))
+        if key is None:
+            key = self._draw_cipher_key(branch, writes.device)
         kept = None if owner is None else self._kept_keystream(owner, writes.device)
-        return ops.Sealing(self._cipher_keys[place], writes, layer, self.settings.cipher_rounds, kept=kept)
+        return ops.Sealing(key, writes, layer, self.settings.cipher_rounds, kept=kept)
+
+    @torch.compiler.disable
+    def _draw_cipher_key(self, branch: str, device: torch.device) -> Tensor:
+        words = upload(ops.key_words(self.derive_key("sealed cache", branch=branch).reveal()), device)
+        self._cipher_keys[branch, device] = words
+        return words
 
     def _kept_keystream(self, owner: object, device: torch.device) -> ops.KeptKeystream | None:
         if device.type != "cpu" or not self.keep_keystream:
@@ -173,7 +178,7 @@ class Session:
         """`Branch.draw_token_keys` of this process's branch."""
         return self.one_time.draw_token_keys(*args, **options)
 
-    def take_noise(self, *args: Any, **options: Any) -> Noise:
+    def take_noise(self, *args: Any, **options: Any) -> Tensor:
         """`Branch.take_noise` of this process's branch."""
         return self.one_time.take_noise(*args, **options)
 

@@ -1,7 +1,10 @@
 """What an encoded model is, in either placement: whose keys it uses, and how it takes a request and answers."""
 
+import copy
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +15,9 @@ from scx.architecture import Decoder, ModelShape
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, Session
 from scx.kvcache.conversation import CachePart, ConversationCache
-from scx.models.request import Admitted, admit
+from scx.models.request import Admitted, admit, check_keywords
 
-__all__ = ["EncodedModel", "ModelEncoding"]
+__all__ = ["EncodedModel", "EncodedModule", "ModelEncoding"]
 
 
 class ModelEncoding(ABC):
@@ -60,7 +63,28 @@ class ModelEncoding(ABC):
             raise TypeError(f"past_key_values: an encoded model fills a DynamicCache, got {kind}")
 
 
-class EncodedModel(nn.Module):
+class EncodedModule(nn.Module):
+    """A module whose class was swapped: copied as it is, and never pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"an encoded model holds keys and is never pickled ({type(self).__name__}): save_pretrained writes the "
+            "plain model, and decode_llama makes this one plain again"
+        )
+
+    def __copy__(self) -> "EncodedModule":
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict) -> "EncodedModule":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(vars(self), memo))
+        return twin
+
+
+class EncodedModel(EncodedModule):
     """A decoder stack under SCX: admits a request, has its placement serve it, and answers as transformers' own."""
 
     config: Any
@@ -85,24 +109,34 @@ class EncodedModel(nn.Module):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        request = admit(
-            input_ids,
-            inputs_embeds,
-            self.config.vocab_size,
-            past_key_values,
-            (gpu_kvcache, cpu_kvcache),
-            self._scx.part_kind,
-            mode,
-            cache_position,
-        )
-        if use_cache is None:
-            use_cache = self.config.use_cache and not (self.training and self.gradient_checkpointing)
-        outputs = self._serve(
-            request, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs
-        )
+        with outside_inference_mode():
+            request = self._admit(
+                input_ids, inputs_embeds, past_key_values, (gpu_kvcache, cpu_kvcache), mode, cache_position, kwargs
+            )
+            if use_cache is None:
+                use_cache = self.config.use_cache and not (self.training and self.gradient_checkpointing)
+            outputs = self._serve(
+                request, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs
+            )
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         return outputs if return_dict else outputs.to_tuple()
+
+    @torch.compiler.disable  # it reads what came, and must not do so once for all requests
+    def _admit(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        past_key_values: Cache | None,
+        parts: tuple[CachePart | None, CachePart | None],
+        mode: str | None,
+        cache_position: Tensor | None,
+        keywords: dict[str, Any],
+    ) -> Admitted:
+        _check_not_recorded()
+        check_keywords(keywords)
+        vocab_size, part_kind = self.embed_tokens.weight.shape[0], self._scx.part_kind
+        return admit(input_ids, inputs_embeds, vocab_size, past_key_values, parts, part_kind, mode, cache_position)
 
     def _serve(
         self, request: Admitted, *, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool,
@@ -111,3 +145,30 @@ class EncodedModel(nn.Module):
         """The placement's answer to a request."""
         # Not an abstract method: a model's class is swapped, never made anew, and nothing would ask for it.
         raise NotImplementedError(f"{type(self).__name__} is in no placement")
+
+
+def outside_inference_mode() -> AbstractContextManager[None]:
+    """`torch.no_grad()` in the place of inference mode: keys and caches are used again outside of it, where tensors
+    that it made are not."""
+    is_compiled = torch.compiler.is_compiling()  # which needs no_grad itself
+    return _no_grad_instead() if not is_compiled and torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def _no_grad_instead() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _check_not_recorded() -> None:
+    """A recorded pass would be replayed with the keys of this one, which are for once."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        recorder = "torch.export or torch.jit"
+    elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        recorder = "a CUDA graph"
+    else:
+        return
+    raise RuntimeError(
+        f"an encoded model cannot be recorded by {recorder}: every replay would use this pass's one-time keys again. "
+        "decode_llama it first, or run it as it is"
+    )

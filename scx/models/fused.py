@@ -1,39 +1,64 @@
 """The fused placement: both sides share the model's own device, and what lies in memory between operations is encoded.
 
-The modules stay; their classes become subclasses of their own that run the protocol's steps. So parameter names, hooks
-and recorded outputs keep working, no weight is copied, and undoing the swap restores the model exactly.
+The modules stay; their classes become subclasses of their own that run the protocol's steps. So parameter names and
+recorded outputs keep working, no weight is copied, and undoing the swap restores the model exactly.
 
 Rows travel as the protocol says: the residual stream is token-permuted with redundant rows among them, and what each
 half of a block takes out of it lies under a permutation of its own, with fresh redundant rows; token order exists only
-between q, k, v and the output projection, where features are permuted instead.
+between q, k, v and the output projection, where features are permuted instead. A block that somebody has hooked is
+given and gives rows in token order, without redundant ones, as the plain model's; hooks inside of a block see the rows
+as they are there.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import scx_kernels as ops
-from scx.architecture import QKV, SUPPORTED, Decoder, head_norms, is_plain_linear, sliding_window
-from scx.encoding import FeatureKey, Noise, RowKey
+from scx.architecture import (
+    SUPPORTED,
+    Decoder,
+    head_norms,
+    home,
+    is_plain_linear,
+    running_blocks,
+    sliding_window,
+)
+from scx.devices import is_autocast
+from scx.encoding import FeatureKey, RowKey, TokenKeys
 from scx.keys import Session
 from scx.kvcache import EncodedCache
-from scx.kvcache.layers import Stored
-from scx.models.encoded import EncodedModel, ModelEncoding
+from scx.kvcache.layers import SealedLayer, Stored
+from scx.models.encoded import EncodedModel, EncodedModule, ModelEncoding
+from scx.models.gradients import refuse_backward, wants_gradients
 from scx.models.request import Admitted
 from scx.models.step import Step
 from scx.models.swap import encode_class, restore_class
+from scx.projections import project_quiet, projection_dtype
 
-__all__ = ["EncodedAttention", "EncodedDecoderLayer", "FusedEncoding", "FusedModel", "check_plain_linear", "fuse"]
+__all__ = ["EncodedAttention", "EncodedDecoderLayer", "FusedEncoding", "FusedModel", "fuse"]
+
+_GIVEN = ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "kwargs")
+_SDPA_KEYWORDS = (
+    "cache",
+    "softcap",
+    *(name for name in signature(sdpa_attention_forward).parameters if name not in _GIVEN),
+)
+"""What transformers' sdpa acts upon beside what every block gives it."""
 
 
-class EncodedAttention(nn.Module):
+class EncodedAttention(EncodedModule):
     """Attention on encoded rows: token-permuted rows in, token-permuted rows out (another key), (B, T, D)."""
 
     config: Any
@@ -53,47 +78,45 @@ class EncodedAttention(nn.Module):
         past_key_values: EncodedCache | None = None,
         *,
         scx_step: Step,
-        scx_noise: Noise | None = None,
+        scx_place: int,
+        scx_noise: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        layer_idx, device, cache = self.layer_idx, hidden_states.device, past_key_values
-        feature_key, keys = scx_step.feature_key(layer_idx, device), scx_step.layer_keys(layer_idx, device)
+        place, device, cache = scx_place, hidden_states.device, past_key_values
+        feature_key, keys = scx_step.feature_key(place, device), scx_step.layer_keys(place, device)
         cos, sin = position_embeddings
+        products = self._project_qkv(hidden_states, scx_noise)
+        has_gradients = torch.is_grad_enabled() and any(product.requires_grad for product in products)
         slots, into = None, {}
-        if cache is not None:
-            slots = cache.room(layer_idx, cos.shape[1], feature_key.key.shape, self.q_proj.weight, scx_step.writes)
+        if cache is not None and scx_step.in_place and not has_gradients:
+            slots = cache.room(place, cos.shape[1], feature_key.key.shape, products[1], scx_step.writes)
         if slots is not None:
             # A layer's first tokens attend to one another alone: their K and V go sealed into the cache, and unsealed,
             # as q does, into this pass's attention.
             into = {**slots.arguments, "return_unsealed": slots.sealing is not None and slots.offset == 0}
 
-        products = self._project_qkv(hidden_states, scx_noise)
         q, k, v = feature_key.encode(products, cos, sin, keys.attention.position, **head_norms(self), **into)
         stored = Stored(k, v)
         if cache is not None and slots is not None:
-            held = cache.take_in(layer_idx, slots)
+            held = cache.take_in(place, slots)
             stored = stored if into["return_unsealed"] else held
+        elif cache is not None and has_gradients and isinstance(cache.layers[place], SealedLayer):
+            _seal_first(cache, place, k, v, scx_step)
         elif cache is not None:
-            q, stored, attention_mask = _meet_cache(cache, layer_idx, q, stored, attention_mask, scx_step)
+            q, stored, attention_mask = _meet_cache(cache, place, q, stored, attention_mask, scx_step)
         if q.device != device:
-            feature_key, keys = scx_step.feature_key(layer_idx, q.device), scx_step.layer_keys(layer_idx, q.device)
+            feature_key, keys = scx_step.feature_key(place, q.device), scx_step.layer_keys(place, q.device)
         rows, weights = self._attend(q, stored, attention_mask, feature_key, keys.output, **kwargs)
         return self.o_proj(rows.to(device)), weights
 
-    def _project_qkv(self, rows: Tensor, noise: Noise | None) -> Sequence[Tensor]:
+    def _project_qkv(self, rows: Tensor, noise: Tensor | None) -> Sequence[Tensor]:
         """The products of encoded rows, of q, k and v, (B, T, *) each; without the noise's image if there is noise."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        weights = [projection.weight for projection in projections]
-        biases = [projection.bias for projection in projections]
         if noise is not None:
-            for projection in projections:
-                check_plain_linear(projection, f"layers.{self.layer_idx}")
-            return [
-                ops.permuted_linear(rows, weight, bias=bias, image=image)
-                for weight, bias, image in zip(weights, biases, noise.images, strict=True)
-            ]
-        if all(is_plain_linear(projection) for projection in projections):
-            return ops.permuted_linears(rows, weights, biases=biases)
+            return project_quiet(projections, rows, noise, self.layer_idx)
+        if all(is_plain_linear(projection) for projection in projections) and not is_autocast(rows):
+            weights = [projection.weight for projection in projections]
+            return ops.permuted_linears(rows, weights, biases=[projection.bias for projection in projections])
         return [projection(rows) for projection in projections]
 
     def _attend(
@@ -102,13 +125,13 @@ class EncodedAttention(nn.Module):
         """Attention with the backend that the model is set to, π_r undone; (B, T, H*d) rows of the output encoding."""
         (k, v, sealing), output_index = stored, feature_key.output
         backend = self.config._attn_implementation
-        if backend == "sdpa" and not self.training and kwargs.get("is_causal") is None:
+        if self._is_plain_sdpa(backend, kwargs):
             options: dict[str, Any] = {"softmax_scale": self.scaling, "output_index": output_index, "sealing": sealing}
             if q.shape[2] == 1 and mask is None and key.entry is None:
                 out = ops.attention_step(q, k, v, **options)
                 return out.reshape(len(out), 1, -1), None
             options |= {"mask": mask, "is_causal": mask is None and q.shape[2] > 1}
-            rows = ops.attention(q, k, v, row_index=key.entry, redundant=key.redundant, **options)
+            rows = ops.attention(q, k, v, row_index=key.entry, redundant=key.redundant_as(q.dtype), **options)
             return rows if key.entry is not None else rows.transpose(1, 2).flatten(2), None
         if sealing is not None:
             k, v = ops.unseal(k, sealing, is_value=False), ops.unseal(v, sealing, is_value=True)
@@ -126,6 +149,17 @@ class EncodedAttention(nn.Module):
         )
         return key.enter_heads(out, output_index), weights
 
+    def _is_plain_sdpa(self, backend: str, keywords: dict[str, Any]) -> bool:
+        """Whether the kernels compute what the backend would: transformers' own sdpa, without dropout, causal, and with
+        no keyword that it acts upon."""
+        return (
+            backend == "sdpa"
+            and not self.training
+            and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+            and getattr(self, "is_causal", True)
+            and all(keywords.get(name) is None for name in _SDPA_KEYWORDS)
+        )
+
 
 def _meet_cache(
     cache: EncodedCache, layer_idx: int, q: Tensor, new: Stored, mask: Tensor | None, step: Step
@@ -141,7 +175,18 @@ def _meet_cache(
     return q, cache.append(k, v, layer_idx, step.writes), mask
 
 
-class EncodedDecoderLayer(nn.Module):
+def _seal_first(cache: EncodedCache, place: int, k: Tensor, v: Tensor, step: Step) -> None:
+    """Store a layer's first K and V sealed, while gradients go through what this pass attends to."""
+    if cache.layers[place].held_tokens:
+        raise ValueError(
+            "cache_encoding: gradients do not go through a sealed cache that holds tokens; use torch.no_grad(), or "
+            "use_cache=False for the whole text"
+        )
+    with torch.no_grad():
+        cache.append(k, v, place, step.writes)
+
+
+class EncodedDecoderLayer(EncodedModule):
     """One block on the encoded residual stream. Each of its halves takes rows out of it into an encoding of its own and
     adds what comes back.
 
@@ -156,20 +201,20 @@ class EncodedDecoderLayer(nn.Module):
     post_attention_layernorm: nn.Module
 
     def forward(self, hidden_states: Tensor, *, scx_step: Step, **kwargs: Any) -> Tensor:
-        layer_idx, device = self.self_attn.layer_idx, hidden_states.device
-        keys = scx_step.layer_keys(layer_idx, device)
-        rows = scx_step.start(hidden_states) if layer_idx == 0 else hidden_states
+        place, device = scx_step.place(self), hidden_states.device
+        keys = scx_step.layer_keys(place, device)
+        rows = scx_step.enter(hidden_states, place)
 
-        noise = scx_step.noise if layer_idx == 0 else None
+        noise = scx_step.noise if place == 0 else None
         entered = keys.attention.enter(rows, self.input_layernorm, noise)
-        projected, _ = self.self_attn(hidden_states=entered, scx_step=scx_step, scx_noise=noise, **kwargs)
+        projected, _ = self.self_attn(
+            hidden_states=entered, scx_step=scx_step, scx_place=place, scx_noise=noise, **kwargs
+        )
         rows = keys.output.add_to(rows, projected)
 
         entered = keys.feed_forward.enter(rows, self.post_attention_layernorm)
         rows = keys.feed_forward.add_to(rows, self.mlp(entered))
-
-        is_last = layer_idx == scx_step.session.shape.num_layers - 1
-        return scx_step.leave(rows) if is_last else rows
+        return scx_step.leave(rows, place)
 
 
 class FusedEncoding(ModelEncoding):
@@ -177,18 +222,50 @@ class FusedEncoding(ModelEncoding):
 
     cache_kind = part_kind = EncodedCache
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._paged_sessions: WeakKeyDictionary[PagedAttentionCache, Session] = WeakKeyDictionary()
+
     def undo(self, decoder: Decoder) -> None:
         for layer in decoder.layers:
             restore_class(layer.self_attn)
             restore_class(layer)
 
-    def open_step(self, session: Session, request: Admitted, cache: EncodedCache | None, device: torch.device) -> Step:
-        """The keys of one forward pass; rows of a lone token that continues a session stay in token order."""
-        token_keys = None
-        if request.opens or request.tokens > 1:
-            scale = None if self.scale is None else self.scale.to(device)
-            token_keys = session.draw_token_keys(request.tokens, request.batch, scale, self.dtype, device)
-        return Step(session, session if cache is None else cache, token_keys)
+    def draw_token_keys(self, session: Session, request: Admitted, embedding: nn.Module) -> TokenKeys | None:
+        """The row keys of one forward pass; None for a lone token that continues a session, whose rows stay in token
+        order."""
+        if not request.opens and request.tokens == 1:
+            return None
+        dtype, device = next(embedding.parameters()).dtype, home(embedding)
+        scale = None if self.scale is None else self.scale.to(device)
+        return session.draw_token_keys(request.tokens, request.batch, scale, dtype, device)
+
+    def paged_session(self, pages: PagedAttentionCache) -> Session:
+        """The session of the pages of continuous batching: one for all requests that share them, for one sequence of
+        rows, which is how these come."""
+        if self.generator.sealed(self.shape):
+            raise TypeError(
+                "cache: the pages of continuous batching are not sealed, and K and V would lie in them as they are; "
+                "use generate, or cache_encoding='permuted'"
+            )
+        session = self._paged_sessions.get(pages)
+        if session is None:
+            session = self._paged_sessions[pages] = self.open_session(1)
+        return session
+
+    def check_blocks(self, blocks: list[Any]) -> None:
+        """The blocks that are to run must be encoded, each once, and no more than there were."""
+        if not 0 < len(blocks) <= self.shape.num_layers:
+            raise ValueError(
+                f"model: it had {self.shape.num_layers} blocks when it was encoded, {len(blocks)} are to run"
+            )
+        if len(set(map(id, blocks))) != len(blocks):
+            raise ValueError(
+                "model: one block stands in several places of the stack; copy it, so that each has its own"
+            )
+        foreign = [place for place, block in enumerate(blocks) if not isinstance(block, EncodedDecoderLayer)]
+        if foreign:
+            raise ValueError(f"model: blocks {foreign} came after it was encoded; decode_llama it and encode it anew")
 
     def check_adoptable(self, cache: Cache | None) -> None:
         super().check_adoptable(cache)
@@ -230,26 +307,15 @@ class FusedModel(EncodedModel):
         self, request: Admitted, *, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        encoding, cache = self._scx, request.cache
-        kept: EncodedCache | None = None
-        if request.opens:
-            encoding.check_adoptable(cache)
-            session = encoding.open_session(request.batch)
-            if use_cache or cache is not None:
-                empty: Any = DynamicCache(config=self.config) if cache is None else cache
-                kept = EncodedCache.adopt(empty, session)
-        else:
-            kept = encoding.check_cache(cache, request.batch)
-            session = kept.session
-
-        step = encoding.open_step(session, request, kept, self.embed_tokens.weight.device)
-        attention = self.layers[0].self_attn
-        step.prepare(request.batch, request.tokens, [attention.get_submodule(name).weight for name in QKV])
+        step, kept, refusal = self._open(request, use_cache, kwargs)
         # Who names a stage serves a model: the kernels, which have no backward, are not to be kept out by its weights.
+        recording = torch.is_grad_enabled() and request.mode is None and refusal is None
         restored = nullcontext() if kept is None else kept.restored_on_failure()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and request.mode is None), restored:
+        with torch.set_grad_enabled(recording), restored:
             outputs = super(EncodedModel, self).forward(  # the original's: what this class is swapped in above
-                inputs_embeds=step.embed(self.embed_tokens, request.input_ids, request.inputs_embeds),
+                inputs_embeds=step.embed(
+                    self.embed_tokens, request.input_ids, request.inputs_embeds, home(self.embed_tokens)
+                ),
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=kept,
@@ -259,25 +325,94 @@ class FusedModel(EncodedModel):
                 **kwargs,
             )
         if outputs.get("hidden_states") is not None:
-            outputs.hidden_states = _decode_hidden_states(outputs.hidden_states, step)
+            states = enumerate(outputs.hidden_states)
+            outputs.hidden_states = tuple(None if x is None else step.in_token_order(x, place) for place, x in states)
+            if refusal is not None:
+                outputs.hidden_states = tuple(
+                    None if x is None else refuse_backward(x, refusal) for x in outputs.hidden_states
+                )
+        if refusal is not None:
+            outputs.last_hidden_state = refuse_backward(outputs.last_hidden_state, refusal)
         return outputs
 
+    @torch.compiler.disable  # keys are drawn for every pass, and are no constants of a program
+    def _open(
+        self, request: Admitted, use_cache: bool, keywords: dict[str, Any]
+    ) -> tuple[Step, EncodedCache | None, str | None]:
+        """The keys of a pass, its cache, and why gradients do not go through it if they would."""
+        encoding, blocks = self._scx, running_blocks(self)
+        encoding.check_blocks(blocks)
+        records = wants_gradients(self, request.inputs_embeds)
+        session, kept = self._session(request, len(blocks), use_cache, keywords.get("cache"))
+        refusal = None if kept is None or not records else self._refusal_of_gradients(kept, request)
 
-def _decode_hidden_states(hidden_states: Sequence[Tensor | None], step: Step) -> tuple[Tensor | None, ...]:
-    """Recorded hidden states in token order. The first one recorded stands in for the rows that the step embedded."""
-    decoded = [None if states is None else step.start(states) for states in hidden_states[:1]]
-    decoded += hidden_states[1:]
-    last = step.session.shape.num_layers
-    return tuple(states if i >= last or states is None else step.leave(states) for i, states in enumerate(decoded))
+        open_at = _hooked_places(blocks)
+        if records and refusal is None:
+            # What is checkpointed or recorded on the way to a loss must be given to the block, not kept beside it.
+            open_at |= set(range(len(blocks))) if _wants_hidden_states(self, keywords) else {0}
+        token_keys = encoding.draw_token_keys(session, request, self.embed_tokens)
+        holder = session if kept is None else kept
+        step = Step(session, holder, token_keys, blocks, open_at, in_place=not records or refusal is not None)
+        first = blocks[0].self_attn.q_proj
+        step.prepare(request.batch, request.tokens, projection_dtype(first), home(first))
+        return step, kept, refusal
+
+    def _session(
+        self, request: Admitted, num_blocks: int, use_cache: bool, pages: PagedAttentionCache | None
+    ) -> tuple[Session, EncodedCache | None]:
+        """The session that a request opens or continues, and its cache if it has one of its own."""
+        encoding, cache = self._scx, request.cache
+        if pages is not None:
+            if cache is not None:
+                raise ValueError("past_key_values: give either a cache or the pages of continuous batching")
+            return encoding.paged_session(pages), None
+        if not request.opens:
+            kept = encoding.check_cache(cache, request.batch)
+            filled = sum(layer.is_initialized for layer in kept.layers)
+            if filled != num_blocks:
+                raise ValueError(f"past_key_values: {filled} blocks have filled it, and {num_blocks} are to run")
+            return kept.session, kept
+        encoding.check_adoptable(cache)
+        session = encoding.open_session(request.batch)
+        if not use_cache and cache is None:
+            return session, None
+        empty: Any = DynamicCache(config=self.config) if cache is None else cache
+        return session, EncodedCache.adopt(empty, session)
+
+    def _refusal_of_gradients(self, kept: EncodedCache, request: Admitted) -> str | None:
+        """Why no gradient goes through this request, which would have some in the plain model; None if they do.
+
+        What autograd keeps for a backward is not sealed. So a sealed cache is filled with gradients in training alone,
+        and gradients do not go through what it holds.
+        """
+        if request.mode is not None or not kept.session.settings.sealed_layers:
+            return None
+        reason = "cache_encoding: gradients do not go through a sealed cache"
+        if not self.training:
+            return f"{reason}; train with model.train(), or with use_cache=False"
+        if not request.opens:
+            raise ValueError(f"{reason} that holds tokens; use torch.no_grad(), or use_cache=False for the whole text")
+        return None
 
 
-def check_plain_linear(projection: nn.Module, place: str) -> None:
-    """A projection behind noise must be one whose weight alone gives the noise's image."""
-    if not is_plain_linear(projection):
-        raise TypeError(
-            f"{place}: alp=True needs plain nn.Linear projections without hooks, whose weight alone gives the noise's "
-            f"image; got {type(projection).__name__}"
-        )
+def _hooked_places(blocks: Sequence[nn.Module]) -> set[int]:
+    """Where hooks of blocks see the residual stream, by the place of the block behind it."""
+    places = set()
+    for place, block in enumerate(blocks):
+        hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+        if any(not _is_recorder(hook) for kind in hooks for hook in kind.values()):
+            places |= {place, place + 1}
+    return places
+
+
+def _is_recorder(hook: Any) -> bool:
+    """Whether a hook is transformers' own, which records hidden states; these are decoded afterwards."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+def _wants_hidden_states(model: Any, keywords: dict[str, Any]) -> bool:
+    wanted = keywords.get("output_hidden_states")
+    return bool(getattr(model.config, "output_hidden_states", False) if wanted is None else wanted)
 
 
 def fuse(decoder: Decoder, encoding: FusedEncoding) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from scx.architecture import QKV, Decoder, ModelShape, encoded_decoders, find_decoder, model_shape
+from scx.architecture import Decoder, ModelShape, encoded_decoders, find_decoder, has_data, home, model_shape
 from scx.calibration import measure_scale
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, check_generator
-from scx.models.fused import FusedEncoding, check_plain_linear, fuse
+from scx.models.fused import FusedEncoding, fuse
 from scx.models.split import SplitCausalLM, causal_lm, divide
 from scx.models.split import secure_device as named_device
 from scx.models.swap import check_forwards, restore_class
@@ -24,7 +24,7 @@ __all__ = ["decode_llama", "encode_llama", "encoded_llama", "model_shape"]
 def _check_data(decoder: Decoder, names: Iterable[str]) -> None:
     """The named parameters of the blocks must be here, not on the meta device."""
     for name in names:
-        if decoder.layers.get_parameter(name).is_meta:
+        if not has_data(decoder.layers, name):
             raise TypeError(
                 f"model: layers.{name} has no data (it is on the meta device). A model of load_secure_model needs the "
                 "settings that it was loaded for, secure_device, and an untrusted party in another process"
@@ -37,7 +37,7 @@ def _calibrate(decoder: Decoder, generator: SCXKeyGenerator, shape: ModelShape) 
 
     Redundant rows made to this scale look like rows of the layer, without depending on anybody's prompt.
     """
-    device = decoder.embed_tokens.weight.device
+    device = home(decoder.embed_tokens)
     tokens = generator.calibration_tokens(shape).to(device)
     was_training = decoder.training
     try:
@@ -102,11 +102,7 @@ def encode_llama(
             needed = secure_parameters(decoder.layers, plan)
     _check_data(decoder, needed)
     check_forwards(decoder)
-    if key_generator.alp:
-        for name in QKV:
-            place = f"self_attn.{name}"
-            check_plain_linear(decoder.layers[0].get_submodule(place), f"model: layers.0.{place}")
-    is_whole = not any(parameter.is_meta for parameter in decoder.layers.parameters())
+    is_whole = all(has_data(decoder.layers, name) for name, _ in decoder.layers.named_parameters())
     scale = _calibrate(decoder, key_generator, shape) if key_generator.redundant_num and is_whole else None
     if plan is not None and secure is not None:
         divide(model, decoder, plan, key_generator, shape, scale, secure, untrusted)

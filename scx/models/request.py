@@ -1,14 +1,17 @@
 """A model's request, checked at its door: what it brings, whether it opens or continues a session, and its cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from scx.kvcache.conversation import CachePart
 
-__all__ = ["Admitted", "admit"]
+__all__ = ["Admitted", "admit", "check_keywords"]
 
 MODES = ("prefill", "decode")
 
@@ -54,6 +57,22 @@ def admit(
     opens = _is_prefill(mode, past)
     _check_positions(cache_position, past, tokens)
     return Admitted(input_ids, inputs_embeds, batch, tokens, cache, past, opens, mode)
+
+
+def check_keywords(keywords: Mapping[str, Any]) -> None:
+    """Of a request's other keywords, a cache must come under the name by which it is used: `past_key_values`, or
+    `cache` if continuous batching brings its pages. Everything else goes where the plain model hands it.
+
+    Raises: TypeError naming the keyword.
+    """
+    for name, value in keywords.items():
+        has_pages = isinstance(value, PagedAttentionCache)
+        if isinstance(value, Cache):
+            raise TypeError(f"{name}: a {type(value).__name__} comes as past_key_values, and as nothing else")
+        if value is not None and has_pages != (name == "cache"):
+            raise TypeError(
+                f"{name}: pages of continuous batching, and nothing else, come as cache; got a {type(value).__name__}"
+            )
 
 
 def _check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int) -> tuple[int, int]:

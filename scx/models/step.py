@@ -1,12 +1,13 @@
 """The keys of one forward pass in the fused placement, and how the residual stream enters and leaves its encoding."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from scx.encoding import FeatureKey, LayerKeys, Noise, ResidualKey, TokenKeys
+from scx.architecture import is_hooked
+from scx.encoding import FeatureKey, LayerKeys, ResidualKey, TokenKeys
 from scx.keys import Session
 
 __all__ = ["Step"]
@@ -23,20 +24,44 @@ class FeatureKeys(Protocol):
 class Step:
     """The keys of one forward pass, handed to every block.
 
-    Without `token_keys` the rows stay in token order: a lone generated token has no order to hide.
+    A block is known by its place in the stack that runs, whatever index it was built with. Without `token_keys` the
+    rows stay in token order: a lone generated token has no order to hide.
+
+    Args:
+        blocks: the stack, in order.
+        open_at: the places at whose input rows lie in token order, without redundant ones, for hooks or a caller who
+            records them.
+        in_place: whether K and V may be written where they lie; not where gradients go through them.
     """
 
-    def __init__(self, session: Session, feature_keys: FeatureKeys, token_keys: TokenKeys | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        feature_keys: FeatureKeys,
+        token_keys: TokenKeys | None,
+        blocks: Sequence[nn.Module],
+        open_at: Collection[int] = (),
+        in_place: bool = True,
+    ) -> None:
         self.session = session
         self.feature_key = feature_keys.feature_key
+        self.in_place = in_place
+        self.open_at = frozenset(open_at)
+        self.num_blocks = len(blocks)
+        self._places = {id(block): place for place, block in enumerate(blocks)}
         self._token_keys = token_keys
-        self.noise: Noise | None = None  # of the first block's input, once prepared
+        self.noise: Tensor | None = None  # of the first block's input, once prepared
         self.writes: Tensor | None = None  # write numbers of the pass's tokens (B, S), where layers are sealed
-        self._rows: Tensor
+        self._rows: Tensor  # the residual stream's first rows, where these are not in token order
+        self._redundant: dict[int, Tensor | None] = {}  # the redundant rows, where the others are in token order
         self._on_device: dict[torch.device, tuple[ResidualKey, list[LayerKeys]]] = {}
 
     def __repr__(self) -> str:
         return f"Step(session={self.session.id})"
+
+    def place(self, block: nn.Module) -> int:
+        """Where a block stands in the stack."""
+        return self._places[id(block)]
 
     def _keys_on(self, device: torch.device) -> tuple[ResidualKey, list[LayerKeys]] | None:
         if self._token_keys is None:
@@ -52,47 +77,71 @@ class Step:
         keys = self._keys_on(device)
         return None if keys is None else keys[0]
 
-    def layer_keys(self, layer: int, device: torch.device) -> LayerKeys:
-        """The token keys of one layer, on the device that runs it."""
+    def layer_keys(self, place: int, device: torch.device) -> LayerKeys:
+        """The token keys of one block, on the device that runs it."""
         keys = self._keys_on(device)
-        return _IDENTITY if keys is None else keys[1][layer]
+        return _IDENTITY if keys is None else keys[1][place]
 
-    def prepare(self, batch: int, tokens: int, weights: Sequence[Tensor]) -> None:
+    def prepare(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         """Draw what the blocks will need before they run, so that nothing on their way waits for the host.
 
         Args:
-            weights: of the first block's q, k and v, (N, D) each, on the device that runs it.
+            dtype, device: of the rows that enter the first block's projections.
         """
-        device = weights[0].device
         self.feature_key(0, device)
         key = self.layer_keys(0, device).attention
         if self.session.settings.alp:
             rows = tokens if key.entry is None else key.entry.shape[1]
-            self.noise = self.session.take_noise(batch, rows, weights)
+            self.noise = self.session.take_noise(batch, rows, dtype, device)
         if self.session.settings.sealed_layers:
             self.writes = self.session.take_writes(batch, tokens, device)
 
-    def embed(self, embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Embed a request straight into the residual stream's encoding.
+    def embed(
+        self, embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None, device: torch.device
+    ) -> Tensor:
+        """Embed a request into the residual stream's encoding.
 
-        Returns: what goes to the first block in the embeddings' place, (B, S, D): a view of the encoded rows, from
-        which masks and positions are made; `start` gives the rows themselves.
+        Returns: what goes to the first block, (B, S, D): embeddings in token order where that block's input is open or
+        the embedding's own hooks are to see them; else a view of the encoded rows, from which masks and positions are
+        made, and `enter` gives the rows themselves.
         """
-        key = self.residual_key(next(embedding.parameters()).device)
+        key = self.residual_key(device)
         if key is None:
             plain: Tensor = embedding(input_ids) if inputs_embeds is None else inputs_embeds
             return plain
-        if inputs_embeds is not None:
-            self._rows = key.enter(inputs_embeds, embedding)
-        elif input_ids is not None:
+        if input_ids is not None and 0 not in self.open_at and not is_hooked(embedding):
             self._rows = key.embed(embedding, input_ids)
+            return self._rows[:, : key.position.shape[1]]
+        rows: Tensor = embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        redundant = key.embed_decoys(embedding, rows)
+        if 0 in self.open_at:
+            self._redundant[0] = redundant
+            return rows
+        self._rows = key.enter(rows, redundant)
         return self._rows[:, : key.position.shape[1]]
 
-    def start(self, stand_in: Tensor) -> Tensor:
-        """The residual stream's first rows, (B, T, D), for what `embed` returned."""
-        return stand_in if self._token_keys is None else self._rows.to(stand_in.device)
+    def enter(self, states: Tensor, place: int) -> Tensor:
+        """The residual stream's rows (B, T, D), for what a block is given."""
+        key = self.residual_key(states.device)
+        if key is None:
+            return states
+        if place in self.open_at:
+            redundant = self._redundant[place]
+            return key.enter(states, None if redundant is None else redundant.to(states.device, states.dtype))
+        return self._rows.to(states.device) if place == 0 else states
 
-    def leave(self, rows: Tensor) -> Tensor:
-        """The residual stream's rows in token order, (B, S, D)."""
-        key = self.residual_key(rows.device)
-        return rows if key is None else key.leave(rows)
+    def leave(self, rows: Tensor, place: int) -> Tensor:
+        """What a block gives, for the residual stream's rows behind it: in token order behind the last one."""
+        key, following = self.residual_key(rows.device), place + 1
+        if key is None or (following < self.num_blocks and following not in self.open_at):
+            return rows
+        if following < self.num_blocks:
+            self._redundant[following] = key.redundant(rows)
+        return key.leave(rows)
+
+    def in_token_order(self, states: Tensor, place: int) -> Tensor:
+        """What was recorded at a block's input, (B, S, D); `place` counts the output of the last as well."""
+        key = self.residual_key(states.device)
+        if key is None or place in self.open_at or place >= self.num_blocks:
+            return states
+        return key.leave(self._rows.to(states.device) if place == 0 else states)

@@ -120,8 +120,8 @@ class SecureWeights:
         norms = head_norms(attention)
         return {name: x.to(self._device) if isinstance(x, Tensor) else x for name, x in norms.items()}
 
-    def _qkv(self, attention: Any) -> list[Tensor]:
-        return [attention.get_submodule(name).weight.detach().to(self._device) for name in QKV]
+    def _qkv(self, attention: Any) -> list[nn.Module]:
+        return [self._here(attention.get_submodule(name)) for name in QKV]
 
 
 class SecureParty:
@@ -173,13 +173,14 @@ class SecureParty:
 
     def noise(self, session: Session, block: int, batch: int, rows: int) -> Noise | None:
         """One-time noise for rows that enter a start block; None where the settings ask for none."""
-        weights = self.weights.qkv.get(block)
-        if weights is None:
+        projections = self.weights.qkv.get(block)
+        if projections is None:
             return None
         rms = self.shape.first_norm_rms
         if block:
             rms = root_mean_square(self.weights.attention_norm[block])
-        return session.take_noise(batch, rows, weights, layer=block, rms=rms)
+        noise = session.take_noise(batch, rows, self.weights.dtype, self.device, layer=block, rms=rms)
+        return Noise.of(noise, projections, block)
 
     def feature_key(self, session: Session, block: int, sequences: Tensor | None = None) -> FeatureKey:
         """The session's π_r of a block, for the given sequences of it."""

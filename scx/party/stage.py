@@ -54,7 +54,8 @@ class Stage:
 
     def _project_qkv(self, block: int, hidden: Tensor, key: Key, noise: Noise | None) -> Products[Key]:
         """Encode a block's attention input, (B, n, D); its q, k and v products come back."""
-        rows = key.enter(hidden, self.party.weights.attention_norm[block], noise)
+        added = None if noise is None else noise.noise
+        rows = key.enter(hidden, self.party.weights.attention_norm[block], added)
         return Products.read(self.line.ask("project_qkv", block, attention_input=rows), key, noise)
 
     def _restore(self, block: int, products: Products[Key], feature_key: FeatureKey) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from scx.kvcache.layers import GrowingLayer, append
 from scx.party.boundary import Request
 from scx.party.held import Held
 from scx.party.plan import Plan
+from scx.projections import project_noisy, projection_dtype
 
 __all__ = ["UntrustedParty"]
 
@@ -255,7 +256,5 @@ _OPERATIONS: dict[str, Any] = {
 
 def _linear(module: Any, rows: Tensor) -> Tensor:
     """`module(rows)`; rows under noise, wider than the weight, are multiplied in their own dtype."""
-    if rows.dtype == module.weight.dtype:
-        result: Tensor = module(rows)
-        return result
-    return ops.permuted_linear(rows, module.weight, bias=module.bias)
+    product: Tensor = module(rows) if rows.dtype == projection_dtype(module) else project_noisy(module, rows)
+    return product

@@ -98,7 +98,11 @@ def _attend(
         if IS_MASKED:
             if MASK == "additive":
                 added = tl.load(mask_rows[:, None] + keys[None, :] * stride_mask_key, mask=in_keys[None, :], other=0)
-                scores += added.to(tl.float32) * 1.4426950408889634
+                added = added.to(tl.float32)
+                # Where the lowest numbers hide every key, all count alike; times log2(e) they would be -inf, which
+                # hides a key for good.
+                added = tl.where(added > float("-inf"), tl.maximum(added, -2.3586e38), added)
+                scores += added * 1.4426950408889634
             seen = in_keys[None, :] & (keys[None, :] <= last_key[:, None])
             seen &= keys[None, :] > last_key[:, None] - window
             if MASK == "bool":
