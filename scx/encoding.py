@@ -31,6 +31,7 @@ __all__ = [
 
 ENCODINGS = ("attention", "output", "feed_forward")
 """Where token-permuted rows enter the untrusted side: q, k and v; the output projection; the feed-forward."""
+_ENTERED = dict(zip(ENCODINGS, ("the attention", "the output projection", "the feed-forward"), strict=True))
 
 
 def inverse(permutation: Tensor) -> Tensor:
@@ -295,3 +296,14 @@ class RedundantScale:
     def to(self, device: torch.device) -> "RedundantScale":
         """The same on `device`."""
         return RedundantScale(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def check_finite(self) -> None:
+        """Raises ValueError naming the first block and encoding whose rows are not finite."""
+        for layer in range(len(self.attention)):
+            for name in ENCODINGS:
+                if (~getattr(self, name)[layer].isfinite()).any():
+                    raise ValueError(
+                        f"model: layers.{layer}, rows that enter {_ENTERED[name]} are not finite in a pass over random "
+                        "tokens, and redundant rows must be like them. Look for weights that are not finite, or too "
+                        "large for their dtype; with redundant_num=0 the model is encoded as it is"
+                    )

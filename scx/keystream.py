@@ -25,9 +25,11 @@ import scx_kernels as ops
 from scx.devices import CPU, upload
 from scx_kernels.operations import is_accelerator
 
-__all__ = ["KEY_BYTES", "KeyStream", "Secret", "StreamId", "derive"]
+__all__ = ["KEY_BYTES", "LARGEST_NORMAL", "KeyStream", "Secret", "StreamId", "derive"]
 
 KEY_BYTES = 32
+LARGEST_NORMAL = 5.5
+"""No draw of `KeyStream.normal` is larger: they end at erfinv(1 - 2^-24)·√2 = 5.42."""
 _LIMIT = 2**32
 
 StreamId = tuple[int, int, int]

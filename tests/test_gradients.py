@@ -11,6 +11,7 @@ from scx import SCXKeyGenerator, encode_llama, encoded_llama
 
 SETTINGS = {"permuted": {}, "redundant rows and noise": {"redundant_num": 4, "alp": True}}
 SEALED = {"redundant_num": 3, "alp": True, "cache_encoding": "sealed"}
+EVERY = {**SETTINGS, "sealed": SEALED}
 by_settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
@@ -217,9 +218,7 @@ class TestSealed:
 class TestAutocast:
     """Within autocast the layers compute as the plain model's; an operation keeps to its arguments' dtype."""
 
-    KINDS = {**SETTINGS, "sealed": SEALED}
-
-    @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+    @pytest.mark.parametrize("settings", EVERY.values(), ids=EVERY)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("use_cache", [True, False])
     @torch.no_grad()
@@ -240,7 +239,7 @@ class TestAutocast:
         assert got.dtype is plain.dtype
         assert difference(got, plain) < 3e-2
 
-    @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+    @pytest.mark.parametrize("settings", EVERY.values(), ids=EVERY)
     def test_gradients(self, prompt, settings) -> None:
         model, ids = tiny_model().train(), prompt(9)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import scx_kernels as ops
 from scx.architecture import ModelShape
+from scx.calibration import Tokens, pick_tokens
 from scx.devices import CPU
 from scx.encoding import ENCODINGS, FeatureKey, RedundantScale, TokenKeys
 from scx.keys.passes import PassKeys, draw_redundant, streams_of
@@ -59,6 +60,8 @@ class Branch:
         scale: RedundantScale | None,
         dtype: torch.dtype,
         device: torch.device = CPU,
+        *,
+        vocabulary: Tokens | None = None,
     ) -> TokenKeys:
         """Token permutations and redundant rows of one forward pass; never the same ones twice.
 
@@ -67,6 +70,7 @@ class Branch:
             batch: sequences B.
             scale: of real rows, on `device`; needed where the settings ask for redundant rows.
             dtype: of the redundant rows.
+            vocabulary: tokens whose embeddings start as redundant rows of the residual stream; default: all of them.
 
         Returns: the keys, on `device`.
         """
@@ -79,7 +83,7 @@ class Branch:
         purpose = "token permutation of the residual stream"
         residual_index = stream.permutations(purpose, rows, total, device=device)[:, 0]
         decoys = stream.bits("redundant tokens", rows, redundant_num, torch.int64, device)
-        decoys = decoys.remainder_(self._shape.vocab_size)
+        decoys = pick_tokens(decoys, self._shape.vocab_size if vocabulary is None else vocabulary)
 
         def redundant(encoding: str) -> Tensor | None:
             if not redundant_num:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from scx.architecture import ModelShape, model_shape
-from scx.calibration import CALIBRATION_TOKENS
+from scx.calibration import CALIBRATION_TOKENS, Tokens, pick_tokens
 from scx.keys.session import Session
 from scx.keys.settings import (
     CACHE_ENCODINGS,
@@ -196,11 +196,11 @@ class SCXKeyGenerator:
             cipher_rounds=self.cipher_rounds,
         )
 
-    def calibration_tokens(self, shape: ModelShape) -> Tensor:
-        """Random tokens of nobody's prompt, (1, n) int64 on the CPU, the same for the same master key."""
+    def calibration_tokens(self, tokens: Tokens) -> Tensor:
+        """Random ones of `tokens`, of nobody's prompt, (1, n) int64 on the CPU, the same for the same master key."""
         stream = KeyStream(self._master_key)
         draws = stream.bits("calibration tokens", [(0, 0, 0)], CALIBRATION_TOKENS, torch.int64)
-        return draws.remainder(shape.vocab_size)
+        return pick_tokens(draws, tokens)
 
     def open_session(self, shape: ModelShape, batch_size: int, session_id: bytes | None = None) -> Session:
         """Open a session for `batch_size` sequences on a model of this shape.

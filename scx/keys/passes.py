@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scx.devices import upload
 from scx.encoding import CrossingKey, RedundantScale, inverse
-from scx.keystream import KeyStream, StreamId
+from scx.keystream import LARGEST_NORMAL, KeyStream, StreamId
 
 __all__ = ["PassKeys", "draw_redundant", "streams_of"]
 
@@ -20,8 +20,10 @@ def streams_of(layers: Iterable[int], batch: int, step: int) -> list[StreamId]:
 def draw_redundant(
     stream: KeyStream, encoding: str, streams: list[StreamId], count: int, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Redundant rows (len(streams), count, F) of one encoding, at the scale (len(streams), F) of real ones."""
+    """Redundant rows (len(streams), count, F) of one encoding, at the scale (len(streams), F) of real ones, or at the
+    largest at which every draw is finite in `dtype`."""
     features = scale.shape[-1]
+    scale = scale.clamp(max=torch.finfo(dtype).max / LARGEST_NORMAL)
     normal = stream.normal(f"redundant rows, {encoding}", streams, count * features, scale.device)
     return normal.view(len(streams), count, features).mul_(scale[:, None]).to(dtype)
 

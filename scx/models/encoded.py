@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from scx.architecture import Decoder, ModelShape
+from scx.architecture import Decoder, ModelShape, weight_of
+from scx.calibration import Tokens, ordinary_tokens
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, Session
 from scx.kvcache.conversation import CachePart, ConversationCache
@@ -35,6 +36,8 @@ class ModelEncoding(ABC):
         self.scale = scale
         self.dtype = dtype
         self._sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
+        # Of which embedding, in which state, and which tokens.
+        self._ordinary: tuple[weakref.ref[Tensor], tuple[object, ...], Tokens] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.generator!r})"
@@ -47,6 +50,18 @@ class ModelEncoding(ABC):
         session = self.generator.open_session(self.shape, batch)
         self._sessions[session.id] = session
         return session
+
+    def redundant_tokens(self, embedding: nn.Module) -> Tokens:
+        """The tokens from which redundant ones are drawn: those that are ordinary in the embedding as it is now.
+
+        It is looked at again when it is another one or was changed in place.
+        """
+        weight = weight_of(embedding)
+        state = weight.shape, weight.data_ptr(), None if weight.is_inference() else weight._version
+        known = self._ordinary
+        if known is None or known[0]() is not weight or known[1] != state:
+            known = self._ordinary = weakref.ref(weight), state, ordinary_tokens(weight)
+        return known[2]
 
     def living_session(self, session_id: str) -> Session | None:
         """A session of this model that is still alive, by its public id."""

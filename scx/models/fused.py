@@ -238,7 +238,8 @@ class FusedEncoding(ModelEncoding):
             return None
         dtype, device = next(embedding.parameters()).dtype, home(embedding)
         scale = None if self.scale is None else self.scale.to(device)
-        return session.draw_token_keys(request.tokens, request.batch, scale, dtype, device)
+        vocabulary = self.redundant_tokens(embedding) if self.generator.redundant_num else None
+        return session.draw_token_keys(request.tokens, request.batch, scale, dtype, device, vocabulary=vocabulary)
 
     def paged_session(self, pages: PagedAttentionCache) -> Session:
         """The session of the pages of continuous batching: one for all requests that share them, for one sequence of

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from scx.architecture import Decoder, ModelShape, encoded_decoders, find_decoder, has_data, home, model_shape
-from scx.calibration import measure_scale
+from scx.architecture import Decoder, encoded_decoders, find_decoder, has_data, home, model_shape, weight_of
+from scx.calibration import measure_scale, ordinary_tokens, untouched
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, check_generator
 from scx.models.fused import FusedEncoding, fuse
@@ -31,21 +31,21 @@ def _check_data(decoder: Decoder, names: Iterable[str]) -> None:
             )
 
 
-@torch.no_grad()
-def _calibrate(decoder: Decoder, generator: SCXKeyGenerator, shape: ModelShape) -> RedundantScale:
-    """The scale of real rows per layer and feature, from one plain pass over random tokens.
+def _calibrate(decoder: Decoder, generator: SCXKeyGenerator) -> RedundantScale:
+    """The scale of real rows per layer and feature, from one plain pass over random tokens, which leaves no trace.
 
     Redundant rows made to this scale look like rows of the layer, without depending on anybody's prompt.
     """
     device = home(decoder.embed_tokens)
-    tokens = generator.calibration_tokens(shape).to(device)
-    was_training = decoder.training
-    try:
-        decoder.eval()
-        scales = measure_scale(decoder.layers, lambda: decoder(input_ids=tokens, use_cache=False), device)
-    finally:
-        decoder.train(was_training)
-    return RedundantScale(**scales)
+    tokens = generator.calibration_tokens(ordinary_tokens(weight_of(decoder.embed_tokens))).to(device)
+
+    def run() -> None:
+        decoder(input_ids=tokens, use_cache=False)
+
+    with untouched(decoder):
+        scale = RedundantScale(**measure_scale(decoder.layers, run, device, (decoder, "rotary_emb")))
+    scale.check_finite()
+    return scale
 
 
 def encode_llama(
@@ -61,7 +61,9 @@ def encode_llama(
     """Change a Llama-like model in place so that it runs under SCX with the keys of `key_generator`.
 
     Weights, parameter names and outputs stay as they are; every prefill opens a session, whose keys the returned
-    cache carries. With redundant rows, one plain pass over 64 random tokens measures the scale of real rows.
+    cache carries. With redundant rows, one plain pass over 64 random tokens measures the scale of real rows; hooks see
+    it, and nothing of it stays in the model. Tokens whose embeddings are not finite or far from all others' magnitudes
+    (`scx.calibration.ordinary_tokens`) are never redundant ones.
 
     Args:
         model: Llama, Mistral, Qwen2 or Qwen3 of transformers, alone or with any head, in float32, float16 or
@@ -87,7 +89,8 @@ def encode_llama(
     Returns: `model`.
     Raises: TypeError for a model that is not supported, has quantised or split projections, or lacks weights that
         are used here, ValueError for one that is encoded already or does not fit the generator, and for options of
-        the split placement that are not known. The model is unchanged then.
+        the split placement that are not known; with redundant rows also for one whose rows are not finite. The model is
+        unchanged then.
     """
     decoder = find_decoder(model)
     shape = model_shape(model)
@@ -103,11 +106,14 @@ def encode_llama(
     _check_data(decoder, needed)
     check_forwards(decoder)
     is_whole = all(has_data(decoder.layers, name) for name, _ in decoder.layers.named_parameters())
-    scale = _calibrate(decoder, key_generator, shape) if key_generator.redundant_num and is_whole else None
+    scale = _calibrate(decoder, key_generator) if key_generator.redundant_num and is_whole else None
     if plan is not None and secure is not None:
         divide(model, decoder, plan, key_generator, shape, scale, secure, untrusted)
     else:
-        fuse(decoder, FusedEncoding(key_generator, shape, scale, decoder.embed_tokens.weight.dtype))
+        encoding = FusedEncoding(key_generator, shape, scale, decoder.embed_tokens.weight.dtype)
+        if key_generator.redundant_num:
+            encoding.redundant_tokens(decoder.embed_tokens)  # here, so that no request waits for it
+        fuse(decoder, encoding)
     return model
 
 

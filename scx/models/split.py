@@ -131,7 +131,8 @@ class SplitModel(EncodedModel):
         """Have the untrusted side measure the scale of real rows, once, where blocks are not here to do it with."""
         encoding = self._scx
         if encoding.generator.redundant_num and encoding.party.scale is None:
-            encoding.party.calibrate(self._embed(encoding.generator.calibration_tokens(encoding.shape), None))
+            tokens = encoding.generator.calibration_tokens(encoding.redundant_tokens(self.embed_tokens))
+            encoding.party.calibrate(self._embed(tokens, None))
 
     @torch.no_grad()
     def restore(self, cache: SplitCache) -> None:

@@ -86,7 +86,11 @@ class UntrustedParty:
         held, blocks = Held(None), range(len(self.layers))
         held.unlocked = {block: GrowingLayer() for block in blocks}
         positions = torch.arange(rows.shape[1], device=rows.device)[None]
-        scales = measure_scale(self.layers, lambda: self._run_blocks(held, blocks, rows, positions), rows.device)
+
+        def run() -> None:
+            self._run_blocks(held, blocks, rows, positions)
+
+        scales = measure_scale(self.layers, run, rows.device, (self, "rotary"))
         return {f"{name}_scale": scale for name, scale in scales.items()}
 
     def project_qkv(self, held: Held, request: Request) -> dict[str, Tensor]:
