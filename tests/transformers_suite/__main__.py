@@ -37,10 +37,12 @@ def main() -> int:
         tests = [str(suite / "models" / family / f"test_modeling_{family}.py") for family in FAMILIES]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-p", "transformers_suite.plugin", "-q", *tests, *pytest_arguments]
-    codes = [
-        subprocess.run([*command, f"--encoded-as={setting}"], cwd=where, env={**os.environ, "PYTHONPATH": path}).returncode
-        for setting in options.settings
-    ]
+
+    def run(setting: str) -> int:
+        of_setting = [*command, f"--encoded-as={setting}"]
+        return subprocess.run(of_setting, cwd=where, env={**os.environ, "PYTHONPATH": path}).returncode
+
+    codes = [run(setting) for setting in options.settings]
     return max(codes)
 
 

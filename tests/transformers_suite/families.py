@@ -6,7 +6,6 @@ Collected by `make test-transformers` alone, which brings the mixins.
 import unittest
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -20,6 +19,8 @@ HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "
 
 class Tester:
     """What the mixins ask for a model and its inputs, by the names that they use."""
+
+    __test__ = False
 
     batch_size = 5
     seq_length = 7

@@ -1,7 +1,7 @@
-"""Where transformers' tests are: the sdist of the installed version, which has the mixins, or a checkout, which has all.
+"""transformers' mixins for tests of models, from the sdist of the installed version.
 
-The sdist's modules are imported as a package of their own; what they take from files that the sdist leaves out stands
-below, empty.
+They are imported as a package of their own; what they take from files that are in the repository alone stands below,
+empty.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The pytest plugin that runs transformers' tests on encoded models: `-p transformers_suite.plugin --encoded-as SETTING`.
+"""The pytest plugin that runs transformers' tests on encoded models: `-p transformers_suite.plugin --encoded-as rows`.
 
 Every pass is held against a plain twin, caches are compared as what they decode to, and what fails must be listed.
 """
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from transformers_suite import mixins
 from transformers_suite.encoding import SETTINGS, encode_at_first_use
 from transformers_suite.refusals import LIST, CountedByFamily, Listed, read
