@@ -24,7 +24,7 @@ ROUNDINGS = {torch.float32: 4096, torch.float16: 40, torch.bfloat16: 40}
 """How many roundings of the largest value an encoded pass may differ by.
 
 Noise is made for rows of the size of the first norm's weight, and the mixins make models whose norms, with an epsilon
-of 1, give rows of a hundredth of it: in float32, where the rows' own rounding hides nothing, noise shows that much more.
+of 1, give rows of a hundredth of it: in float32, noise shows that much more beside the rows' own rounding.
 """
 _OWN = ("mode", "gpu_kvcache", "cpu_kvcache", "return_dict", "cache_position")  # arguments of an encoded model alone
 
