@@ -82,6 +82,10 @@ class FeatureKey:
         q, k, v = products
         return ops.qkv_decode_encode(q, k, v, position, cos, sin, self.query, self.key, self.value, **options)
 
+    def encode_cache(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded K and V (B, G, N, d) from plain ones, rotated and in token order."""
+        return ops.permute_features(keys, self.key), ops.permute_features(values, self.value)
+
     def decode_cache(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Plain K and V (B, G, N, d) from encoded ones."""
         return ops.permute_features(keys, self.key_inverse), ops.permute_features(values, self.value_inverse)

@@ -191,10 +191,11 @@ class TestRefusedRequests:
         assert cache.get_seq_length() == 4
 
     @torch.no_grad()
-    def test_plain_cache(self, llama, prompt) -> None:
+    def test_plain_cache_of_other_rows(self, llama, prompt) -> None:
         plain = llama(prompt(4)).past_key_values
         encode_llama(llama, keys_for(llama))
-        self.refuse(llama, TypeError, "got a plain DynamicCache that holds tokens", prompt(1), past_key_values=plain)
+        message = r"past_key_values: layer 0: expected K and V \(2 rows"
+        self.refuse(llama, ValueError, message, prompt(1, 2), past_key_values=plain)
         assert type(plain) is DynamicCache
         assert plain.get_seq_length() == 4
 

@@ -14,8 +14,8 @@ def passed(layer: SealedLayer, writes: Tensor, shared: SharedLogs) -> None:
     tokens = writes.shape[1]
     slots = layer.room(tokens, (1, HEADS, SIZE), torch.empty(0))
     numbers = layer.number(slots, writes, shared)
-    layer.take_in(slots)
-    layer.writes = numbers[:, : slots.offset + tokens]
+    keys, values, _ = layer.take_in(slots)
+    layer.hold(keys, values, numbers[:, : slots.offset + tokens])
 
 
 def numbers(first: int, count: int) -> Tensor:
@@ -82,10 +82,10 @@ def test_what_one_layer_held_is_never_taken_for_another_s() -> None:
     for layer_number in range(50):
         layer = SealedLayer()
         slots = layer.room(5, (1, HEADS, SIZE), torch.empty(0))
-        layer.take_in(slots)
+        keys, values, _ = layer.take_in(slots)
         own = numbers(100 * layer_number, 5)
-        layer.writes = own
-        del own
+        layer.hold(keys, values, own)
+        del keys, values, own
         passed(layer, numbers(9000, 1), shared)
         assert layer.writes.tolist() == [[*range(100 * layer_number, 100 * layer_number + 5), 9000]]
         del layer

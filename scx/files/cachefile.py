@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
+from scx.devices import outside_inference_mode
 from scx.files.container import Container, FileRefusedError, read_container, write_container
 from scx.keys import Session, public_bytes
 from scx.keys.settings import BRANCH_BYTES
 from scx.kvcache import EncodedCache, GrowingLayer, SealedLayer, SealedSlidingLayer
+from scx.kvcache.layers import fill
 
 __all__ = ["load_kvcache", "save_kvcache"]
 
@@ -45,7 +47,8 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
 
     Returns: the number of this save, one more than the newest that the session has written or read. Keep it where
         the file's keeper cannot change it (saving the session's keys after its cache does) to refuse older files.
-    Raises: TypeError, ValueError naming the argument; OSError if the file cannot be written.
+    Raises: TypeError, ValueError naming the argument, for a cache among others whose layers do not fit together or are
+        sealed and were edited by hand; OSError if the file cannot be written.
     """
     if not isinstance(cache, EncodedCache):
         raise TypeError(f"cache: expected an encoded cache, as a prefill returns it, got {type(cache).__name__}")
@@ -54,6 +57,9 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
         raise ValueError(f"session: this cache belongs to session {cache.session_id}, got {session.id}")
     if not cache.is_complete:
         raise ValueError("cache: this is one part of a split cache; merge the parts first")
+    if len(cache.layers) != session.shape.num_layers:
+        raise ValueError(f"cache: {len(cache.layers)} of the model's {session.shape.num_layers} layers have filled it")
+    cache.attached(session).check_stored("cache")
     number = session.newest_save + 1
     metadata = {
         "session": session.id,
@@ -73,6 +79,7 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
     return number
 
 
+@outside_inference_mode()
 def load_kvcache(
     path: str | os.PathLike[str],
     session: Session,
@@ -162,9 +169,7 @@ def _restore(container: Container, session: Session, device: torch.device | str)
         raise ValueError(f"tensors of no layer: {sorted(tensors)}")
     if len({(layer.get_seq_length(), layer.keys.dtype) for layer in layers}) != 1:
         raise ValueError("layers: expected one length and one dtype")
-    cache = EncodedCache(session, layers)
-    cache.sequences = sequences
-    return cache
+    return EncodedCache(session, layers, sequences)
 
 
 def _check_sequences(sequences: Tensor, session: Session) -> None:
@@ -191,14 +196,12 @@ def _restore_layer(
     layer = _empty_layer(index, described, tokens=shape[2])
     if isinstance(layer, SealedLayer) != (index in session.settings.sealed_layers):
         raise ValueError(f"layer {index}: its encoding is not the session's")
-    if isinstance(layer, SealedLayer):
-        writes = tensors.pop(f"layers.{index}.writes")
+    writes = tensors.pop(f"layers.{index}.writes") if isinstance(layer, SealedLayer) else None
+    if writes is not None:
         if writes.dtype != torch.int64 or writes.shape != (rows, shape[2]) or writes.min() < 0:
             raise ValueError(f"layer {index}: expected a write number for every row")
-        layer.writes = writes.to(device)
-    keys, values = keys.to(device), values.to(device)
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values  # in place of `update`, which would copy them
+        writes = writes.to(device)
+    fill(layer, keys.to(device), values.to(device), writes)
     return layer
 
 

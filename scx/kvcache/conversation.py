@@ -1,6 +1,6 @@
 """What the caches of both placements have in common: they belong to a session, and are divided between two sides."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -39,4 +39,11 @@ class ConversationCache(DynamicCache):
         raise RuntimeError(
             "a plain model was given an encoded cache: encode the model, or decode the cache of a fused one with "
             "decode_kvcache"
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
+        """What a plain cache would be filled with."""
+        raise RuntimeError(
+            "K and V of an encoded cache go into no plain one as they are: decode_kvcache gives a plain cache, and "
+            "`layers` what is stored"
         )

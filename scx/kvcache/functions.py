@@ -2,16 +2,17 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import scx_kernels as ops
+from scx.devices import outside_inference_mode
 from scx.keys import Session
 from scx.kvcache.cache import EncodedCache
 from scx.kvcache.conversation import ConversationCache
-from scx.kvcache.layers import SealedLayer, SealedSlidingLayer
+from scx.kvcache.layers import GrowingLayer, fill
 
 __all__ = ["check_encoded", "decode_kvcache", "merge_kvcache_dynamic", "split_kvcache_dynamic"]
 
@@ -60,6 +61,7 @@ def merge_kvcache_dynamic(
     return gpu_kvcache.join(cpu_kvcache).on(device)
 
 
+@outside_inference_mode()
 def decode_kvcache(cache: EncodedCache, session: Session) -> DynamicCache:
     """The plain cache, equal to what the plain model would have stored.
 
@@ -67,34 +69,36 @@ def decode_kvcache(cache: EncodedCache, session: Session) -> DynamicCache:
         cache: an encoded cache; it stays as it is.
         session: the session it belongs to (`cache.session`, while it has not left the process).
 
-    Returns: a cache of the same layer kinds, devices and dtypes; absent layers of a part stay absent.
-    Raises: TypeError for a plain cache; ValueError for a session that is not the cache's.
+    Returns: a cache of the plain model's layer kinds, on the same devices, in the same dtypes; absent layers of a part
+    stay absent.
+    Raises: TypeError for a plain cache; ValueError for a session that is not the cache's, and for one whose layers do
+    not fit together or are sealed and were edited by hand.
     """
     check_encoded("cache", cache)
-    if session.id != cache.session_id:
-        raise ValueError(f"session: this cache belongs to session {cache.session_id}, got {session.id}")
-    keyed = copy.copy(cache)
-    keyed.layers = cache.layers
-    keyed.attach(session)
+    keyed = cache.attached(session)
+    keyed.check_stored("cache")
     plain = DynamicCache()
-    Cache.__init__(plain, layers=[copy.copy(layer) for layer in cache.layers])
-    for index, layer in enumerate(plain.layers):
-        if not layer.is_initialized:
-            continue
-        sealing = keyed.sealing(index, layer.keys.device)
-        if sealing is not None:
-            unsealed = (ops.unseal(x, sealing, is_value=i == 1) for i, x in enumerate((layer.keys, layer.values)))
-            plain.layers[index] = layer = _plain_layer(layer, *unsealed)
-        key = keyed.feature_key(index, layer.keys.device)
-        layer.keys, layer.values = key.decode_cache(layer.keys, layer.values)
+    Cache.__init__(plain, layers=[_decoded(keyed, index) for index in range(len(cache.layers))])
     return plain
 
 
-def _plain_layer(sealed: SealedLayer, keys: Tensor, values: Tensor) -> DynamicLayer:
-    layer = DynamicLayer()
-    if isinstance(sealed, SealedSlidingLayer):
-        layer = DynamicSlidingWindowLayer(sliding_window=sealed.sliding_window)
-        layer.cumulative_length, layer.record_past = sealed.cumulative_length, sealed.record_past
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
-    return layer
+def _decoded(cache: EncodedCache, index: int) -> Any:
+    """A layer of a plain cache; an absent one as it is."""
+    layer: Any = cache.layers[index]
+    plain = _plain_kind(layer)
+    if layer.is_initialized:
+        keys, values, device = layer.keys, layer.values, layer.keys.device
+        sealing = cache.sealing(index, device)
+        if sealing is not None:
+            keys, values = ops.unseal(keys, sealing, is_value=False), ops.unseal(values, sealing, is_value=True)
+        fill(plain, *cache.feature_key(index, device).decode_cache(keys, values))
+    return plain
+
+
+def _plain_kind(layer: Any) -> Any:
+    """An empty layer in which the plain model would have stored what this one holds."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        plain = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+        plain.cumulative_length, plain.record_past = layer.cumulative_length, layer.record_past
+        return plain
+    return DynamicLayer() if isinstance(layer, GrowingLayer) else copy.copy(layer)

@@ -5,6 +5,7 @@ N cached tokens, d head size.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 import scx_kernels as ops
+from scx.devices import outside_inference_mode
 
 __all__ = [
+    "EDITED",
     "AbsentLayer",
+    "Buffers",
     "GrowingLayer",
     "SealedLayer",
     "SealedSlidingLayer",
@@ -23,10 +27,19 @@ __all__ = [
     "Stored",
     "WriteLog",
     "append",
+    "fill",
     "growing",
+    "keep_tokens",
     "moved",
     "without_room",
 ]
+
+EDITED = (
+    "its K and V are sealed, and are not those that were sealed there: they were replaced, cut or written over by "
+    "hand. A cache is cut and selected from by its methods (crop, keep_tokens, batch_select_indices, reorder_cache); "
+    "for what else is to be done to it, edit the plain cache that decode_kvcache gives, and pass that"
+)
+_AS_THEY_ARE = "expected one that is not sealed; `EncodedLayers.append` seals what it writes"
 
 
 class AbsentLayer(CacheLayerMixin):
@@ -51,14 +64,64 @@ class AbsentLayer(CacheLayerMixin):
         return -1
 
 
-class Slots(NamedTuple):
-    """Where a layer's next tokens are written: buffers (B, G, capacity, d) and the slots offset..offset+tokens-1."""
+class Buffers:
+    """Room for a layer's K and V, (B, G, capacity, d), whose first `filled` slots were shown.
 
-    keys: Tensor
-    values: Tensor
+    They are filled at their end only. What was shown is never written again: whoever took a tensor out of a layer, or
+    shares it with another one, keeps what it held. Whoever goes on from an earlier token takes buffers of their own.
+    """
+
+    __slots__ = ("filled", "keys", "values")
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self.filled = 0
+
+    @property
+    def capacity(self) -> int:
+        """Slots."""
+        return self.keys.shape[2]
+
+    def show(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """K and V in the slots first..end-1, of which none will be written again."""
+        self.filled = end
+        # Their versions are their own: they change where these rows are edited, not where other slots are filled.
+        return self.keys.data.narrow(2, first, end - first), self.values.data.narrow(2, first, end - first)
+
+    def end_with(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these are the last rows that were shown."""
+        return _lies_at_end(keys, self.keys, self.filled) and _lies_at_end(values, self.values, self.filled)
+
+
+def _lies_at_end(x: Tensor, buffer: Tensor, filled: int) -> bool:
+    batch, groups, _, size = buffer.shape
+    first, stride = filled - x.shape[2], buffer.stride()
+    return (
+        x.data_ptr() == buffer.data_ptr() + first * stride[2] * buffer.element_size()
+        and x.shape == (batch, groups, filled - first, size)
+        and x.stride() == stride
+        and x.dtype == buffer.dtype
+    )
+
+
+class Slots(NamedTuple):
+    """Where a layer's next tokens are written: the slots offset..offset+tokens-1 of buffers."""
+
+    buffers: Buffers
     offset: int
     tokens: int
     sealing: ops.Sealing | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, G, capacity, d)."""
+        return self.buffers.keys
+
+    @property
+    def values(self) -> Tensor:
+        """(B, G, capacity, d)."""
+        return self.buffers.values
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -74,8 +137,24 @@ class Stored(NamedTuple):
     sealing: ops.Sealing | None = None
 
 
-def _begins(x: Tensor, buffer: Tensor) -> bool:
-    return x.data_ptr() == buffer.data_ptr()
+class Witness:
+    """Which tensor was seen, where it lay, and how often it had been written.
+
+    A tensor that was made in inference mode does not count how often.
+    """
+
+    __slots__ = ("_place", "_tensor", "_version")
+
+    def __init__(self, x: Tensor) -> None:
+        self._tensor = x
+        self._place = x.data_ptr()
+        self._version = None if x.is_inference() else x._version
+
+    def recognises(self, x: Tensor | None) -> bool:
+        """Whether x is this tensor, and unchanged as far as can be seen."""
+        if x is not self._tensor or x.data_ptr() != self._place:
+            return False
+        return self._version is None or x._version == self._version
 
 
 class WriteLog:
@@ -105,11 +184,13 @@ SharedLogs = dict[Any, tuple[WriteLog | Tensor | None, WriteLog]]
 class GrowingLayer(DynamicLayer):
     """A layer that grows in place: `keys` and `values` are the filled part of buffers with room for more tokens.
 
-    A layer whose states were replaced (reordered, cropped, moved) or that was copied has no room; it gets new buffers
-    when it grows. So nothing that another layer still shows is ever written over.
+    That is so while they are the rows that these buffers showed last. A layer whose states were replaced, whoever did
+    it, that is behind its buffers, or that was copied, gets buffers of its own when it grows.
     """
 
-    _buffers: tuple[Tensor, Tensor] | None = None
+    keys: Any
+    values: Any
+    _buffers: Buffers | None = None
     _first = 0  # slot of the first token that is held
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,28 +205,54 @@ class GrowingLayer(DynamicLayer):
         super().crop(*args, **kwargs)
         self._buffers = None
 
-    def room(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> Slots:
-        """Slots for `tokens` more tokens of (B, G, d) states, in like's dtype and on its device."""
-        batch, groups, size = shape
-        held = self.held_tokens
-        if self._buffers is None or not self._has_room(self._buffers[0], held + tokens):
-            capacity = max(held + tokens, held + held // 4, 64)
-            keys, values = (like.new_empty(batch, groups, capacity, size) for _ in range(2))
-            if held:
-                keys[:, :, :held], values[:, :, :held] = self.keys, self.values
-            self._buffers, self._first = (keys, values), 0
-        return Slots(*self._buffers, self._first + held, tokens)
+    def reset(self) -> None:
+        # Older transformers would write zeros over states that others may hold.
+        self.keys = self.values = self._buffers = None
+        self.is_initialized = False
+        super().reset()
 
-    def _has_room(self, buffer: Tensor, tokens: int) -> bool:
-        if not self.held_tokens:
-            return False
-        place = buffer[:, :, self._first :] if self._first else buffer
-        return _begins(self.keys, place) and tokens <= place.shape[2]
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append K and V (B, G, n, d) as a plain layer does, for gradients to flow through. Returns all of them."""
+        self._buffers = None
+        return super().update(*args, **kwargs)
+
+    def room(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> Slots:
+        """Slots for `tokens` more tokens of (B, G, d) states, on like's device, in the dtype to which like's and that
+        of the states here are promoted."""
+        held = self.held_tokens
+        dtype = like.dtype
+        if held:
+            dtype = torch.promote_types(dtype, torch.promote_types(self.keys.dtype, self.values.dtype))
+        buffers = self._buffers
+        if buffers is not None and self._goes_on(buffers, tokens, dtype):
+            end = buffers.filled
+        else:
+            buffers, end = self._new_buffers(tokens, shape, like, dtype), held
+        self._buffers, self._first = buffers, end - held
+        return Slots(buffers, end, tokens)
+
+    def _new_buffers(self, tokens: int, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Buffers:
+        """Buffers with what the layer holds in their first slots, and room for `tokens` more."""
+        held, (batch, groups, size) = self.held_tokens, shape
+        capacity = max(held + tokens, held + held // 4, 64)
+        with outside_inference_mode():
+            buffers = Buffers(*(like.new_empty(batch, groups, capacity, size, dtype=dtype) for _ in range(2)))
+        if held:
+            buffers.keys[:, :, :held], buffers.values[:, :, :held] = self.keys.detach(), self.values.detach()
+        return buffers
+
+    def _goes_on(self, buffers: Buffers, tokens: int, dtype: torch.dtype) -> bool:
+        """Whether `tokens` more can be written behind what the layer holds."""
+        return (
+            self.held_tokens > 0
+            and buffers.keys.dtype == dtype
+            and buffers.filled + tokens <= buffers.capacity
+            and buffers.end_with(self.keys, self.values)
+        )
 
     def take_in(self, slots: Slots) -> Stored:
         """Count the tokens written into `slots` as the layer's. Returns all of its K and V."""
-        filled = slots.offset + slots.tokens
-        self.keys, self.values = slots.keys[:, :, :filled], slots.values[:, :, :filled]
+        self.keys, self.values = slots.buffers.show(self._first, slots.offset + slots.tokens)
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
         return Stored(self.keys, self.values)
 
@@ -156,7 +263,7 @@ def append(layer: GrowingLayer, k: Tensor, v: Tensor) -> Stored:
     Raises: TypeError for a sealed layer, in which they would lie as they are.
     """
     if isinstance(layer, SealedLayer):
-        raise TypeError("layer: expected one that is not sealed; `EncodedLayers.append` seals what it writes")
+        raise TypeError(f"layer: {_AS_THEY_ARE}")
     batch, groups, tokens, size = k.shape
     slots = layer.room(tokens, (batch, groups, size), k)
     slots.keys[:, :, slots.offset : slots.offset + tokens] = k
@@ -167,16 +274,47 @@ def append(layer: GrowingLayer, k: Tensor, v: Tensor) -> Stored:
 class SealedLayer(GrowingLayer):
     """A growing layer whose rows are sealed by a stream cipher, K and V under the session's key of one branch.
 
-    `writes` (B, N) int64 are the rows' write numbers, public. They move with the rows, whatever is done to the layer;
-    a row that is written anew has a number of its own. `branch` names the writer.
+    `writes` (B, N) int64 are the rows' write numbers, public. They move with the rows, whatever is done to the layer by
+    its methods; a row that is written anew has a number of its own. `branch` names the writer. Rows that were replaced
+    or edited otherwise have no numbers, and cannot be unsealed.
     """
 
     writes: Tensor | None = None
     branch: str | None = None
     _log: WriteLog | None = None
+    _sealed: tuple[Witness, Witness] | None = None  # K and V that `writes` number
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_log": None}
+        self._require_unedited()
+        return {**super().__getstate__(), "_log": None, "_sealed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.writes is not None:
+            self.hold(self.keys, self.values, self.writes)
+
+    def hold(self, keys: Tensor, values: Tensor, writes: Tensor) -> None:
+        """Take sealed K and V (B, G, N, d) and their write numbers (B, N) as what the layer holds."""
+        self.keys, self.values, self.writes = keys, values, writes
+        self._sealed = Witness(keys), Witness(values)
+
+    @property
+    def is_unedited(self) -> bool:
+        """Whether K and V are, as far as can be seen, those that were sealed here."""
+        if not self.held_tokens or self.writes is None:
+            return self.held_tokens == 0
+        keys, values = self._sealed or (None, None)
+        return (
+            keys is not None
+            and values is not None
+            and keys.recognises(self.keys)
+            and values.recognises(self.values)
+            and self.writes.shape == (self.keys.shape[0], self.keys.shape[2])
+        )
+
+    def _require_unedited(self) -> None:
+        if not self.is_unedited:
+            raise ValueError(f"layer: {EDITED}")
 
     def number(self, slots: Slots, writes: Tensor, shared: SharedLogs) -> Tensor:
         """Write the numbers (B, S) of the tokens that go into `slots` beside them. Returns those of all slots.
@@ -184,17 +322,16 @@ class SealedLayer(GrowingLayer):
         Args:
             shared: the logs that this pass has written so far; layers that were alike before it stay so.
         """
-        capacity, first, end = slots.keys.shape[2], self._first, slots.offset
+        capacity, first, end = slots.buffers.capacity, self._first, slots.offset
         held, log = None if end == first else self.writes, self._log
-        goes_on = (
-            log is not None and held is not None and _begins(held, log.numbers[:, first:] if first else log.numbers)
-        )
+        goes_on = log is not None and held is not None and held.data_ptr() == log.numbers[:, first:].data_ptr()
         earlier = log if goes_on else held
         alike = (id(earlier), capacity, first, end, writes.device)
         _, self._log = shared.get(alike, (None, None))
         if self._log is None:
             if log is None or not goes_on or log.filled != end or log.numbers.shape[1] != capacity:
-                log = WriteLog(writes.new_zeros(slots.keys.shape[0], capacity), end)
+                with outside_inference_mode():
+                    log = WriteLog(writes.new_zeros(len(writes), capacity), end)
                 if held is not None:
                     log.numbers[:, first:end] = held
             log.append(writes)
@@ -207,30 +344,44 @@ class SealedLayer(GrowingLayer):
         keys, values, _ = super().take_in(slots)
         if slots.sealing is None:
             return Stored(keys, values)
-        self.writes = slots.sealing.writes[:, : slots.offset + slots.tokens]
-        return Stored(keys, values, slots.sealing.at(self.writes))
+        writes = slots.sealing.writes[:, self._first : slots.offset + slots.tokens]
+        self.hold(keys, values, writes)
+        return Stored(keys, values, slots.sealing.at(writes))
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuses to append K and V that are not sealed."""
+        raise TypeError(f"layer: {_AS_THEY_ARE}")
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
+        self._require_unedited()
         held, tokens = self.held_tokens, self.get_seq_length()
         super().crop(*args, **kwargs)
         end = held - (tokens - self.get_seq_length())
-        self.writes = None if self.writes is None else self.writes[:, end - self.held_tokens : end]
+        self._move_numbers(lambda writes: writes[:, end - self.held_tokens : end])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._require_unedited()
         super().batch_repeat_interleave(repeats)
-        self.writes = None if self.writes is None else self.writes.repeat_interleave(repeats, dim=0)
+        self._move_numbers(lambda writes: writes.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self._require_unedited()
         super().batch_select_indices(indices)
-        self.writes = None if self.writes is None else self.writes[indices.to(self.writes.device)]
+        self._move_numbers(lambda writes: writes[indices.to(writes.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._require_unedited()
         super().reorder_cache(beam_idx)
-        self.writes = None if self.writes is None else self.writes.index_select(0, beam_idx.to(self.writes.device))
+        self._move_numbers(lambda writes: writes.index_select(0, beam_idx.to(writes.device)))
+
+    def _move_numbers(self, move: Callable[[Tensor], Tensor]) -> None:
+        """What was done to K and V, to their numbers (B, N)."""
+        if self.writes is not None:
+            self.hold(self.keys, self.values, move(self.writes))
 
     def reset(self) -> None:
         super().reset()
-        self.writes = self.branch = None
+        self.writes = self.branch = self._log = self._sealed = None
 
 
 class SealedSlidingLayer(SealedLayer, DynamicSlidingWindowLayer):
@@ -242,7 +393,7 @@ class SealedSlidingLayer(SealedLayer, DynamicSlidingWindowLayer):
     """
 
     def room(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> Slots:
-        if self._buffers is not None and self._buffers[0].shape[2] > 2 * (self.held_tokens + tokens) + 64:
+        if self._buffers is not None and self._buffers.capacity > 2 * (self.held_tokens + tokens) + 64:
             self._buffers = None  # a long prompt's, most of which the window has left
         return super().room(tokens, shape, like)
 
@@ -253,46 +404,47 @@ class SealedSlidingLayer(SealedLayer, DynamicSlidingWindowLayer):
             self.lazy_initialization(slots.keys, slots.values)
         window, end = self.sliding_window, slots.offset + slots.tokens
         self.cumulative_length += slots.tokens
-        seen = slice(max(self._first, end - slots.tokens - window + 1), end)
+        seen_first = max(self._first, end - slots.tokens - window + 1)
         if not self.record_past:
             self._first = max(self._first, end - window + 1)
-        held = slice(self._first, end)
-        self.keys, self.values = slots.keys[:, :, held], slots.values[:, :, held]
-        self.writes = None if slots.sealing is None else slots.sealing.writes[:, held]
-        sealing = None if slots.sealing is None else slots.sealing.at(slots.sealing.writes[:, seen])
-        return Stored(slots.keys[:, :, seen], slots.values[:, :, seen], sealing)
+        self.keys, self.values = slots.buffers.show(self._first, end)
+        seen = slots.buffers.show(seen_first, end)
+        if slots.sealing is None:
+            return Stored(*seen)
+        self.hold(self.keys, self.values, slots.sealing.writes[:, self._first : end])
+        return Stored(*seen, slots.sealing.at(slots.sealing.writes[:, seen_first:end]))
 
 
-def without_room(layer: CacheLayerMixin) -> CacheLayerMixin:
-    """The layer as it leaves the process: tokens that it holds, not what lies behind them in its buffers."""
-    if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
-        return layer
-    twin = copy.copy(layer)
-    twin.keys, twin.values = _alone(layer.keys), _alone(layer.values)
-    if isinstance(twin, SealedLayer) and twin.writes is not None:
-        twin.writes = _alone(twin.writes)
-    return twin
+def fill(layer: Any, keys: Tensor, values: Tensor, writes: Tensor | None = None) -> None:
+    """Give an empty layer its K and V (B, G, N, d), not copied, and a sealed one their numbers (B, N)."""
+    layer.lazy_initialization(keys, values)
+    if writes is None:
+        layer.keys, layer.values = keys, values
+    else:
+        layer.hold(keys, values, writes)
 
 
-def _alone(x: Tensor) -> Tensor:
-    """x in memory that holds nothing else."""
-    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
+def keep_tokens(layer: Any, index: Tensor) -> None:
+    """Keep these (n,) int64 of the tokens that a layer holds, as if there had been no others."""
+    keys, values = (x.index_select(2, index.to(x.device)) for x in (layer.keys, layer.values))
+    if isinstance(layer, SealedLayer):
+        writes: Any = layer.writes
+        layer.hold(keys, values, writes.index_select(1, index.to(writes.device)))
+    else:
+        layer.keys, layer.values = keys, values
+    if layer.is_sliding:
+        layer.cumulative_length = len(index)
 
 
 def growing(layer: CacheLayerMixin, is_sealed: bool) -> CacheLayerMixin:
-    """The layer, or in place of an empty plain one the kind that stores its tokens encoded.
+    """In place of an empty layer, an empty one of the kind that stores its tokens encoded.
 
-    Raises: TypeError for an empty layer that is to be sealed and is of a kind that cannot be.
+    Raises: TypeError for a layer that is to be sealed and is of a kind that cannot be.
     """
-    if layer.is_initialized or isinstance(layer, AbsentLayer):
-        return layer
     if type(layer) in (DynamicLayer, GrowingLayer, SealedLayer):
-        full = SealedLayer if is_sealed else GrowingLayer
-        return layer if type(layer) is full else full()
+        return SealedLayer() if is_sealed else GrowingLayer()
     if type(layer) in (DynamicSlidingWindowLayer, SealedSlidingLayer):
-        sliding = SealedSlidingLayer if is_sealed else DynamicSlidingWindowLayer
-        if type(layer) is sliding:
-            return layer
+        sliding: Any = SealedSlidingLayer if is_sealed else DynamicSlidingWindowLayer
         other = sliding(sliding_window=layer.sliding_window)
         other.record_past = layer.record_past
         return other
@@ -303,10 +455,29 @@ def growing(layer: CacheLayerMixin, is_sealed: bool) -> CacheLayerMixin:
 
 def moved(layer: CacheLayerMixin, device: torch.device | str | None) -> CacheLayerMixin:
     """A layer object of its own with its tensors on `device`; the tensors are shared where they lie there already."""
-    twin: Any = copy.copy(layer)
-    if device is not None and twin.is_initialized:
-        twin.keys, twin.values = twin.keys.to(device), twin.values.to(device)
-        twin.device = twin.keys.device
-        if isinstance(twin, SealedLayer) and twin.writes is not None:
-            twin.writes = twin.writes.to(device)
+    if device is None or not layer.is_initialized:
+        return copy.copy(layer)
+    twin = _twin(layer, lambda x: x.to(device))
+    twin.device = twin.keys.device
     return twin
+
+
+def without_room(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """The layer as it leaves the process: tokens that it holds, not what lies behind them in its buffers."""
+    return _twin(layer, _alone) if isinstance(layer, GrowingLayer) and layer.is_initialized else layer
+
+
+def _twin(layer: CacheLayerMixin, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a layer whose tensors were changed."""
+    twin: Any = copy.copy(layer)
+    keys, values = change(twin.keys), change(twin.values)
+    if isinstance(twin, SealedLayer) and twin.writes is not None:
+        twin.hold(keys, values, change(twin.writes))
+    else:
+        twin.keys, twin.values = keys, values
+    return twin
+
+
+def _alone(x: Tensor) -> Tensor:
+    """x in memory that holds nothing else."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)

@@ -51,27 +51,31 @@ class EncodedLayers(ConversationCache):
         """Whether every layer's entries are here."""
         return len(self.layer_indices) == len(self.layers)
 
+    @property
+    def carries_gradients(self) -> bool:
+        """Whether gradients flow into rows that are stored here, so that a pass over them is one with gradients."""
+        return any(
+            x is not None and x.requires_grad
+            for layer in self.layers
+            if not isinstance(layer, AbsentLayer)
+            for x in (layer.keys, layer.values)
+        )
+
     def room(
         self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor, writes: Tensor | None = None
     ) -> Slots | None:
-        """Slots in a layer's own buffers for `tokens` more tokens of (B, G, d) states in like's dtype.
+        """Slots in a layer's own buffers for `tokens` more tokens of (B, G, d) states, for a pass without gradients.
 
-        None where states cannot be written in place: in a sliding layer, in one that lies on another device than
-        `like`, and where gradients are to flow through them.
+        None where states cannot be written in place: in a sliding layer, and in one that lies on another device than
+        `like`.
 
         Args:
+            like: has the new states' dtype, and their device. The slots have the dtype to which it and that of the
+                states here are promoted, as in a plain cache; what is here is converted.
             writes: (B, tokens) write numbers, which a sealed layer needs.
-
-        Raises: ValueError where gradients are to flow through a sealed layer.
         """
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        wants_gradients = like.requires_grad and torch.is_grad_enabled()
-        if wants_gradients and isinstance(layer, SealedLayer):
-            raise ValueError(
-                "cache_encoding: gradients do not flow through a sealed cache; "
-                "use torch.no_grad(), name the mode, or use_cache=False"
-            )
-        if not isinstance(layer, GrowingLayer) or wants_gradients:
+        if not isinstance(layer, GrowingLayer):
             return None
         if layer.is_initialized and layer.keys.device != like.device:
             return None
@@ -79,7 +83,7 @@ class EncodedLayers(ConversationCache):
             return layer.room(tokens, shape, like)
         if writes is None:
             raise ValueError(f"writes: layer {layer_idx} is sealed and needs the numbers of its tokens")
-        self._own(layer_idx, layer)
+        self._renew(layer_idx, layer, like.dtype)
         slots = layer.room(tokens, shape, like)
         if self._logs_of is not writes:
             self._logs_of, self._logs = writes, {}
@@ -87,23 +91,34 @@ class EncodedLayers(ConversationCache):
         sealing = self.session.sealing(layer_idx, numbers, self.session.branch, layer)
         if sealing.kept is not None:
             rows = numbers[:, slots.offset - layer.held_tokens : slots.offset + tokens]
-            sealing.kept.cover(sealing.at(rows), shape[1], shape[2], like.dtype)
+            sealing.kept.cover(sealing.at(rows), shape[1], shape[2], slots.keys.dtype)
         return slots._replace(sealing=sealing)
 
-    def _own(self, layer_idx: int, layer: SealedLayer) -> None:
-        """Make a layer this branch's own: what another holder of the session wrote is sealed anew, so that no two ever
-        write under one key."""
+    def _renew(self, layer_idx: int, layer: SealedLayer, dtype: torch.dtype) -> None:
+        """Make a layer this branch's own, and wide enough for rows in `dtype`: what another holder of the session
+        wrote, or lies in a narrower dtype, is sealed anew, so that no two values ever lie under one keystream."""
         branch = self.session.branch
-        if layer.is_initialized and layer.branch not in (None, branch):
-            old = self.sealing(layer_idx, layer.keys.device)
-            writes = self.session.take_writes(layer.keys.shape[0], layer.keys.shape[2], layer.keys.device)
-            new = self.session.sealing(layer_idx, writes, branch)
-            if old is None:
-                raise RuntimeError(f"layer {layer_idx} holds sealed rows without their numbers")
-            layer.keys = ops.reseal(layer.keys, old, new, is_value=False)
-            layer.values = ops.reseal(layer.values, old, new, is_value=True)
-            layer.writes = writes
+        if layer.held_tokens:
+            wide = torch.promote_types(layer.keys.dtype, dtype)
+            if layer.branch != branch or layer.keys.dtype != wide:
+                self._seal_anew(layer_idx, layer, branch, wide)
         layer.branch = branch
+
+    def _seal_anew(self, layer_idx: int, layer: SealedLayer, branch: str, dtype: torch.dtype) -> None:
+        keys, values = layer.keys, layer.values
+        old = self.sealing(layer_idx, keys.device)
+        if old is None:
+            raise RuntimeError(f"layer {layer_idx} holds sealed rows without their numbers")
+        writes = self.session.take_writes(keys.shape[0], keys.shape[2], keys.device)
+        new = self.session.sealing(layer_idx, writes, branch)
+        if dtype == keys.dtype:
+            states = [ops.reseal(x, old, new, is_value=i == 1) for i, x in enumerate((keys, values))]
+        else:
+            states = [
+                ops.seal(ops.unseal(x, old, is_value=i == 1).to(dtype), new, is_value=i == 1)
+                for i, x in enumerate((keys, values))
+            ]
+        layer.hold(states[0], states[1], writes)
 
     def sealing(self, layer_idx: int, device: torch.device) -> ops.Sealing | None:
         """How the rows that a layer holds are sealed, for operations that read them on `device`; None if they are
@@ -119,7 +134,8 @@ class EncodedLayers(ConversationCache):
         return self.layers[layer_idx].take_in(slots)
 
     def append(self, keys: Tensor, values: Tensor, layer_idx: int, writes: Tensor | None = None) -> Stored:
-        """Append feature-permuted K and V (B, G, S, d) to a layer, which seals them if it is sealed.
+        """Append feature-permuted K and V (B, G, S, d) to a layer, which seals them if it is sealed. Gradients flow
+        through a layer that is not.
 
         Args:
             writes: (B, S) write numbers, which a sealed layer needs; `session.take_writes` gives them.
@@ -132,10 +148,10 @@ class EncodedLayers(ConversationCache):
         slots = self.room(layer_idx, tokens, (batch, groups, size), keys, writes)
         if slots is None or slots.sealing is None:
             raise ValueError(f"keys: expected them on {self.layers[layer_idx].keys.device}, where the layer lies")
-        new = slice(slots.offset, slots.offset + tokens)
+        new, dtype = slice(slots.offset, slots.offset + tokens), slots.keys.dtype
         own = slots.sealing.at(slots.sealing.writes[:, new])
-        slots.keys[:, :, new] = ops.seal(keys, own, is_value=False)
-        slots.values[:, :, new] = ops.seal(values, own, is_value=True)
+        slots.keys[:, :, new] = ops.seal(keys.to(dtype), own, is_value=False)
+        slots.values[:, :, new] = ops.seal(values.to(dtype), own, is_value=True)
         return self.take_in(layer_idx, slots)
 
     @contextmanager

@@ -3,8 +3,6 @@
 import copy
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from scx.architecture import Decoder, ModelShape, weight_of
 from scx.calibration import Tokens, ordinary_tokens
+from scx.devices import outside_inference_mode
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, Session
 from scx.kvcache.conversation import CachePart, ConversationCache
@@ -160,19 +159,6 @@ class EncodedModel(EncodedModule):
         """The placement's answer to a request."""
         # Not an abstract method: a model's class is swapped, never made anew, and nothing would ask for it.
         raise NotImplementedError(f"{type(self).__name__} is in no placement")
-
-
-def outside_inference_mode() -> AbstractContextManager[None]:
-    """`torch.no_grad()` in the place of inference mode: keys and caches are used again outside of it, where tensors
-    that it made are not."""
-    is_compiled = torch.compiler.is_compiling()  # which needs no_grad itself
-    return _no_grad_instead() if not is_compiled and torch.is_inference_mode_enabled() else nullcontext()
-
-
-@contextmanager
-def _no_grad_instead() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _check_not_recorded() -> None:

@@ -39,6 +39,7 @@ from scx.devices import is_autocast
 from scx.encoding import FeatureKey, RowKey, TokenKeys
 from scx.keys import Session
 from scx.kvcache import EncodedCache
+from scx.kvcache.conversation import ConversationCache
 from scx.kvcache.layers import SealedLayer, Stored
 from scx.models.encoded import EncodedModel, EncodedModule, ModelEncoding
 from scx.models.gradients import refuse_backward, wants_gradients
@@ -273,12 +274,15 @@ class FusedEncoding(ModelEncoding):
         if isinstance(cache, EncodedCache) and not cache.is_complete:
             raise ValueError("past_key_values: this is one part of a split cache")
 
-    def check_cache(self, cache: Cache | None, batch: int) -> EncodedCache:
-        """A cache that is to be continued by `batch` sequences, attached to its session."""
+    def check_cache(self, cache: Cache | None, batch: int, num_blocks: int) -> EncodedCache:
+        """A cache that is to be continued by `batch` sequences in so many blocks, attached to its session; a plain one,
+        encoded."""
+        if isinstance(cache, DynamicCache) and not isinstance(cache, ConversationCache):
+            return EncodedCache.encode(cache, self.open_session(batch), num_blocks)
         if not isinstance(cache, EncodedCache):
             raise TypeError(
-                f"past_key_values: expected an encoded cache, got a plain {type(cache).__name__} that holds tokens; "
-                "prefill with the encoded model"
+                f"past_key_values: expected an encoded cache, or a DynamicCache of the plain model, got a "
+                f"{type(cache).__name__} that holds tokens; prefill with the encoded model"
             )
         if not cache.is_complete:
             raise ValueError("past_key_values: this is one part of a split cache; give gpu_kvcache and cpu_kvcache")
@@ -293,6 +297,9 @@ class FusedEncoding(ModelEncoding):
             raise ValueError(
                 f"past_key_values: session {session.id} and the model's key generator differ: {difference}"
             )
+        if len(cache.layers) != num_blocks:
+            raise ValueError(f"past_key_values: {len(cache.layers)} blocks have filled it, and {num_blocks} are to run")
+        cache.check_continued()
         if cache.rows != batch:
             raise ValueError(f"past_key_values: holds {cache.rows} sequences, the input has {batch}")
         session.keep_keystream = self.generator.keep_keystream
@@ -343,8 +350,8 @@ class FusedModel(EncodedModel):
         """The keys of a pass, its cache, and why gradients do not go through it if they would."""
         encoding, blocks = self._scx, running_blocks(self)
         encoding.check_blocks(blocks)
-        records = wants_gradients(self, request.inputs_embeds)
         session, kept = self._session(request, len(blocks), use_cache, keywords.get("cache"))
+        records = wants_gradients(self, request.inputs_embeds, kept)
         refusal = None if kept is None or not records else self._refusal_of_gradients(kept, request)
 
         open_at = _hooked_places(blocks)
@@ -368,17 +375,14 @@ class FusedModel(EncodedModel):
                 raise ValueError("past_key_values: give either a cache or the pages of continuous batching")
             return encoding.paged_session(pages), None
         if not request.opens:
-            kept = encoding.check_cache(cache, request.batch)
-            filled = sum(layer.is_initialized for layer in kept.layers)
-            if filled != num_blocks:
-                raise ValueError(f"past_key_values: {filled} blocks have filled it, and {num_blocks} are to run")
+            kept = encoding.check_cache(cache, request.batch, num_blocks)
             return kept.session, kept
         encoding.check_adoptable(cache)
         session = encoding.open_session(request.batch)
         if not use_cache and cache is None:
             return session, None
         empty: Any = DynamicCache(config=self.config) if cache is None else cache
-        return session, EncodedCache.adopt(empty, session)
+        return session, EncodedCache.adopt(empty, session, num_blocks)
 
     def _refusal_of_gradients(self, kept: EncodedCache, request: Admitted) -> str | None:
         """Why no gradient goes through this request, which would have some in the plain model; None if they do.

@@ -5,14 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scx.kvcache import EncodedCache
+
 __all__ = ["refuse_backward", "wants_gradients"]
 
 
-def wants_gradients(module: nn.Module, inputs_embeds: Tensor | None) -> bool:
-    """Whether a plain forward would be recorded for a backward: gradients are on, and something asks for them."""
+def wants_gradients(module: nn.Module, inputs_embeds: Tensor | None, cache: EncodedCache | None = None) -> bool:
+    """Whether a plain forward would be recorded for a backward: gradients are on, and a parameter, the embeddings given
+    or what the cache holds asks for them."""
     if not torch.is_grad_enabled():
         return False
     if inputs_embeds is not None and inputs_embeds.requires_grad:
+        return True
+    if cache is not None and cache.carries_gradients:
         return True
     return any(parameter.requires_grad for parameter in module.parameters())
 

@@ -17,12 +17,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import scx_kernels as ops
 from scx import EncodedCache, SCXKeyGenerator, Session, SharedKeys, save_keys, save_kvcache, save_shared_keys
 from scx.files.container import read_container, write_container
 from scx.keys import ModelShape
+from scx.kvcache import GrowingLayer, SealedLayer, SealedSlidingLayer
 from tests import specification
 from tests.golden.wrong_files import WRONG
 
@@ -63,7 +64,8 @@ def plain_rows(layer: int, is_value: bool) -> Tensor:
 
 def encoded_cache(session: Session) -> EncodedCache:
     """A layer of every kind, its two sequences exchanged after they were written."""
-    layers = [DynamicLayer(), DynamicLayer(), *(DynamicSlidingWindowLayer(sliding_window=WINDOW) for _ in range(2))]
+    sliding = (kind(sliding_window=WINDOW) for kind in (DynamicSlidingWindowLayer, SealedSlidingLayer))
+    layers = [GrowingLayer(), SealedLayer(), *sliding]
     cache, writes = EncodedCache(session, layers), session.take_writes(2, TOKENS, torch.device("cpu"))
     for layer in range(4):
         key = session.feature_key(layer, torch.device("cpu"))
