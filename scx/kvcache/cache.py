@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 import scx_kernels as ops
+from scx.architecture import ModelShape
 from scx.devices import CPU, outside_inference_mode, upload
 from scx.encoding import FeatureKey
 from scx.keys import Session
@@ -182,10 +183,8 @@ class EncodedCache(EncodedLayers):
         for index, layer in layers.items():
             if isinstance(layer, SealedLayer) and not layer.is_unedited:
                 raise ValueError(f"{name}: layer {index}: {EDITED}")
-        if any(_lengths(layers, name)):
-            shape = self.session.shape
-            for index, layer in layers.items():
-                _check_sizes(f"{name}: layer {index}", layer, self.rows, shape.num_kv_heads, shape.head_dim)
+        if _tokens_in(layers, name):
+            _check_sizes(layers, name, self.rows, self.session.shape)
 
     def check_continued(self) -> None:
         """Whether a pass can continue this cache: `check_stored`, and layers that slide hold what their window reaches.
@@ -193,8 +192,7 @@ class EncodedCache(EncodedLayers):
         Raises: ValueError naming the layer, and what to do instead.
         """
         self.check_stored()
-        for index in self.layer_indices:
-            _check_window(f"past_key_values: layer {index}", self.layers[index])
+        _check_windows({i: self.layers[i] for i in self.layer_indices})
 
     @contextmanager
     def _changed_whole(self, operation: str) -> Iterator[None]:
@@ -355,18 +353,17 @@ def _check_plain(plain: DynamicCache, layers: list[Any], session: Session) -> No
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise TypeError(f"past_key_values: layer {index} is a {type(layer).__name__}, which cannot be encoded")
-    lengths = _lengths(dict(enumerate(layers)), "past_key_values")
-    if lengths == {0}:
+    numbered = dict(enumerate(layers))
+    if not _tokens_in(numbered, "past_key_values"):
         raise ValueError("past_key_values: holds no tokens")
-    for index, layer in enumerate(layers):
-        place = f"past_key_values: layer {index}"
-        _check_sizes(place, layer, session.batch_size, session.shape.num_kv_heads, session.shape.head_dim)
-        _check_window(place, layer)
-        carries_gradients = layer.keys.requires_grad or layer.values.requires_grad
-        if index in session.settings.sealed_layers and carries_gradients and torch.is_grad_enabled():
+    _check_sizes(numbered, "past_key_values", session.batch_size, session.shape)
+    _check_windows(numbered)
+    for index in session.settings.sealed_layers:
+        layer = layers[index]
+        if torch.is_grad_enabled() and (layer.keys.requires_grad or layer.values.requires_grad):
             raise ValueError(
-                f"{place} is to be sealed, and gradients do not flow through what is; use torch.no_grad() or "
-                'cache_encoding="permuted"'
+                f"past_key_values: layer {index} is to be sealed, and gradients do not flow through what is; use "
+                'torch.no_grad() or cache_encoding="permuted"'
             )
 
 
@@ -396,32 +393,38 @@ def _encode_layers(layers: list[Any], session: Session) -> list[CacheLayerMixin]
     return encoded
 
 
-def _lengths(layers: dict[int, Any], name: str) -> set[int]:
-    """How many tokens the layers hold: one number, or none where there are no layers. Raises ValueError for several."""
+def _tokens_in(layers: dict[int, Any], name: str) -> int:
+    """How many tokens each of the layers holds. Raises ValueError where they differ."""
     lengths = {layer.get_seq_length() for layer in layers.values()}
     if len(lengths) > 1:
         each = {i: layer.get_seq_length() for i, layer in layers.items()}
         raise ValueError(f"{name}: its layers hold different numbers of tokens, {each}; cut all alike")
-    return lengths
+    return max(lengths, default=0)
 
 
-def _check_sizes(place: str, layer: Any, rows: int, heads: int, size: int) -> None:
-    """Whether a layer holds K and V of these rows."""
-    keys, values = layer.keys, layer.values
-    expected = (rows, heads, *keys.shape[2:3], size)
-    if keys.shape != expected or values.shape != expected:
-        raise ValueError(
-            f"{place}: expected K and V ({rows} rows, {heads} heads, tokens, {size}), got {tuple(keys.shape)} and "
-            f"{tuple(values.shape)}; rows of several sessions are joined in the plain caches that decode_kvcache gives"
-        )
+def _check_sizes(layers: dict[int, Any], name: str, rows: int, shape: ModelShape) -> None:
+    """Whether layers hold K and V of these rows."""
+    heads, size = shape.num_kv_heads, shape.head_dim
+    for index, layer in layers.items():
+        found = layer.keys.shape
+        if found != layer.values.shape or found != (rows, heads, found.numel() // (rows * heads * size), size):
+            raise ValueError(
+                f"{name}: layer {index}: expected K and V ({rows} rows, {heads} heads, tokens, {size}), got "
+                f"{tuple(found)} and {tuple(layer.values.shape)}; rows of several sessions are joined in the plain "
+                "caches that decode_kvcache gives"
+            )
 
 
-def _check_window(place: str, layer: Any) -> None:
-    """Whether a layer holds the tokens that the next one's window reaches."""
-    if layer.is_sliding:
-        length, held, window = layer.cumulative_length, layer.keys.shape[2], layer.sliding_window
-        if not min(length, window - 1) <= held <= length:
-            raise ValueError(f"{place} slides a window of {window}, and only {held} of its {length} tokens are here")
+def _check_windows(layers: dict[int, Any]) -> None:
+    """Whether layers that slide hold the tokens that the next one's window reaches."""
+    for index, layer in layers.items():
+        if layer.is_sliding:
+            length, held, window = layer.cumulative_length, layer.keys.shape[2], layer.sliding_window
+            if not min(length, window - 1) <= held <= length:
+                raise ValueError(
+                    f"past_key_values: layer {index} slides a window of {window}, and only {held} of its {length} "
+                    "tokens are here"
+                )
 
 
 def _check_parts(parts: tuple[EncodedCache, EncodedCache]) -> None:

@@ -89,19 +89,22 @@ class Buffers:
         # Their versions are their own: they change where these rows are edited, not where other slots are filled.
         return self.keys.data.narrow(2, first, end - first), self.values.data.narrow(2, first, end - first)
 
-    def end_with(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether these are the last rows that were shown."""
-        return _lies_at_end(keys, self.keys, self.filled) and _lies_at_end(values, self.values, self.filled)
+    def take_more(self, tokens: int, dtype: torch.dtype, keys: Tensor, values: Tensor) -> bool:
+        """Whether `tokens` more in this dtype can be written behind these rows, which are the last that were shown."""
+        return (
+            self.filled + tokens <= self.keys.shape[2]
+            and self.keys.dtype == dtype
+            and _lies_at_end(keys, self.keys, self.filled)
+            and _lies_at_end(values, self.values, self.filled)
+        )
 
 
 def _lies_at_end(x: Tensor, buffer: Tensor, filled: int) -> bool:
-    batch, groups, _, size = buffer.shape
-    first, stride = filled - x.shape[2], buffer.stride()
+    (batch, groups, _, size), stride, tokens = buffer.shape, buffer.stride(), x.shape[2]
     return (
-        x.data_ptr() == buffer.data_ptr() + first * stride[2] * buffer.element_size()
-        and x.shape == (batch, groups, filled - first, size)
+        x.data_ptr() == buffer.data_ptr() + (filled - tokens) * stride[2] * buffer.element_size()
+        and x.shape == (batch, groups, tokens, size)
         and x.stride() == stride
-        and x.dtype == buffer.dtype
     )
 
 
@@ -152,9 +155,9 @@ class Witness:
 
     def recognises(self, x: Tensor | None) -> bool:
         """Whether x is this tensor, and unchanged as far as can be seen."""
-        if x is not self._tensor or x.data_ptr() != self._place:
-            return False
-        return self._version is None or x._version == self._version
+        return (
+            x is self._tensor and x.data_ptr() == self._place and (self._version is None or x._version == self._version)
+        )
 
 
 class WriteLog:
@@ -224,7 +227,7 @@ class GrowingLayer(DynamicLayer):
         if held:
             dtype = torch.promote_types(dtype, torch.promote_types(self.keys.dtype, self.values.dtype))
         buffers = self._buffers
-        if buffers is not None and self._goes_on(buffers, tokens, dtype):
+        if buffers is not None and held and buffers.take_more(tokens, dtype, self.keys, self.values):
             end = buffers.filled
         else:
             buffers, end = self._new_buffers(tokens, shape, like, dtype), held
@@ -240,15 +243,6 @@ class GrowingLayer(DynamicLayer):
         if held:
             buffers.keys[:, :, :held], buffers.values[:, :, :held] = self.keys.detach(), self.values.detach()
         return buffers
-
-    def _goes_on(self, buffers: Buffers, tokens: int, dtype: torch.dtype) -> bool:
-        """Whether `tokens` more can be written behind what the layer holds."""
-        return (
-            self.held_tokens > 0
-            and buffers.keys.dtype == dtype
-            and buffers.filled + tokens <= buffers.capacity
-            and buffers.end_with(self.keys, self.values)
-        )
 
     def take_in(self, slots: Slots) -> Stored:
         """Count the tokens written into `slots` as the layer's. Returns all of its K and V."""
@@ -301,16 +295,11 @@ class SealedLayer(GrowingLayer):
     @property
     def is_unedited(self) -> bool:
         """Whether K and V are, as far as can be seen, those that were sealed here."""
-        if not self.held_tokens or self.writes is None:
-            return self.held_tokens == 0
-        keys, values = self._sealed or (None, None)
-        return (
-            keys is not None
-            and values is not None
-            and keys.recognises(self.keys)
-            and values.recognises(self.values)
-            and self.writes.shape == (self.keys.shape[0], self.keys.shape[2])
-        )
+        if self._sealed is None or self.writes is None:
+            return not self.held_tokens
+        keys, values = self._sealed
+        is_whole = self.writes.shape[1] == self.keys.shape[2]
+        return is_whole and keys.recognises(self.keys) and values.recognises(self.values)
 
     def _require_unedited(self) -> None:
         if not self.is_unedited:

@@ -404,8 +404,8 @@ def _hooked_places(blocks: Sequence[nn.Module]) -> set[int]:
     """Where hooks of blocks see the residual stream, by the place of the block behind it."""
     places = set()
     for place, block in enumerate(blocks):
-        hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-        if any(not _is_recorder(hook) for kind in hooks for hook in kind.values()):
+        hooks = block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks
+        if any(hooks) and not all(_is_recorder(hook) for kind in hooks for hook in kind.values()):
             places |= {place, place + 1}
     return places
 

@@ -12,7 +12,7 @@ from scx.calibration import measure_scale, ordinary_tokens, untouched
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, check_generator
 from scx.models.fused import FusedEncoding, fuse
-from scx.models.split import SplitCausalLM, causal_lm, divide
+from scx.models.split import causal_lm, divide
 from scx.models.split import secure_device as named_device
 from scx.models.swap import check_forwards, restore_class
 from scx.party.process import RemoteParty
@@ -80,11 +80,11 @@ def encode_llama(
             secrecy: with every step the same order is seen on more rows.
         prefill_top_k: in the split placement, have the untrusted side compute a prefill's logits, on encoded rows, and
             return the k largest of each row; only the secure side knows which rows are tokens. The others are -inf:
-            greedy generation, and sampling with a `top_k` of at most k, are the plain model's; beams' scores are not.
-            None: the head is on the secure side, as it always is for generated tokens.
+            greedy generation, and sampling with a `top_k` of at most k, are the plain model's, and `generate` refuses
+            what may choose or weigh others. None: the head is on the secure side, as it always is for generated tokens.
         untrusted: in the split placement, an untrusted party in another process; this one's blocks are not used then,
-            and need not be here (`scx.party.loading.load_secure_model`). Where they are not, that party measures the
-            scale of real rows, before the first prefill.
+            and need not be here (`scx.party.loading.load_secure_model`). Where they are, they must stay as they are.
+            Where they are not, that party measures the scale of real rows, before the first prefill.
 
     Returns: `model`.
     Raises: TypeError for a model that is not supported, has quantised or split projections, or lacks weights that
@@ -125,8 +125,6 @@ def decode_llama(model: PreTrainedModel) -> PreTrainedModel:
     decoders = list(encoded_decoders(model))
     if not decoders:
         raise ValueError("model: it is not encoded")
-    for outer in [module for module in model.modules() if isinstance(module, SplitCausalLM)]:
-        restore_class(outer)
     for decoder in decoders:
         decoder._scx.undo(decoder)
         restore_class(decoder)

@@ -6,27 +6,31 @@ secure side's device, where token ids, masks and logits are. Only the decoder's 
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from scx.architecture import Decoder, ModelShape
-from scx.devices import CPU, upload
+from scx.devices import CPU, outside_inference_mode, upload
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator
 from scx.models.encoded import EncodedModel, ModelEncoding
+from scx.models.gradients import refuse_backward, wants_gradients
 from scx.models.request import Admitted
-from scx.models.swap import encode_class
+from scx.models.split_door import check_attention, check_blocks, check_keywords, check_padding, check_positions, padding
+from scx.models.split_outer import SplitCausalLM, SplitOuter
+from scx.models.swap import encode_class, restore_class
 from scx.party.boundary import Boundary, Receiver, Transcript
 from scx.party.cache import ConversationPart, SplitCache
 from scx.party.generation import Generation
+from scx.party.live import Mirror, Watch
 from scx.party.plan import Plan
 from scx.party.prefill import Prefill, TopLogits
 from scx.party.process import RemoteParty
@@ -34,40 +38,113 @@ from scx.party.replies import ReplyRule
 from scx.party.secure import Rope, SecureParty
 from scx.party.untrusted import UntrustedParty
 
-__all__ = ["SplitCausalLM", "SplitModel", "divide", "record_transcript", "restore_conversation", "secure_device"]
+__all__ = ["SplitModel", "causal_lm", "divide", "record_transcript", "restore_conversation", "secure_device"]
 
 
 class SplitEncoding(ModelEncoding):
-    """What a split model knows beyond its weights: the secure party and the way to the untrusted one."""
+    """What a split model knows beyond its weights: the secure party and the way to the untrusted one.
+
+    Args:
+        party: the secure side.
+        blocks: that were divided, in the order in which they run.
+        outer: modules of the secure side, by who has them under which name, and where they were.
+        generating: models whose class was changed because they generate.
+        causal: that which has the head, if the untrusted side computes a prefill's logits.
+        untrusted: the party in this process; None for one in another, with `watch` over what that computes with.
+    """
 
     cache_kind, part_kind = SplitCache, ConversationPart
 
     def __init__(
         self, generator: SCXKeyGenerator, shape: ModelShape, scale: RedundantScale | None, dtype: torch.dtype,
-        party: SecureParty, outer: list[tuple[nn.Module, torch.device]],
+        party: SecureParty, blocks: Sequence[Any], outer: list[tuple[nn.Module, str, torch.device]],
+        generating: list[nn.Module], causal: Any, untrusted: UntrustedParty | None, watch: Watch | None,
     ) -> None:  # fmt: skip
         super().__init__(generator, shape, scale, dtype)
         self.party = party
-        self.outer = outer  # modules that were moved to the secure side, and where they were
+        self.blocks = blocks
+        self.watch = watch
+        self._rotary_watch: Watch | None = None
+        self._outer = outer
+        self._generating = generating
+        self._causal = causal
+        self._untrusted = untrusted
+        self._mirror = Mirror(party.untrusted_device)
 
     def __deepcopy__(self, memo: dict) -> "SplitEncoding":
         raise TypeError("a model in the split placement is one of two parties and is not copied; decode_llama it first")
 
     def undo(self, decoder: Decoder) -> None:
-        for module, device in self.outer:
-            module.to(device)
+        for holder, name, device in self._outer:
+            getattr(holder, name).to(device)
+        for model in self._generating:
+            restore_class(model)
+
+    @property
+    def head_size(self) -> int:
+        """Logits of one row."""
+        size: int = self._causal.lm_head.weight.shape[0]
+        return size
+
+    def prepare(self, decoder: Decoder, opens: bool) -> None:
+        """Hold the model against what was divided, and give the untrusted side what it has now.
+
+        Args:
+            opens: whether it is for a prefill; a worker's weights are then compared number by number, some of each.
+        Raises: ValueError, TypeError naming the module or setting that is another.
+        """
+        check_blocks(decoder, self.blocks)
+        check_attention(decoder.config)
+        device = decoder.embed_tokens.weight.device
+        if device != self.party.device:
+            raise ValueError(f"model: its embedding is on {device}, and the secure side on {self.party.device}")
+        watches = (self.watch, self._rotary_watch)
+        changed = next((name for watch in watches if watch and (name := watch.changed(numbers=opens))), None)
+        if changed is not None:
+            raise ValueError(
+                f"model: {changed} has changed since the model was encoded, and the untrusted party in another process "
+                "computes with its own; save the model, start a worker with it, and encode again"
+            )
+        if self._untrusted is not None:
+            self._supply(self._untrusted, decoder)
+
+    def expect_rotary(self, rotary: nn.Module) -> None:
+        """Take a rotary embedding as it is for what the worker has as well: dynamic ones grow, on both sides alike."""
+        if self.watch is not None:
+            self._rotary_watch = Watch({"rotary_emb": rotary})
+
+    def _supply(self, untrusted: UntrustedParty, decoder: Decoder) -> None:
+        head, k = None, self.party.plan.prefill_top_k
+        if k is not None:
+            if k > self.head_size:
+                raise ValueError(f"prefill_top_k: expected at most {self.head_size}, the head's logits, got {k}")
+            head = nn.Sequential(self._mirror.of("norm", decoder.norm), self._mirror.of("head", self._causal.lm_head))
+        if k is not None:
+            self.party.boundary.rule.vocab_size = self.head_size
+        untrusted.supply(self._mirror.copy_of("rotary_emb", decoder.rotary_emb), head)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """What both sides compute is inference in the dtypes of the model and its messages, whoever asks."""
+        kinds = {self.party.device.type, self.party.untrusted_device.type}
+        with outside_inference_mode(), torch.no_grad(), ExitStack() as stack:
+            for kind in kinds:
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
 
     def check_conversation(self, cache: Cache | None, batch: int) -> SplitCache:
         """A cache that is to be continued by `batch` sequences."""
         if not isinstance(cache, SplitCache):
             raise TypeError(
                 f"past_key_values: expected a cache of the split placement, got a {type(cache).__name__} that holds "
-                "tokens; prefill with the split model"
+                "tokens, of which the untrusted side has no K and V; prefill with the split model"
             )
         if cache.party is not self.party:
             raise ValueError(f"past_key_values: session {cache.session_id} was begun with another untrusted party")
         if cache.rows != batch:
             raise ValueError(f"past_key_values: holds {cache.rows} sequences, the input has {batch}")
+        cache.check_layers()
         return cache
 
 
@@ -86,27 +163,39 @@ class SplitModel(EncodedModel):
     rotary_emb: nn.Module
     norm: nn.Module
 
-    @torch.no_grad()
+    @torch.compiler.disable  # what crosses a boundary is no part of a graph
     def _serve(
         self, request: Admitted, *, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool,
         **kwargs: Any,
     ) -> SplitOutput:  # fmt: skip
-        encoding, past = self._scx, request.past
-        _check_inference(self, kwargs)
-        first_key = _padding(attention_mask, request.batch, past + request.tokens)
+        encoding = self._scx
+        if self.training:
+            raise RuntimeError("the split placement serves inference only: call model.eval()")
+        check_keywords(kwargs, self.config)
+        check_positions(position_ids, attention_mask, use_cache or request.cache is not None, self.config)
+        first_key = padding(attention_mask, request.batch, request.past + request.tokens)
         if request.opens:
             encoding.check_adoptable(request.cache)
         else:
-            conversation = encoding.check_conversation(request.cache, request.batch)
-            _check_padding(first_key, conversation.first_key)
+            check_padding(first_key, encoding.check_conversation(request.cache, request.batch).first_key)
+        encoding.prepare(self, request.opens)
+        wants = wants_gradients(self, request.inputs_embeds) or _follows_gradients(request)
+        with encoding.computing():
+            output = self._lead(request, position_ids, first_key, use_cache)
+        return _without_gradients(output) if wants else output
+
+    def _lead(
+        self, request: Admitted, position_ids: Tensor | None, first_key: Tensor | None, use_cache: bool
+    ) -> SplitOutput:
         hidden = self._embed(request.input_ids, request.inputs_embeds)
-        rope = self._rope(hidden, position_ids, past)
+        rope = self._rope(hidden, position_ids, request.past)
         kept: SplitCache | None
         result: Tensor | TopLogits
         if request.opens:
             result, kept = self._prefill(hidden, rope, first_key, request.cache, use_cache)
         else:
-            result, kept = Generation(encoding.party, conversation, rope).run(hidden), conversation
+            kept = self._scx.check_conversation(request.cache, request.batch)
+            result = Generation(self._scx.party, kept, rope).run(hidden)
         if kept is not None:
             kept.remember(request.input_ids, rope.positions)
         if isinstance(result, TopLogits):
@@ -134,20 +223,23 @@ class SplitModel(EncodedModel):
             tokens = encoding.generator.calibration_tokens(encoding.redundant_tokens(self.embed_tokens))
             encoding.party.calibrate(self._embed(tokens, None))
 
-    @torch.no_grad()
     def restore(self, cache: SplitCache) -> None:
         """Begin a conversation again with the party that is there now, from what the secure side knows."""
         if cache.history is None:
             raise ValueError("cache: the conversation began with embeddings, of which the secure side keeps none")
+        if not cache.tokens:
+            raise ValueError("cache: it holds no tokens; a prefill opens a session for it")
+        self._scx.prepare(self, opens=True)
         before = dict(cache.__dict__)
         (ids, positions), first_key = cache.history, cache.first_key
-        hidden = self._embed(ids, None)
         try:
-            self._prefill(hidden, self._rope(hidden, positions, 0), first_key, cache, True)
+            with self._scx.computing():
+                hidden = self._embed(ids, None)
+                self._prefill(hidden, self._rope(hidden, positions, 0), first_key, cache, True)
+                cache.remember(ids, positions)
         except BaseException:
             cache.__dict__.update(before)
             raise
-        cache.remember(ids, positions)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         device = self._scx.party.device
@@ -165,51 +257,28 @@ class SplitModel(EncodedModel):
         if position_ids.dim() != 2 or position_ids.shape[0] not in rows or position_ids.shape[1] != tokens:
             raise ValueError(f"position_ids: expected ({rows[1]} or 1, {tokens}), got {tuple(position_ids.shape)}")
         cos, sin = self.rotary_emb(hidden, position_ids=position_ids)
+        self._scx.expect_rotary(self.rotary_emb)
         return Rope(position_ids, cos, sin)
 
 
-class SplitCausalLM(nn.Module):
-    """A language model whose prefills' logits come from the untrusted side: the k largest of each token, -inf else."""
+def _follows_gradients(request: Admitted) -> bool:
+    """Whether earlier tokens of the conversation ask for gradients, which a plain cache would lead to."""
+    return torch.is_grad_enabled() and not request.opens and getattr(request.cache, "wants_gradients", False)
 
-    model: SplitModel
-    lm_head: nn.Module
-    config: Any
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        *,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if labels is not None:
-            raise ValueError("labels: a loss needs all logits; encode the model with prefill_top_k=None")
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if outputs.top_logits is None:
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        else:
-            logits = outputs.top_logits.dense(self.config.vocab_size, kept)
-        result = CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return result if return_dict else result.to_tuple()
+def _without_gradients(output: SplitOutput) -> SplitOutput:
+    """The output, if something asks for gradients: they do not come back over the boundary."""
+    if output.past_key_values is not None:
+        output.past_key_values.wants_gradients = True
+    reason = (
+        "gradients do not come back over the boundary of the split placement; train in the fused placement, or the "
+        "plain model"
+    )
+    if output.top_logits is not None:
+        output.top_logits = replace(output.top_logits, logits=refuse_backward(output.top_logits.logits, reason))
+    else:
+        output.last_hidden_state = refuse_backward(output.last_hidden_state, reason)
+    return output
 
 
 def causal_lm(model: nn.Module, decoder: Decoder) -> Any:
@@ -218,39 +287,6 @@ def causal_lm(model: nn.Module, decoder: Decoder) -> Any:
         if getattr(module, "model", None) is decoder and isinstance(getattr(module, "lm_head", None), nn.Module):
             return module
     raise ValueError(f"prefill_top_k: expected a model with a language-modelling head, got {type(model).__name__}")
-
-
-def _check_inference(model: Any, kwargs: dict[str, Any]) -> None:
-    """Gradients and inner states do not come back over the boundary."""
-    if model.training:
-        raise RuntimeError("the split placement serves inference only: call model.eval()")
-    for name in ("output_attentions", "output_hidden_states"):
-        wanted = kwargs.get(name)
-        if getattr(model.config, name, False) if wanted is None else wanted:
-            raise ValueError(f"{name}: inner states are not recorded in the split placement; use the fused one")
-
-
-def _padding(attention_mask: Tensor | None, batch: int, total: int) -> Tensor | None:
-    """(B,) int64, the first token of each sequence that is no padding; None where there is no padding."""
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, total):
-        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"attention_mask: the split placement expects ({batch}, {total}) with 0 and 1, got {shape}")
-    mask = attention_mask.cpu().to(torch.int64)
-    if ((mask != 0) & (mask != 1)).any() or (mask.diff(dim=1) < 0).any():
-        raise ValueError("attention_mask: the split placement expects left padding, zeros before ones")
-    first = total - mask.sum(dim=1)
-    return first if first.any() else None
-
-
-def _check_padding(given: Tensor | None, known: Tensor | None) -> None:
-    """The padding of a conversation is that of its prompt."""
-    if given is not None and (known is None or not torch.equal(given.cpu(), known.cpu())):
-        raise ValueError(
-            f"attention_mask: the conversation's first tokens are {None if known is None else known.tolist()}, "
-            f"got {given.tolist()}"
-        )
 
 
 def secure_device(given: torch.device | str | None) -> torch.device | None:
@@ -265,8 +301,8 @@ def secure_device(given: torch.device | str | None) -> torch.device | None:
         raise ValueError(f"secure_device: expected a device such as 'cpu' or 'cuda:1', got {named!r}") from None
 
 
-def _one_device(layers: Any) -> torch.device:
-    devices = {parameter.device for parameter in layers.parameters()}
+def _one_device(blocks: Sequence[nn.Module]) -> torch.device:
+    devices = {parameter.device for block in blocks for parameter in block.parameters()}
     if len(devices) != 1:
         raise ValueError(
             f"model: the split placement expects all blocks on one device, got {sorted(map(str, devices))}"
@@ -274,11 +310,13 @@ def _one_device(layers: Any) -> torch.device:
     return devices.pop()
 
 
-def _outer_modules(model: PreTrainedModel, decoder: Decoder) -> list[nn.Module]:
-    """What is not the blocks': embedding, norm, rotary embedding, and whatever head is on top."""
+def _outer_modules(model: PreTrainedModel, decoder: Decoder) -> list[tuple[nn.Module, str]]:
+    """What is not the blocks': embedding, norm, rotary embedding, and whatever head is on top; by who has it."""
     inside = {id(module) for module in decoder.modules()}
-    heads = [child for child in model.children() if child is not decoder and id(child) not in inside]
-    return [decoder.embed_tokens, decoder.norm, decoder.rotary_emb, *heads]
+    heads = [
+        (model, name) for name, child in model.named_children() if child is not decoder and id(child) not in inside
+    ]
+    return [(decoder, "embed_tokens"), (decoder, "norm"), (decoder, "rotary_emb"), *heads]
 
 
 def divide(
@@ -293,35 +331,50 @@ def divide(
 ) -> None:
     """Put a model into the split placement: blocks to an untrusted party where they lie, or to one in another process,
     the rest to the secure side's device."""
-    untrusted: Receiver
+    blocks = tuple(decoder.layers[: shape.num_layers])
+    check_blocks(decoder, blocks)
+    check_attention(decoder.config)
+    causal = None if plan.prefill_top_k is None else causal_lm(model, decoder)
+    untrusted, watch = None, None
+    receiver: Receiver
     if remote is None:
-        untrusted_device = _one_device(decoder.layers)
+        untrusted_device = _one_device(blocks)
         rotary = copy.deepcopy(decoder.rotary_emb).to(untrusted_device)
-        head = None if plan.prefill_top_k is None else _untrusted_head(model, decoder, untrusted_device, device)
-        untrusted = UntrustedParty(decoder.layers, rotary, plan, head)
+        head = None if causal is None else nn.Sequential(decoder.norm, causal.lm_head)
+        receiver = untrusted = UntrustedParty(blocks, rotary, plan, head)
     else:
         if remote.plan != plan:
             raise ValueError(f"untrusted: its workers are told {remote.plan}, the model is to be encoded with {plan}")
-        untrusted, untrusted_device = remote, torch.device("cpu")  # messages leave the process from there
-    outer = [(module, _device_of(module, untrusted_device)) for module in _outer_modules(model, decoder)]
-    for module, _ in outer:
-        module.to(device)
-    boundary = Boundary(untrusted, ReplyRule(plan, shape), device, untrusted_device)
+        untrusted_device = CPU  # messages leave the process from there
+        watch = _watch(decoder, blocks, causal)
+        receiver = remote
+    outer = [(*place, _device_of(getattr(*place), untrusted_device)) for place in _outer_modules(model, decoder)]
+    for holder, name, _ in outer:
+        getattr(holder, name).to(device)
+    boundary = Boundary(receiver, ReplyRule(plan, shape), device, untrusted_device)
     scale = None if scale is None else scale.to(CPU)  # where redundant rows are drawn
-    party = SecureParty(decoder.layers, plan, shape, scale, boundary)
+    party = SecureParty(blocks, plan, shape, scale, boundary)
     dtype = decoder.embed_tokens.weight.dtype
-    decoder._scx = SplitEncoding(generator, shape, scale, dtype, party, outer)
+    generating = [module for module in model.modules() if isinstance(module, GenerationMixin)]
+    decoder._scx = SplitEncoding(
+        generator, shape, scale, dtype, party, blocks, outer, generating, causal, untrusted, watch
+    )
+    decoder._scx.expect_rotary(decoder.rotary_emb)
     encode_class(decoder, SplitModel)
-    if plan.prefill_top_k is not None:
-        encode_class(causal_lm(model, decoder), SplitCausalLM)
+    for module in generating:
+        encode_class(module, SplitCausalLM if module is causal else SplitOuter)
 
 
-def _untrusted_head(
-    model: PreTrainedModel, decoder: Decoder, untrusted_device: torch.device, device: torch.device
-) -> nn.Module:
-    """Final norm and head for the untrusted side, copies unless both sides share a device."""
-    head = nn.Sequential(decoder.norm, causal_lm(model, decoder).lm_head)
-    return head if device == untrusted_device else copy.deepcopy(head).to(untrusted_device)
+def _watch(decoder: Decoder, blocks: Sequence[nn.Module], causal: Any) -> Watch:
+    """Over what a worker computes with as well. Raises ValueError for hooks, which it has none of."""
+    watched = {f"layers.{i}": block for i, block in enumerate(blocks)}
+    if causal is not None:
+        watched |= {"norm": decoder.norm, "lm_head": causal.lm_head}
+    watch = Watch(watched)
+    hooked = watch.hooked() or Watch({"rotary_emb": decoder.rotary_emb}).hooked()
+    if hooked is not None:
+        raise ValueError(f"model: {hooked} has hooks, and the untrusted party in another process has none of them")
+    return watch
 
 
 def _device_of(module: nn.Module, default: torch.device) -> torch.device:

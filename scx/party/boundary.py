@@ -72,7 +72,10 @@ class Receiver(Protocol):
 
 
 class Rule(Protocol):
-    """Who says what a reply must look like, before and after it has come: raises PartyLostError for any other."""
+    """Who says what a reply must look like, before and after it has come: raises PartyLostError for any other. Its
+    tokens are below `vocab_size`."""
+
+    vocab_size: int
 
     def check(self, request: Request, reply: Mapping[str, Tensor]) -> None: ...
 
@@ -149,7 +152,7 @@ class Boundary:
         self, receiver: Receiver, rule: Rule, secure_device: torch.device, untrusted_device: torch.device
     ) -> None:
         self._receiver = receiver
-        self._rule = rule
+        self.rule = rule
         self.secure_device = secure_device
         self.untrusted_device = untrusted_device
         self._transcripts: list[Transcript] = []
@@ -210,14 +213,14 @@ class Boundary:
     def _arrive(self, request: Request, reply: Mapping[str, Tensor]) -> "_Moved":
         _, returned = MESSAGES[request.operation]
         _check_names(request.operation, reply, returned)
-        self._rule.check(request, reply)
+        self.rule.check(request, reply)
         return _move(reply, self.secure_device)
 
     def _end(self, request: Request, moved: "_Moved") -> dict[str, Tensor]:
         tensors, copied = moved
         if copied is not None:
             copied.synchronize()
-        self._rule.check_values(request, tensors)
+        self.rule.check_values(request, tensors)
         self._note("to secure", request.stage, request.block, request.operation, tensors)
         return tensors
 

@@ -5,13 +5,14 @@ untrusted party under the session's public id, and goes when this object does.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from scx.devices import outside_inference_mode
 from scx.keys import Session, SharedKeys
 from scx.kvcache.conversation import ConversationCache
 from scx.kvcache.layers import AbsentLayer, GrowingLayer
@@ -25,6 +26,7 @@ class Leader(Protocol):
 
     plan: Plan
     device: torch.device
+    untrusted_device: torch.device
 
     def forget(self, conversation: str) -> None: ...
 
@@ -39,7 +41,8 @@ class SplitCache(ConversationCache):
     `session` has its keys, `party` the secure side that leads it. `tokens` counts cached tokens, `steps` those of its
     generation and `rows` sequences; `prefill_rows` is T of the prefill. `first_key` (rows,) is the first token of each
     sequence that is no padding, or None. `is_shared` says whether the untrusted side has the middle blocks' token
-    permutations; the first generated token shares them if nobody did before.
+    permutations; the first generated token shares them if nobody did before. `wants_gradients` says whether something
+    that filled it asked for gradients, which there are none of.
     """
 
     session: Session
@@ -50,11 +53,13 @@ class SplitCache(ConversationCache):
     prefill_rows: int
     first_key: Tensor | None
     is_shared: bool
+    wants_gradients: bool
     sequences: Tensor | None
     history: tuple[Tensor, Tensor] | None
     values: dict[int, Tensor]
     columns: dict[int, Tensor]
     pending_keys: dict[int, Tensor]
+    _noted: list[Any]
 
     @classmethod
     def adopt(cls, cache: DynamicCache, session: Session, party: Leader, rows: int) -> "SplitCache":
@@ -67,11 +72,12 @@ class SplitCache(ConversationCache):
         adopted.session, adopted.session_id, adopted.party = session, session.id, party
         adopted.tokens = adopted.steps = adopted.prefill_rows = 0
         adopted.rows, adopted.first_key = rows, None
-        adopted.is_shared, adopted.sequences = False, None
+        adopted.is_shared, adopted.wants_gradients, adopted.sequences = False, False, None
         adopted.history = None  # token ids and rotary positions, (rows, tokens) each, unless embeddings were given
         adopted.values = {}  # end block -> V (rows, G, tokens, d)
         adopted.columns = {}  # end block -> (rows, tokens): which column of the scores is which token
         adopted.pending_keys = {}  # end block -> Kᶜ, until it is sent with the shared keys
+        adopted.note_layers()
         weakref.finalize(adopted, party.forget, session.id)
         return adopted
 
@@ -96,6 +102,25 @@ class SplitCache(ConversationCache):
         """Rows of the end blocks' encoded keys on the untrusted side: the prefill's, and those of later tokens."""
         return max((self.prefill_rows, *(int(columns.max()) + 1 for columns in self.columns.values())))
 
+    def note_layers(self) -> None:
+        """Take the layers and what is in them as this cache's own; called by whoever writes there for it."""
+        self._noted = [
+            (layer, *(None if x is None else weakref.ref(x) for x in _states(layer))) for layer in self.layers
+        ]
+
+    def check_layers(self) -> None:
+        """Raises ValueError if somebody else put anything into the layers."""
+        for place, (layer, *noted) in enumerate(self._noted):
+            held = self.layers[place] if place < len(self.layers) else None
+            mine = [None if x is None else x() for x in noted]
+            if held is not layer or any(x is not y for x, y in zip(_states(layer), mine, strict=True)):
+                raise ValueError(
+                    f"past_key_values: layer {place} was replaced or given other tensors; K and V of most layers are "
+                    "the untrusted side's, and cannot follow. Use crop, batch_select_indices, reorder_cache or "
+                    "batch_repeat_interleave, or prefill again"
+                )
+
+    @outside_inference_mode()
     def unlock(self, shared: SharedKeys) -> None:
         """Give shared keys to the untrusted side, which unlocks its cache of the middle blocks with them.
 
@@ -113,10 +138,22 @@ class SplitCache(ConversationCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.tokens + query_length, 0
 
-    def select_rows(self, index: Tensor) -> None:
-        """Go on with the given rows of the batch, (rows',) int64, here and on the untrusted side."""
-        index = index.to(self.party.device)
-        self.party.select(self, index)
+    @outside_inference_mode()
+    @torch.no_grad()
+    def select_rows(self, indices: Tensor | Sequence[int] | Sequence[bool], name: str = "indices") -> None:
+        """Go on with the given rows of the batch, here and on the untrusted side.
+
+        Args:
+            indices: (n,) integers, negative ones from the end, or (rows,) bool. name: of the argument, for errors.
+        """
+        index = _row_index(indices, self.rows, name).to(self.party.device)
+        self.check_layers()
+        if self.tokens:
+            self.party.select(self, index)
+            self._select(index)
+        self.rows = len(index)
+
+    def _select(self, index: Tensor) -> None:
         for layer in self.layers:
             if isinstance(layer, GrowingLayer):
                 layer.batch_select_indices(index)
@@ -128,25 +165,39 @@ class SplitCache(ConversationCache):
         if self.history is not None:
             ids, positions = self.history
             self.history = ids.index_select(0, index), positions.index_select(0, index)
-        self.rows = len(index)
+        self.note_layers()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx)
+        """Go on with the rows `beam_idx` (n,) of the batch, as `batch_select_indices` does."""
+        self.select_rows(beam_idx, "beam_idx")
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
+        """Go on with some rows of the batch, which may repeat.
+
+        Args:
+            indices: (n,) integers, negative ones from the end, or (rows,) bool; a tensor or a list.
+        Raises: TypeError, ValueError; IndexError for rows that are not there. Nothing is changed then.
+        """
         self.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Go on with every row of the batch `repeats` times."""
         self.select_rows(torch.arange(self.rows).repeat_interleave(repeats))
 
+    @outside_inference_mode()
+    @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: -n removes n; as older transformers call it, n keeps n."""
-        kept = self.tokens + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.tokens)
-        if not 0 < kept <= self.tokens:
-            raise ValueError(f"crop: the cache holds {self.tokens} tokens and must keep one, got {tokens_to_remove}")
-        if kept < self.tokens:
+        """Forget the last tokens: -n removes n; as older transformers call it, n keeps n. Of a cache that keeps none,
+        the next request opens another session."""
+        kept = max(self.tokens + tokens_to_remove, 0) if tokens_to_remove <= 0 else min(tokens_to_remove, self.tokens)
+        if kept == self.tokens:
+            return
+        self.check_layers()
+        if kept:
             self.party.share(self)
-            self.truncate(kept)
+        else:
+            self.party.forget(self.session_id)
+        self.truncate(kept)
 
     def truncate(self, tokens: int) -> None:
         """Keep the first tokens on the secure side; the untrusted side follows with the next request."""
@@ -158,6 +209,7 @@ class SplitCache(ConversationCache):
         if self.history is not None:
             self.history = self.history[0][:, :tokens], self.history[1][:, :tokens]
         self.tokens = tokens
+        self.note_layers()
 
     def remember(self, input_ids: Tensor | None, positions: Tensor) -> None:
         """Note what a request brought, (rows, n) ids and (rows or 1, n) positions, to be able to begin again."""
@@ -179,8 +231,14 @@ class SplitCache(ConversationCache):
     ) -> tuple["ConversationPart", "ConversationPart"]:
         """(untrusted part, secure part), as `split_kvcache_dynamic` returns them; each lies where its side is.
 
-        Raises: ValueError if `gpu_layers` are not the middle blocks, of which alone the untrusted side holds the cache.
+        Raises: ValueError if `gpu_layers` are not the middle blocks, of which alone the untrusted side holds the cache,
+            and for a device that is not the side's own.
         """
+        party = self.party
+        for name, given, own in (("gpu", gpu_device, party.untrusted_device), ("cpu", cpu_device, party.device)):
+            # "cpu" is what nobody asked for where it is the default.
+            if given is not None and (name, str(given)) != ("cpu", "cpu") and not _is_same(torch.device(given), own):
+                raise ValueError(f"{name}_device: in the split placement this side's part lies on {own}, got {given}")
         wanted, middle = sorted(gpu_layers), list(self.party.plan.middle_blocks)
         if wanted != middle:
             raise ValueError(
@@ -188,6 +246,32 @@ class SplitCache(ConversationCache):
                 f"decode_start_layers and decode_end_layers, got {wanted}"
             )
         return ConversationPart(self, tuple(middle)), ConversationPart(self, self.party.plan.protected_blocks)
+
+
+def _states(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    return getattr(layer, "keys", None), getattr(layer, "values", None)
+
+
+def _is_same(given: torch.device, own: torch.device) -> bool:
+    return given.type == own.type and (given.index is None or own.index is None or given.index == own.index)
+
+
+def _row_index(indices: Tensor | Sequence[int] | Sequence[bool], rows: int, name: str) -> Tensor:
+    """Rows of a batch as (n,) int64 from 0, from what indexes a tensor's first dimension."""
+    index = torch.as_tensor(indices)
+    if index.dim() != 1 or index.is_floating_point() or index.is_complex():
+        raise TypeError(
+            f"{name}: expected rows of the batch, (n,) integers or ({rows},) bool, got "
+            f"{tuple(index.shape)} {index.dtype}"
+        )
+    if index.dtype == torch.bool:
+        if len(index) != rows:
+            raise IndexError(f"{name}: expected ({rows},) bool, one for each row of the batch, got ({len(index)},)")
+        return index.nonzero().flatten()
+    index = index.to(torch.int64)
+    if len(index) and not -rows <= index.min() <= index.max() < rows:
+        raise IndexError(f"{name}: expected rows of the batch from {-rows} to {rows - 1}, got {index.tolist()}")
+    return torch.where(index < 0, index + rows, index)
 
 
 class ConversationPart:

@@ -31,7 +31,8 @@ class Generation(Stage):
     def run(self, hidden: Tensor) -> Tensor:
         """Embeddings (B, n, D) -> hidden states behind the last block, (B, n, D). A step that fails leaves the cache as
         it was."""
-        past = self.cache.tokens
+        past, (batch, tokens, _) = self.cache.tokens, hidden.shape
+        self.noise = [self.party.noise(self.session, block, batch, tokens) for block in self.plan.start_blocks]
         self.party.share(self.cache)
         self.line = self.party.line(self.session.id, "generation", self.cache)
         try:
@@ -39,7 +40,8 @@ class Generation(Stage):
         except BaseException:
             self.cache.truncate(past)
             raise
-        self.cache.tokens = past + self.rope.cos.shape[1]
+        self.cache.tokens = past + tokens
+        self.cache.note_layers()
         return hidden
 
     def _run_paper(self, hidden: Tensor) -> Tensor:
@@ -69,10 +71,8 @@ class Generation(Stage):
 
     def _attend(self, block: int, hidden: Tensor) -> Tensor:
         """A start block's attention on the secure side's own cache: (B, n, D), projected."""
-        batch, tokens, _ = hidden.shape
-        noise = self.party.noise(self.session, block, batch, tokens)
-        products = self._project_qkv(block, hidden, _IN_ORDER, noise)
-        key = self._feature_key(block, batch)
+        products = self._project_qkv(block, hidden, _IN_ORDER, self.noise[block])
+        key = self._feature_key(block, len(hidden))
         q, k, v = self._restore(block, products, key)
         all_k, all_v, _ = append(self.cache.layers[block], *key.decode_cache(k, v))
         if not self.plan.reuse_feature_keys:
@@ -87,7 +87,7 @@ class Generation(Stage):
 
     def _project_output(self, block: int, rows: Tensor) -> Tensor:
         """A protected block's output projection of rows (B, n, H*d), which is the secure side's own."""
-        projected: Tensor = self.party.weights.o_proj[block](rows)
+        projected: Tensor = self.party.weights.o_proj(block)(rows)
         return projected
 
     def _finish(self, block: int, reply: dict[str, Tensor]) -> Tensor:
@@ -112,7 +112,7 @@ class Generation(Stage):
     def _mask(self, block: int, scores: Tensor) -> Tensor:
         """Scores (B, H, n, N), -inf where a query does not see a key: later, padding, or outside the window."""
         tokens, keys = scores.shape[-2:]
-        window, first = self.party.weights.window[block], self.cache.first_key
+        window, first = self.party.weights.window(block), self.cache.first_key
         if tokens == 1 and first is None and (window is None or keys <= window):
             return scores
         key = torch.arange(keys, device=scores.device)

@@ -60,8 +60,10 @@ class Prefill(Stage):
         has these come from the untrusted side."""
         batch, tokens, _ = hidden.shape
         party = self.party
-        self.line = party.line(self.session.id, "prefill")
+        party.weights.renew()
         self.keys = self.session.one_time.open_pass(tokens, batch, party.scale, hidden.dtype, party.device)
+        self.noise = party.noise(self.session, 0, batch, self.keys.rows)
+        self.line = party.line(self.session.id, "prefill")
         padding = {} if self.first_key is None else {"first_key": self.first_key}
         self.line.ask("open", -1, **padding)
         run = self._run_few if self.plan.few else self._run_paper
@@ -111,8 +113,7 @@ class Prefill(Stage):
     def _project_rows(self, block: int, hidden: Tensor) -> Products[CrossingKey]:
         """q, k and v products of rows under a fresh key, under noise in the first block."""
         key = self.keys.draw(block, "attention")
-        noise = self.party.noise(self.session, 0, len(hidden), self.keys.rows) if block == 0 else None
-        return self._project_qkv(block, hidden, key, noise)
+        return self._project_qkv(block, hidden, key, self.noise if block == 0 else None)
 
     def _attend(self, block: int, products: Products[CrossingKey]) -> Pending:
         """Attention on what `_restore` gives is under way, (B, H, S, d); what generation will need is kept."""
@@ -170,7 +171,7 @@ class Prefill(Stage):
             for x in (self.rope.cos, self.rope.sin)
         )
         plain = torch.arange(size, device=decoys.device).expand(batch, groups, size)
-        noise, norms = products.noise, self.party.weights.head_norms[block]
+        noise, norms = products.noise, self.party.weights.head_norms(block)
         images = None if noise is None else [noise.images[1]] * 3
         own = FeatureKey(plain, plain, plain, plain, plain, plain)
         product, dtype = products.tensors[1], self.party.weights.dtype
@@ -188,3 +189,4 @@ class Prefill(Stage):
         )
         cache.tokens, cache.first_key = tokens, self.first_key
         cache.prefill_rows = tokens + self.session.settings.redundant_num
+        cache.note_layers()

@@ -24,6 +24,7 @@ class ReplyRule:
     def __init__(self, plan: Plan, shape: ModelShape) -> None:
         self.plan = plan
         self.shape = shape
+        self.vocab_size = shape.vocab_size  # logits of the head, which may be given another size
 
     def check(self, request: Request, reply: Mapping[str, Tensor]) -> None:
         """Raises PartyLostError for a reply with other tensors, shapes or kinds of numbers than were asked for."""
@@ -44,11 +45,9 @@ class ReplyRule:
     def check_values(self, request: Request, reply: Mapping[str, Tensor]) -> None:
         """Raises PartyLostError for tokens outside the vocabulary, and for scales that are none; other numbers are
         believed."""
-        tokens = reply.get("top_tokens")
-        if tokens is not None and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.shape.vocab_size:
-            raise PartyLostError(
-                f"{request.operation}, block {request.block}: expected tokens 0..{self.shape.vocab_size - 1}"
-            )
+        tokens, size = reply.get("top_tokens"), self.vocab_size
+        if tokens is not None and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < size:
+            raise PartyLostError(f"{request.operation}, block {request.block}: expected tokens 0..{size - 1}")
         # Zero is a scale: that of a feature which is zero in every row.
         if request.operation == "calibrate" and not all(bool((x.isfinite() & (x >= 0)).all()) for x in reply.values()):
             raise PartyLostError("calibrate: expected finite scales from 0, not negative")

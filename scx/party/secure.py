@@ -4,13 +4,13 @@ Notation: B sequences, S tokens, T encoded rows, n new tokens, N cached tokens, 
 heads, d head size.
 """
 
-import copy
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scx.architecture import QKV, head_norms, root_mean_square, sliding_window
 from scx.devices import CPU, upload
@@ -18,7 +18,9 @@ from scx.encoding import ENCODINGS, FeatureKey, Noise, RedundantScale
 from scx.keys import ModelShape, SCXKeyGenerator, Session, SharedKeys
 from scx.party.boundary import Boundary, Pending
 from scx.party.cache import SplitCache
+from scx.party.live import Mirror
 from scx.party.plan import Plan
+from scx.projections import projection_dtype
 
 __all__ = ["Line", "Rope", "SecureParty", "secure_parameters", "split_plan"]
 
@@ -98,51 +100,68 @@ def secure_parameters(layers: Any, plan: Plan) -> list[str]:
 
 
 class SecureWeights:
-    """The few weights that the secure side multiplies with or needs the images of noise for, on its device."""
+    """The few weights that the secure side multiplies with or needs the images of noise for: those of the blocks as
+    they are now, on its device."""
 
-    def __init__(self, layers: Any, plan: Plan, device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[Any], plan: Plan, device: torch.device) -> None:
+        self._blocks = blocks
+        self._noisy = plan.start_blocks if plan.noisy else range(0)
         self._device = device
-        self.attention_norm = [self._here(layer.input_layernorm) for layer in layers]
-        self.head_norms = [self._head_norms(layer.self_attn) for layer in layers]
-        self.o_proj = {block: self._here(layers[block].self_attn.o_proj) for block in plan.protected_blocks}
-        self.scaling = [layer.self_attn.scaling for layer in layers]
-        self.window = [sliding_window(layer.self_attn) for layer in layers]
-        noisy = plan.start_blocks if plan.noisy else ()
-        self.qkv = {block: self._qkv(layers[block].self_attn) for block in noisy}
-        self.dtype: torch.dtype = layers[0].self_attn.q_proj.weight.dtype
+        self._mirror = Mirror(device)
 
-    def _here(self, module: nn.Module) -> Any:
-        """The module on the secure side's device: itself, or a copy."""
-        parameter = next(module.parameters())
-        return module if parameter.device == self._device else copy.deepcopy(module).to(self._device)
+    def renew(self) -> None:
+        """Copy anew what has to be copied to the secure side's device, when it is next asked for."""
+        self._mirror.renew()
 
-    def _head_norms(self, attention: Any) -> dict[str, Any]:
-        norms = head_norms(attention)
+    def _here(self, block: int, name: str) -> Any:
+        return self._mirror.of(f"{block}.{name}", self._blocks[block].get_submodule(name))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first block's products."""
+        return projection_dtype(self._blocks[0].self_attn.q_proj)
+
+    def attention_norm(self, block: int) -> Any:
+        """The norm before a block's attention."""
+        return self._here(block, "input_layernorm")
+
+    def head_norms(self, block: int) -> dict[str, Any]:
+        """The norms of a block's heads, if it has any, as arguments of `qkv_decode_encode`."""
+        norms = head_norms(self._blocks[block].self_attn)
         return {name: x.to(self._device) if isinstance(x, Tensor) else x for name, x in norms.items()}
 
-    def _qkv(self, attention: Any) -> list[nn.Module]:
-        return [self._here(attention.get_submodule(name)) for name in QKV]
+    def o_proj(self, block: int) -> Any:
+        """A protected block's output projection."""
+        return self._here(block, "self_attn.o_proj")
+
+    def window(self, block: int) -> int | None:
+        """How many keys a query of this block sees at most; None for all."""
+        return sliding_window(self._blocks[block].self_attn)
+
+    def qkv(self, block: int) -> list[Any] | None:
+        """A block's q, k and v projections, if their input is under noise."""
+        return [self._here(block, f"self_attn.{name}") for name in QKV] if block in self._noisy else None
 
 
 class SecureParty:
     """Leads conversations: holds their sessions, through their caches, and the way to the untrusted party.
 
     Args:
-        layers: the decoder's blocks.
+        blocks: the decoder's, in the order in which they run.
         plan: the agreement with the untrusted side.
         shape, scale: of the model; `scale` of real rows, on the CPU, where there are redundant ones and it is known.
         boundary: the only way to the untrusted side.
     """
 
     def __init__(
-        self, layers: Any, plan: Plan, shape: ModelShape, scale: RedundantScale | None, boundary: Boundary
+        self, blocks: Sequence[Any], plan: Plan, shape: ModelShape, scale: RedundantScale | None, boundary: Boundary
     ) -> None:
         self.plan = plan
         self.shape = shape
         self.scale = scale
         self.boundary = boundary
-        self.device = boundary.secure_device
-        self.weights = SecureWeights(layers, plan, self.device)
+        self.device, self.untrusted_device = boundary.secure_device, boundary.untrusted_device
+        self.weights = SecureWeights(blocks, plan, self.device)
         self._forgotten: deque[str] = deque()
 
     def __repr__(self) -> str:
@@ -173,12 +192,11 @@ class SecureParty:
 
     def noise(self, session: Session, block: int, batch: int, rows: int) -> Noise | None:
         """One-time noise for rows that enter a start block; None where the settings ask for none."""
-        projections = self.weights.qkv.get(block)
+        projections = self.weights.qkv(block)
         if projections is None:
             return None
-        rms = self.shape.first_norm_rms
-        if block:
-            rms = root_mean_square(self.weights.attention_norm[block])
+        norm = self.weights.attention_norm(block)
+        rms = root_mean_square(norm) if isinstance(getattr(norm, "weight", None), Tensor) else self.shape.first_norm_rms
         noise = session.take_noise(batch, rows, self.weights.dtype, self.device, layer=block, rms=rms)
         return Noise.of(noise, projections, block)
 
@@ -189,7 +207,7 @@ class SecureParty:
 
     def share(self, cache: SplitCache, shared: SharedKeys | None = None) -> None:
         """Stage 2, if it was not done: token permutations of the middle blocks, and the end blocks' encoded keys."""
-        if cache.is_shared:
+        if cache.is_shared or not cache.tokens:
             return
         shared = cache.session.share_keys() if shared is None else shared
         line = self.line(cache.session_id, "key sharing")

@@ -30,7 +30,7 @@ class UntrustedParty:
     """Weights, and what was received.
 
     Args:
-        layers: the decoder's blocks, as transformers made them.
+        layers: the decoder's blocks, as transformers made them, of which the plan counts the first ones.
         rotary: the decoder's rotary embedding, a copy of its own.
         plan: the agreement with the secure side.
         head: final norm and head, rows (B, T, D) -> logits; for a plan with `prefill_top_k`.
@@ -44,13 +44,17 @@ class UntrustedParty:
         if plan.prefill_top_k is not None and head is None:
             raise ValueError("head: the plan has a prefill's logits come from here, and there is no head")
         self.layers = layers
-        self.rotary = rotary
         self.plan = plan
-        self.head_of_rows = head
+        self.supply(rotary, head)
         self._held: dict[str, Held] = {}
 
     def __repr__(self) -> str:
         return f"UntrustedParty(layers={len(self.layers)}, conversations={len(self._held)})"
+
+    def supply(self, rotary: nn.Module, head: Callable[[Tensor], Tensor] | None) -> None:
+        """Go on with this rotary embedding and head."""
+        self.rotary = rotary
+        self.head_of_rows = head
 
     @property
     def conversations(self) -> tuple[str, ...]:
@@ -83,14 +87,14 @@ class UntrustedParty:
     def calibrate(self, rows: Tensor) -> dict[str, Tensor]:
         """Embeddings (1, n, D) -> the scale of rows where they enter attention, output projection and feed-forward,
         (L, D), (L, H*d) and (L, D)."""
-        held, blocks = Held(None), range(len(self.layers))
+        held, blocks = Held(None), range(self.plan.num_layers)
         held.unlocked = {block: GrowingLayer() for block in blocks}
         positions = torch.arange(rows.shape[1], device=rows.device)[None]
 
         def run() -> None:
             self._run_blocks(held, blocks, rows, positions)
 
-        scales = measure_scale(self.layers, run, rows.device, (self, "rotary"))
+        scales = measure_scale(self.layers[: len(blocks)], run, rows.device, (self, "rotary"))
         return {f"{name}_scale": scale for name, scale in scales.items()}
 
     def project_qkv(self, held: Held, request: Request) -> dict[str, Tensor]:
