@@ -198,8 +198,7 @@ FORWARD: Values = {
     "softcap": lambda call: {"softcap": 5.0},
     "s_aux": lambda call: {"s_aux": torch.ones(call.model.config.num_attention_heads)},
     "position_bias": lambda call: {"position_bias": bias(call)},
-    "cache": lambda call: {"cache": Pages(), "use_cache": False},
-    "cache: beside another": lambda call: {"cache": Pages(), "use_cache": True},
+    "cache": lambda call: {"cache": Pages(), "use_cache": True},
     "block_table": lambda call: {"block_table": torch.zeros(BATCH, 1, dtype=torch.int32)},
     "max_seqlen_q": lambda call: {"max_seqlen_q": call.tokens - 1},
     "max_seqlen_k": lambda call: {"max_seqlen_k": call.tokens - 1},
@@ -207,7 +206,7 @@ FORWARD: Values = {
         name: lambda call, name=name: {name: torch.ones(BATCH, 1)}
         for name in ("module", "query", "key", "value", "q", "k", "v", "hidden_states", "position_embeddings")
     },
-    "anything else": lambda call: {"anything_else": 1},
+    "anything_else": lambda call: {"anything_else": 1},
 }
 
 # Of `generate`, likewise, with what else it takes for the keyword to do something.
@@ -240,7 +239,11 @@ GENERATE: Values = {
     "use_cache": lambda call: {"use_cache": False},
     **{
         f"cache_implementation: {kind}": lambda call, kind=kind: {"cache_implementation": kind}
-        for kind in (*ALL_CACHE_IMPLEMENTATIONS, "paged")
+        for kind in ALL_CACHE_IMPLEMENTATIONS
+    },
+    "cache_implementation: paged": lambda call: {
+        "cache_implementation": "paged",
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64),
     },
     "cache_config": lambda call: {"cache_implementation": "static", "cache_config": {"max_cache_len": 40}},
     "max_cache_len": lambda call: {"cache_implementation": "static", "max_cache_len": 40},
@@ -330,7 +333,11 @@ class Refused:
     stages: tuple[str, ...] = ("opening", "continuing", "generating")
 
 
-STATIC = tuple(f"cache_implementation: {kind}" for kind in ALL_STATIC_CACHE_IMPLEMENTATIONS)
+STATIC = tuple(f"cache_implementation: {kind}" for kind in ALL_STATIC_CACHE_IMPLEMENTATIONS if kind != "hybrid")
+OF_ATTENTION = (
+    *("block_table", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "max_seqlen_k", "max_seqlen_q"),
+    *("position_bias", "s_aux", "seq_idx", "shift_labels", "sliding_window", "softcap", "q", "k", "v", "anything_else"),
+)
 REFUSED = [
     Refused(
         ("past_key_values: static", *STATIC, "cache_config", "max_cache_len", "compile_config", "disable_compile"),
@@ -351,9 +358,16 @@ REFUSED = [
     Refused(
         ("attention_mask: left padding",), ("split",), "a conversation keeps its prompt's padding", ("continuing",)
     ),
-    Refused(("output_hidden_states", "output_attentions"), ("split",), "inner states are the untrusted side's"),
-    Refused(("cache",), EVERYWHERE, "pages and a cache cannot both hold a conversation", ("continuing",)),
-    Refused(("cache",), ("sealed",), "pages are not sealed", ("opening",)),
+    Refused(
+        ("output_hidden_states", "output_attentions", "output_router_logits"),
+        ("split",),
+        "inner states are the untrusted side's",
+    ),
+    Refused(OF_ATTENTION, ("split",), "the secure side does not know what the blocks' attention would make of it"),
+    Refused(("is_causal",), ("split",), "attention is causal there"),
+    Refused(("assistant_early_exit",), ("split",), "all blocks run, divided between the parties"),
+    Refused(("cache",), EVERYWHERE, "pages and a cache cannot both hold a conversation", ("opening", "continuing")),
+    Refused(("cache_implementation: paged",), ("sealed", "split"), "pages hold K and V of all layers, and no seals"),
 ]
 
 WITHOUT_EFFECT = {
