@@ -1,5 +1,6 @@
 """Continuous batching on encoded models: many requests share pages, which hold K and V under one session's keys."""
 
+import copy
 import logging
 from collections.abc import Iterator
 
@@ -106,3 +107,17 @@ def test_pages_hold_encoded_rows(llama, prompt, monkeypatch) -> None:
     for stored, row in zip(seen[-layers:], plain[-layers:], strict=True):
         torch.testing.assert_close(stored.sort(-1).values, row.sort(-1).values, rtol=1e-4, atol=1e-4)
         assert not (stored - row).abs().amax(dim=-1).lt(1e-3).any()
+
+
+def test_sealed_pages_are_refused_where_they_are_asked_for(llama, prompt) -> None:
+    """In the caller's thread; the thread that runs batches would only log it. Decoded, the model has its own again."""
+    prompts = [prompt(9)[0].tolist()]
+    plain = in_batches(llama, prompts)
+    with encoded_llama(llama, keys_for(llama, cache_encoding="sealed")):
+        with pytest.raises(ValueError, match="generate_batch, .*: the pages of continuous batching are not sealed"):
+            in_batches(llama, prompts)
+        with pytest.raises(ValueError, match="cache_implementation='paged': the pages of"):
+            llama.generate(prompt(9), max_new_tokens=2, cache_implementation="paged")
+        assert type(llama).__name__ == "LlamaForCausalLM"
+        assert isinstance(copy.deepcopy(llama), type(llama))
+    assert in_batches(llama, prompts) == plain

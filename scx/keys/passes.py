@@ -23,7 +23,8 @@ def draw_redundant(
     """Redundant rows (len(streams), count, F) of one encoding, at the scale (len(streams), F) of real ones, or at the
     largest at which every draw is finite in `dtype`."""
     features = scale.shape[-1]
-    scale = scale.clamp(max=torch.finfo(dtype).max / LARGEST_NORMAL)
+    largest = min(torch.finfo(dtype).max, torch.finfo(scale.dtype).max)
+    scale = scale.clamp(max=largest / LARGEST_NORMAL)
     normal = stream.normal(f"redundant rows, {encoding}", streams, count * features, scale.device)
     return normal.view(len(streams), count, features).mul_(scale[:, None]).to(dtype)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
 
 from scx.architecture import Decoder, ModelShape, weight_of
 from scx.calibration import Tokens, ordinary_tokens
@@ -17,7 +18,7 @@ from scx.keys import SCXKeyGenerator, Session
 from scx.kvcache.conversation import CachePart, ConversationCache
 from scx.models.request import Admitted, admit, check_keywords
 
-__all__ = ["EncodedModel", "EncodedModule", "ModelEncoding"]
+__all__ = ["EncodedModel", "EncodedModule", "EncodedOuter", "ModelEncoding", "generating_models"]
 
 
 class ModelEncoding(ABC):
@@ -96,6 +97,15 @@ class EncodedModule(nn.Module):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(vars(self), memo))
         return twin
+
+
+class EncodedOuter(EncodedModule):
+    """A model that generates, around an encoded decoder: it refuses what would go past that."""
+
+
+def generating_models(model: nn.Module) -> list[Any]:
+    """The models inside of one, itself included, that have transformers' `generate`."""
+    return [module for module in model.modules() if isinstance(module, GenerationMixin)]
 
 
 class EncodedModel(EncodedModule):

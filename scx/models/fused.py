@@ -41,7 +41,7 @@ from scx.keys import Session
 from scx.kvcache import EncodedCache
 from scx.kvcache.conversation import ConversationCache
 from scx.kvcache.layers import SealedLayer, Stored
-from scx.models.encoded import EncodedModel, EncodedModule, ModelEncoding
+from scx.models.encoded import EncodedModel, EncodedModule, EncodedOuter, ModelEncoding, generating_models
 from scx.models.gradients import refuse_backward, wants_gradients
 from scx.models.request import Admitted
 from scx.models.step import Step
@@ -57,6 +57,20 @@ _SDPA_KEYWORDS = (
     *(name for name in signature(sdpa_attention_forward).parameters if name not in _GIVEN),
 )
 """What transformers' sdpa acts upon beside what every block gives it."""
+
+
+_PAGES_ARE_NOT_SEALED = (
+    "the pages of continuous batching are not sealed, and K and V would lie in them as they are; use generate with a "
+    "DynamicCache, or cache_encoding='permuted'"
+)
+
+
+class SealedOuter(EncodedOuter):
+    """A model that generates, around a decoder whose caches are sealed."""
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not with sealed caches: every way to generate in continuous batches begins here."""
+        raise ValueError(f"generate_batch, cache_implementation='paged': {_PAGES_ARE_NOT_SEALED}")
 
 
 class EncodedAttention(EncodedModule):
@@ -246,10 +260,7 @@ class FusedEncoding(ModelEncoding):
         """The session of the pages of continuous batching: one for all requests that share them, for one sequence of
         rows, which is how these come."""
         if self.generator.sealed(self.shape):
-            raise TypeError(
-                "cache: the pages of continuous batching are not sealed, and K and V would lie in them as they are; "
-                "use generate, or cache_encoding='permuted'"
-            )
+            raise ValueError(f"cache: {_PAGES_ARE_NOT_SEALED}")
         session = self._paged_sessions.get(pages)
         if session is None:
             session = self._paged_sessions[pages] = self.open_session(1)
@@ -420,11 +431,14 @@ def _wants_hidden_states(model: Any, keywords: dict[str, Any]) -> bool:
     return bool(getattr(model.config, "output_hidden_states", False) if wanted is None else wanted)
 
 
-def fuse(decoder: Decoder, encoding: FusedEncoding) -> None:
-    """Put a decoder into the fused placement."""
+def fuse(model: nn.Module, decoder: Decoder, encoding: FusedEncoding) -> None:
+    """Put a model's decoder into the fused placement."""
     layer_class, attention_class = SUPPORTED[type(decoder)]
     decoder._scx = encoding
     for layer in decoder.layers:
         encode_class(layer.self_attn, EncodedAttention, attention_class)
         encode_class(layer, EncodedDecoderLayer, layer_class)
     encode_class(decoder, FusedModel)
+    if encoding.generator.sealed(encoding.shape):
+        for outer in generating_models(model):
+            encode_class(outer, SealedOuter)

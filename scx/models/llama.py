@@ -11,6 +11,7 @@ from scx.architecture import Decoder, encoded_decoders, find_decoder, has_data, 
 from scx.calibration import measure_scale, ordinary_tokens, untouched
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, check_generator
+from scx.models.encoded import EncodedOuter
 from scx.models.fused import FusedEncoding, fuse
 from scx.models.split import causal_lm, divide
 from scx.models.split import secure_device as named_device
@@ -113,7 +114,7 @@ def encode_llama(
         encoding = FusedEncoding(key_generator, shape, scale, decoder.embed_tokens.weight.dtype)
         if key_generator.redundant_num:
             encoding.redundant_tokens(decoder.embed_tokens)  # here, so that no request waits for it
-        fuse(decoder, encoding)
+        fuse(model, decoder, encoding)
     return model
 
 
@@ -125,6 +126,8 @@ def decode_llama(model: PreTrainedModel) -> PreTrainedModel:
     decoders = list(encoded_decoders(model))
     if not decoders:
         raise ValueError("model: it is not encoded")
+    for outer in [module for module in model.modules() if isinstance(module, EncodedOuter)]:
+        restore_class(outer)
     for decoder in decoders:
         decoder._scx.undo(decoder)
         restore_class(decoder)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -21,12 +21,12 @@ from scx.architecture import Decoder, ModelShape
 from scx.devices import CPU, outside_inference_mode, upload
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator
-from scx.models.encoded import EncodedModel, ModelEncoding
+from scx.models.encoded import EncodedModel, ModelEncoding, generating_models
 from scx.models.gradients import refuse_backward, wants_gradients
 from scx.models.request import Admitted
 from scx.models.split_door import check_attention, check_blocks, check_keywords, check_padding, check_positions, padding
 from scx.models.split_outer import SplitCausalLM, SplitOuter
-from scx.models.swap import encode_class, restore_class
+from scx.models.swap import encode_class
 from scx.party.boundary import Boundary, Receiver, Transcript
 from scx.party.cache import ConversationPart, SplitCache
 from scx.party.generation import Generation
@@ -48,7 +48,6 @@ class SplitEncoding(ModelEncoding):
         party: the secure side.
         blocks: that were divided, in the order in which they run.
         outer: modules of the secure side, by who has them under which name, and where they were.
-        generating: models whose class was changed because they generate.
         causal: that which has the head, if the untrusted side computes a prefill's logits.
         untrusted: the party in this process; None for one in another, with `watch` over what that computes with.
     """
@@ -58,7 +57,7 @@ class SplitEncoding(ModelEncoding):
     def __init__(
         self, generator: SCXKeyGenerator, shape: ModelShape, scale: RedundantScale | None, dtype: torch.dtype,
         party: SecureParty, blocks: Sequence[Any], outer: list[tuple[nn.Module, str, torch.device]],
-        generating: list[nn.Module], causal: Any, untrusted: UntrustedParty | None, watch: Watch | None,
+        causal: Any, untrusted: UntrustedParty | None, watch: Watch | None,
     ) -> None:  # fmt: skip
         super().__init__(generator, shape, scale, dtype)
         self.party = party
@@ -66,7 +65,6 @@ class SplitEncoding(ModelEncoding):
         self.watch = watch
         self._rotary_watch: Watch | None = None
         self._outer = outer
-        self._generating = generating
         self._causal = causal
         self._untrusted = untrusted
         self._mirror = Mirror(party.untrusted_device)
@@ -77,8 +75,6 @@ class SplitEncoding(ModelEncoding):
     def undo(self, decoder: Decoder) -> None:
         for holder, name, device in self._outer:
             getattr(holder, name).to(device)
-        for model in self._generating:
-            restore_class(model)
 
     @property
     def head_size(self) -> int:
@@ -355,13 +351,10 @@ def divide(
     scale = None if scale is None else scale.to(CPU)  # where redundant rows are drawn
     party = SecureParty(blocks, plan, shape, scale, boundary)
     dtype = decoder.embed_tokens.weight.dtype
-    generating = [module for module in model.modules() if isinstance(module, GenerationMixin)]
-    decoder._scx = SplitEncoding(
-        generator, shape, scale, dtype, party, blocks, outer, generating, causal, untrusted, watch
-    )
+    decoder._scx = SplitEncoding(generator, shape, scale, dtype, party, blocks, outer, causal, untrusted, watch)
     decoder._scx.expect_rotary(decoder.rotary_emb)
     encode_class(decoder, SplitModel)
-    for module in generating:
+    for module in generating_models(model):
         encode_class(module, SplitCausalLM if module is causal else SplitOuter)
 
 

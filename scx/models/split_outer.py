@@ -19,6 +19,8 @@ from transformers.generation.logits_process import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from scx.models.encoded import EncodedOuter
+
 __all__ = ["SplitCausalLM", "SplitOuter"]
 
 _KEEP_ORDER = (
@@ -33,7 +35,7 @@ _AFTER_TOP_K = (TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper, Epsilon
 """Processors that look at what probability others have; behind a top_k, these are few."""
 
 
-class SplitOuter(nn.Module):
+class SplitOuter(EncodedOuter):
     """A model that generates, around a decoder in the split placement."""
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
