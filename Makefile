@@ -24,12 +24,13 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: help demo demo-split test test-fast test-floor lint docs format bench bench-results bench-compare \
+.PHONY: help demo demo-split test test-fast test-floor test-transformers \
+	test-transformers-floor lint docs format bench bench-results bench-compare \
 	bench-pytest offline rehearse clean hardware
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
-		while IFS='|' read -r name what; do printf '%-15s %s\n' "$$name" "$$what"; done
+		while IFS='|' read -r name what; do printf '%-24s %s\n' "$$name" "$$what"; done
 
 demo: $(READY) ## a real Llama answers a prompt twice, plain and under SCX, with the same tokens
 	$(RUN) -m scx demo
@@ -46,6 +47,14 @@ test-fast: $(READY) ## every test but those marked slow, for the loop of editing
 
 test-floor: .venv-floor/ready ## the suite with the oldest supported transformers and triton
 	.venv-floor/bin/python -m pytest -n auto --dist worksteal
+
+# transformers' mixins, from its sdist; SUITE=checkout/tests runs the families' tests of a checkout instead, and
+# ONLY="TestLlama and training" some of them.
+test-transformers: $(READY) ## transformers' own tests on encoded models; SUITE=checkout/tests for all of them
+	$(RUN) -m tests.transformers_suite $(PARALLEL) $(if $(SUITE),--suite "$(SUITE)") -k "$(ONLY)"
+
+test-transformers-floor: .venv-floor/ready ## the same with the oldest supported transformers
+	.venv-floor/bin/python -m tests.transformers_suite -n auto --dist worksteal -k "$(ONLY)"
 
 lint: $(READY) ## linter, formatter and type checker
 	$(RUN) -m ruff check .
@@ -104,4 +113,4 @@ bench-pytest: $(READY) ## the same workloads under pytest-benchmark
 	touch $@
 
 clean: ## remove environments and what tools keep
-	rm -rf .venv .venv-floor .mypy_cache .pytest_cache .ruff_cache docs/_build *.egg-info
+	rm -rf .venv .venv-floor .transformers .mypy_cache .pytest_cache .ruff_cache docs/_build *.egg-info

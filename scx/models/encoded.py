@@ -75,7 +75,9 @@ class ModelEncoding(ABC):
         """An empty cache given to a prefill must be one that can become the session's."""
         if cache is not None and (type(cache) not in (DynamicCache, self.cache_kind) or cache.offloading):
             kind = "an off-loading cache" if getattr(cache, "offloading", False) else type(cache).__name__
-            raise TypeError(f"past_key_values: an encoded model fills a DynamicCache, got {kind}")
+            raise TypeError(
+                f"past_key_values: an encoded model fills a DynamicCache, got {kind}; leave cache_implementation out"
+            )
 
 
 class EncodedModule(nn.Module):
