@@ -115,8 +115,8 @@ class RowKey:
         if norm is None:
             is_identity = self.entry is None and noise is None
             return rows if is_identity else ops.inject_permute(rows, self.entry, redundant, noise=noise)
-        weight: Any = norm.weight
-        if is_plain_rms_norm(norm) and weight.dtype == rows.dtype:
+        if is_plain_rms_norm(norm) and norm.weight.dtype == rows.dtype:
+            weight: Any = norm.weight
             eps: Any = norm.variance_epsilon
             return ops.inject_permute(rows, self.entry, redundant, norm_weight=weight, eps=eps, noise=noise)
         entered: Tensor = norm(rows if self.entry is None else ops.inject_permute(rows, self.entry, redundant))

@@ -196,11 +196,7 @@ def test_redundant_rows_are_like_a_models_ordinary_ones(prompt, placement: str, 
 
 
 def check_decoys(model: Any, ids: Tensor, unused: Tensor) -> None:
-    embedded = []
-    handle = model.model.embed_tokens.register_forward_hook(lambda module, args, out: embedded.append(args[0]))
-    model(ids)
-    handle.remove()
-    (tokens,) = embedded
+    tokens = tokens_embedded(model, ids)
     assert tokens.shape == (1, 9 + 40)
     assert not torch.isin(tokens.cpu(), unused).any()
 
@@ -238,11 +234,18 @@ def test_vocabulary_resized_after_encoding(prompt, placement: str, rows: int) ->
 
 
 def tokens_embedded(model: Any, ids: Tensor) -> Tensor:
-    embedded: list[Tensor] = []
-    handle = model.model.embed_tokens.register_forward_hook(lambda module, args, out: embedded.append(args[0]))
-    model(ids)
-    handle.remove()
-    return embedded[0]
+    """What a prefill looks up, redundant tokens among the prompt's."""
+    embedded, embed = [], torch.nn.functional.embedding
+
+    def watched(tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        embedded.append(tokens)
+        return embed(tokens, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "embedding", watched)
+        model(ids)
+    (tokens,) = embedded
+    return tokens
 
 
 @torch.no_grad()

@@ -174,7 +174,7 @@ def test_token_keys_lead_from_place_to_place() -> None:
     keys = session(redundant_num=3).draw_token_keys(5, 1, scale(), torch.float32)
     embedding, same = nn.Embedding.from_pretrained(-torch.ones(211, 96)), nn.Identity()
     tokens = torch.arange(1.0, 6)[None, :, None].expand(1, 5, 96)
-    rows = keys.residual.enter(tokens, embedding)
+    rows = keys.residual.enter(tokens, keys.residual.embed_decoys(embedding, tokens))
     assert torch.equal(keys.residual.leave(rows), tokens)
     assert (rows == -1).sum() == 3 * 96, "the redundant rows are embeddings of the decoys"
     for layer in keys.layers():

@@ -5,8 +5,9 @@ one operation, whatever happens inside it.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -56,23 +57,22 @@ class Recorder(TorchDispatchMode):
 @contextmanager
 def recorded_blocks(model) -> Iterator[Recorder]:
     """Record what happens inside the decoder's blocks; on a GPU, waiting for the host there is an error."""
-    recorder, inside = Recorder(), ExitStack()
+    recorder, blocks = Recorder(), list(model.model.layers)
 
-    def enter(*_) -> None:
-        inside.enter_context(nobody_waits())
-        inside.enter_context(recorder)
+    def recording(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with nobody_waits(), recorder:
+                return forward(*args, **kwargs)
 
-    def leave(*_) -> None:
-        inside.close()
+        return run
 
-    handles = [layer.register_forward_pre_hook(enter) for layer in model.model.layers]
-    handles += [layer.register_forward_hook(leave) for layer in model.model.layers]
+    for block in blocks:
+        block.forward = recording(block.forward)  # a hook would be given rows in token order
     try:
         yield recorder
     finally:
-        inside.close()
-        for handle in handles:
-            handle.remove()
+        for block in blocks:
+            del block.forward
 
 
 def plain_tensors(model, ids: Tensor) -> list[Tensor]:

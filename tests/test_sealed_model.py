@@ -547,13 +547,6 @@ class TestRefused:
         with encoded_llama(llama, keys_for(llama)), pytest.raises(TypeError, match="a StrangeLayer cannot be sealed"):
             llama(prompt(4), past_key_values=cache)
 
-    def test_gradients(self, llama, prompt) -> None:
-        with encoded_llama(llama, keys_for(llama)):
-            with pytest.raises(ValueError, match="gradients do not flow through a sealed cache"):
-                llama(prompt(4))
-            assert llama(prompt(4), use_cache=False).logits.requires_grad
-            assert llama(prompt(4), mode="prefill").past_key_values.get_seq_length() == 4
-
     @torch.no_grad()
     def test_caches_of_other_settings(self, llama, prompt) -> None:
         for mine, theirs in (({}, {"cache_encoding": "permuted"}), ({}, {"cipher_rounds": 8})):

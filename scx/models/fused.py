@@ -366,8 +366,11 @@ class FusedModel(EncodedModel):
 
         open_at = _hooked_places(blocks)
         if records and refusal is None:
-            # What is checkpointed or recorded on the way to a loss must be given to the block, not kept beside it.
-            open_at |= set(range(len(blocks))) if _wants_hidden_states(self, keywords) else {0}
+            # What is recorded on the way to a loss, or checkpointed, must be given to the block, not kept beside it.
+            if _wants_hidden_states(self, keywords):
+                open_at |= set(range(len(blocks)))
+            elif self.gradient_checkpointing and self.training:
+                open_at.add(0)
         token_keys = encoding.draw_token_keys(session, request, self.embed_tokens)
         holder = session if kept is None else kept
         step = Step(session, holder, token_keys, blocks, open_at, in_place=not records or refusal is not None)
