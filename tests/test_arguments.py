@@ -316,7 +316,7 @@ GENERATE: Values = {
     "prefill_chunk_size": lambda call: {"prefill_chunk_size": 5},
     "mode": lambda call: {"mode": "prefill"},
     "_from_model_config": lambda call: {"_from_model_config": True},
-    "_commit_hash": lambda call: {"_commit_hash": "0"},
+    **({"_commit_hash": lambda call: {"_commit_hash": "0"}} if hasattr(GenerationConfig(), "_commit_hash") else {}),
     "transformers_version": lambda call: {"transformers_version": "5.0.0"},
 }
 
@@ -384,6 +384,7 @@ WITHOUT_EFFECT = {
     "decoder_start_token_id",
     "continuous_batching_config",
     "prefill_chunk_size",
+    "_commit_hash",
     "_from_model_config",
     "transformers_version",
 }

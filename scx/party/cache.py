@@ -189,6 +189,7 @@ class SplitCache(ConversationCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: -n removes n; as older transformers call it, n keeps n. Of a cache that keeps none,
         the next request opens another session."""
+        tokens_to_remove = int(tokens_to_remove)  # older transformers give a tensor
         kept = max(self.tokens + tokens_to_remove, 0) if tokens_to_remove <= 0 else min(tokens_to_remove, self.tokens)
         if kept == self.tokens:
             return
