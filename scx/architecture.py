@@ -33,6 +33,7 @@ __all__ = [
     "encoded_decoders",
     "find_decoder",
     "has_data",
+    "has_hooks",
     "head_norms",
     "home",
     "is_hooked",
@@ -86,14 +87,18 @@ class ModelShape:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module runs more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
+    """Whether calling the module runs more than its class's forward; transformers' recorders are no more than that."""
+    return "forward" in vars(module) or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody's hooks are on the module, other than transformers' own, which record its states."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) and not all(_is_recorder(hook) for kind in hooks for hook in kind.values())
+
+
+def _is_recorder(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def is_plain_linear(module: nn.Module) -> bool:

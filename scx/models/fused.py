@@ -29,6 +29,7 @@ import scx_kernels as ops
 from scx.architecture import (
     SUPPORTED,
     Decoder,
+    has_hooks,
     head_norms,
     home,
     is_plain_linear,
@@ -43,14 +44,14 @@ from scx.kvcache.conversation import ConversationCache
 from scx.kvcache.layers import SealedLayer, Stored
 from scx.models.encoded import EncodedModel, EncodedModule, EncodedOuter, ModelEncoding, generating_models
 from scx.models.gradients import refuse_backward, wants_gradients
-from scx.models.request import Admitted
+from scx.models.request import GIVEN_TO_ATTENTION, Admitted
 from scx.models.step import Step
 from scx.models.swap import encode_class, restore_class
 from scx.projections import project_quiet, projection_dtype
 
 __all__ = ["EncodedAttention", "EncodedDecoderLayer", "FusedEncoding", "FusedModel", "fuse"]
 
-_GIVEN = ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "kwargs")
+_GIVEN = (*GIVEN_TO_ATTENTION, "attention_mask", "kwargs")
 _SDPA_KEYWORDS = (
     "cache",
     "softcap",
@@ -135,7 +136,7 @@ class EncodedAttention(EncodedModule):
         return [projection(rows) for projection in projections]
 
     def _attend(
-        self, q: Tensor, stored: Stored, mask: Tensor | None, feature_key: FeatureKey, key: RowKey, **kwargs: Any
+        self, q: Tensor, stored: Stored, mask: Tensor | None, feature_key: FeatureKey, key: RowKey, /, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attention with the backend that the model is set to, π_r undone; (B, T, H*d) rows of the output encoding."""
         (k, v, sealing), output_index = stored, feature_key.output
@@ -151,17 +152,11 @@ class EncodedAttention(EncodedModule):
         if sealing is not None:
             k, v = ops.unseal(k, sealing, is_value=False), ops.unseal(v, sealing, is_value=True)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        out, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=sliding_window(self),
-            **kwargs,
-        )
+        own: dict[str, Any] = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        window = sliding_window(self)
+        if window is not None:
+            own["sliding_window"] = window
+        out, weights = attend(self, q, k, v, mask, **own, **kwargs)
         return key.enter_heads(out, output_index), weights
 
     def _is_plain_sdpa(self, backend: str, keywords: dict[str, Any]) -> bool:
@@ -343,7 +338,9 @@ class FusedModel(EncodedModel):
                 **kwargs,
             )
         if outputs.get("hidden_states") is not None:
-            states = enumerate(outputs.hidden_states)
+            # Before the first block there is one more, unless older transformers records blocks of a list.
+            first = step.num_blocks + 1 - len(outputs.hidden_states)
+            states = enumerate(outputs.hidden_states, first)
             outputs.hidden_states = tuple(None if x is None else step.in_token_order(x, place) for place, x in states)
         if refusal is not None:
             for name in ("last_hidden_state", "hidden_states"):
@@ -384,8 +381,8 @@ class FusedModel(EncodedModel):
         """The session that a request opens or continues, and its cache if it has one of its own."""
         encoding, cache = self._scx, request.cache
         if pages is not None:
-            if cache is not None:
-                raise ValueError("past_key_values: give either a cache or the pages of continuous batching")
+            if cache is not None or use_cache:
+                raise ValueError("past_key_values, use_cache: the pages of continuous batching are a request's cache")
             return encoding.paged_session(pages), None
         if not request.opens:
             kept = encoding.check_cache(cache, request.batch, num_blocks)
@@ -422,17 +419,7 @@ def _refused(result: Any, reason: str) -> Any:
 
 def _hooked_places(blocks: Sequence[nn.Module]) -> set[int]:
     """Where hooks of blocks see the residual stream, by the place of the block behind it."""
-    places = set()
-    for place, block in enumerate(blocks):
-        hooks = block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks
-        if any(hooks) and not all(_is_recorder(hook) for kind in hooks for hook in kind.values()):
-            places |= {place, place + 1}
-    return places
-
-
-def _is_recorder(hook: Any) -> bool:
-    """Whether a hook is transformers' own, which records hidden states; these are decoded afterwards."""
-    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+    return {border for place, block in enumerate(blocks) if has_hooks(block) for border in (place, place + 1)}
 
 
 def _wants_hidden_states(model: Any, keywords: dict[str, Any]) -> bool:

@@ -11,7 +11,10 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from scx.kvcache.conversation import CachePart
 
-__all__ = ["Admitted", "admit", "check_keywords"]
+__all__ = ["GIVEN_TO_ATTENTION", "Admitted", "admit", "check_keywords"]
+
+GIVEN_TO_ATTENTION = ("module", "query", "key", "value", "dropout", "scaling")
+"""What a block gives to its attention function itself."""
 
 MODES = ("prefill", "decode")
 
@@ -61,11 +64,14 @@ def admit(
 
 def check_keywords(keywords: Mapping[str, Any]) -> None:
     """Of a request's other keywords, a cache must come under the name by which it is used: `past_key_values`, or
-    `cache` if continuous batching brings its pages. Everything else goes where the plain model hands it.
+    `cache` if continuous batching brings its pages; and none may be one that blocks give themselves. Everything else
+    goes where the plain model hands it.
 
     Raises: TypeError naming the keyword.
     """
     for name, value in keywords.items():
+        if name in GIVEN_TO_ATTENTION:
+            raise TypeError(f"{name}: every block gives this to its attention itself")
         has_pages = isinstance(value, PagedAttentionCache)
         if isinstance(value, Cache):
             raise TypeError(f"{name}: a {type(value).__name__} comes as past_key_values, and as nothing else")
