@@ -30,11 +30,10 @@ class ModelEncoding(ABC):
     cache_kind: type[ConversationCache]
     part_kind: type[CachePart]
 
-    def __init__(self, generator: SCXKeyGenerator, shape: ModelShape, scale: RedundantScale | None, dtype: torch.dtype):
+    def __init__(self, generator: SCXKeyGenerator, shape: ModelShape, scale: RedundantScale | None) -> None:
         self.generator = generator
         self.shape = shape
         self.scale = scale
-        self.dtype = dtype
         self._sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
         # Of which embedding, in which state, and which tokens.
         self._ordinary: tuple[weakref.ref[Tensor], tuple[object, ...], Tokens] | None = None
@@ -43,7 +42,7 @@ class ModelEncoding(ABC):
         return f"{type(self).__name__}({self.generator!r})"
 
     def __deepcopy__(self, memo: dict) -> "ModelEncoding":
-        return type(self)(self.generator, self.shape, self.scale, self.dtype)
+        return type(self)(self.generator, self.shape, self.scale)
 
     def open_session(self, batch: int) -> Session:
         """A fresh session for `batch` sequences."""

@@ -111,7 +111,7 @@ def encode_llama(
     if plan is not None and secure is not None:
         divide(model, decoder, plan, key_generator, shape, scale, secure, untrusted)
     else:
-        encoding = FusedEncoding(key_generator, shape, scale, decoder.embed_tokens.weight.dtype)
+        encoding = FusedEncoding(key_generator, shape, scale)
         if key_generator.redundant_num:
             encoding.redundant_tokens(decoder.embed_tokens)  # here, so that no request waits for it
         fuse(model, decoder, encoding)

@@ -55,11 +55,11 @@ class SplitEncoding(ModelEncoding):
     cache_kind, part_kind = SplitCache, ConversationPart
 
     def __init__(
-        self, generator: SCXKeyGenerator, shape: ModelShape, scale: RedundantScale | None, dtype: torch.dtype,
-        party: SecureParty, blocks: Sequence[Any], outer: list[tuple[nn.Module, str, torch.device]],
+        self, generator: SCXKeyGenerator, shape: ModelShape, scale: RedundantScale | None, party: SecureParty,
+        blocks: Sequence[Any], outer: list[tuple[nn.Module, str, torch.device]],
         causal: Any, untrusted: UntrustedParty | None, watch: Watch | None,
     ) -> None:  # fmt: skip
-        super().__init__(generator, shape, scale, dtype)
+        super().__init__(generator, shape, scale)
         self.party = party
         self.blocks = blocks
         self.watch = watch
@@ -115,7 +115,6 @@ class SplitEncoding(ModelEncoding):
             if k > self.head_size:
                 raise ValueError(f"prefill_top_k: expected at most {self.head_size}, the head's logits, got {k}")
             head = nn.Sequential(self._mirror.of("norm", decoder.norm), self._mirror.of("head", self._causal.lm_head))
-        if k is not None:
             self.party.boundary.rule.vocab_size = self.head_size
         untrusted.supply(self._mirror.copy_of("rotary_emb", decoder.rotary_emb), head)
 
@@ -350,8 +349,7 @@ def divide(
     boundary = Boundary(receiver, ReplyRule(plan, shape), device, untrusted_device)
     scale = None if scale is None else scale.to(CPU)  # where redundant rows are drawn
     party = SecureParty(blocks, plan, shape, scale, boundary)
-    dtype = decoder.embed_tokens.weight.dtype
-    decoder._scx = SplitEncoding(generator, shape, scale, dtype, party, blocks, outer, causal, untrusted, watch)
+    decoder._scx = SplitEncoding(generator, shape, scale, party, blocks, outer, causal, untrusted, watch)
     decoder._scx.expect_rotary(decoder.rotary_emb)
     encode_class(decoder, SplitModel)
     for module in generating_models(model):
