@@ -425,7 +425,7 @@ KEYWORDS: list[tuple[str, dict[str, Any]]] = [
     *((f"{name}: the split placement does not know this keyword", {name: torch.tensor([0, 6])}) for name in (
         "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table", "read_index", "write_index", "position_bias")),
     *((f"{name}: the split placement does not know this keyword", {name: 6}) for name in (
-        "max_length_q", "max_length_k", "softcap", "sliding_window", "scaling", "nobody_knows")),
+        "max_length_q", "max_length_k", "softcap", "sliding_window", "nobody_knows")),
     *(("position_ids: expected consecutive positions", {"position_ids": torch.tensor([positions]), "use_cache": False})
       for positions in ([0, 1, 2, 0, 1, 2], [5, 4, 3, 2, 1, 0])),
     ("left padding, zeros before ones", {"attention_mask": torch.full((1, 6), 0.5)}),
