@@ -257,6 +257,8 @@ class EncodedCache(EncodedLayers):
                 keep_tokens(layer, chosen)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
+        # Older transformers give a tensor, which would become a layer's length.
+        args = tuple(int(x) if isinstance(x, Tensor) else x for x in args)
         with self._changed_whole("crop"):
             super().crop(*args, **kwargs)
 
