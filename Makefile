@@ -51,7 +51,7 @@ test-floor: .venv-floor/ready ## the suite with the oldest supported transformer
 # transformers' mixins, from its sdist; SUITE=checkout/tests runs the families' tests of a checkout instead, and
 # ONLY="TestLlama and training" some of them.
 test-transformers: $(READY) ## transformers' own tests on encoded models; SUITE=checkout/tests for all of them
-	$(RUN) -m tests.transformers_suite $(PARALLEL) $(if $(SUITE),--suite "$(SUITE)") -k "$(ONLY)"
+	$(RUN) -m tests.transformers_suite $(PARALLEL) $(if $(SUITE),--suite "$(SUITE)") $(if $(SETTINGS),--settings $(SETTINGS)) -k "$(ONLY)"
 
 test-transformers-floor: .venv-floor/ready ## the same with the oldest supported transformers
 	.venv-floor/bin/python -m tests.transformers_suite -n auto --dist worksteal -k "$(ONLY)"
