@@ -174,6 +174,7 @@ class EncodedModel(EncodedModule):
 
 def _check_not_recorded() -> None:
     """A recorded pass would be replayed with the keys of this one, which are for once."""
+    # torch.jit has is_tracing and does not name it in __all__, which is what a type checker goes by.
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         recorder = "torch.export or torch.jit"
     elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
