@@ -619,15 +619,15 @@ def test_rows_that_are_not_there(llama, prompt) -> None:
     wanted = llama(later, past_key_values=llama(ids).past_key_values).logits
     cache = llama(ids).past_key_values
     for kind, message, rows in (
-        (IndexError, "indices: expected rows of the batch from -3 to 2, got", [0, 3]),
-        (IndexError, "indices: expected rows of the batch from -3 to 2, got", torch.tensor([-4])),
-        (IndexError, r"indices: expected \(3,\) bool", [True, False]),
-        (TypeError, r"indices: expected rows of the batch, \(n,\) integers", torch.tensor([0.5])),
-        (TypeError, r"indices: expected rows of the batch, \(n,\) integers", torch.tensor([[0]])),
+        (IndexError, r"indices: expected -3\.\.2, got", [0, 3]),
+        (IndexError, r"indices: expected -3\.\.2, got", torch.tensor([-4])),
+        (IndexError, r"indices: expected a mask \(3,\)", [True, False]),
+        (TypeError, r"indices: expected \(n,\) integers", torch.tensor([0.5])),
+        (TypeError, r"indices: expected \(n,\) integers", torch.tensor([[0]])),
     ):
         with refused(llama, kind, message):
             cache.batch_select_indices(rows)
-    with refused(llama, IndexError, "beam_idx: expected rows of the batch from -3 to 2"):
+    with refused(llama, IndexError, r"beam_idx: expected -3\.\.2"):
         cache.reorder_cache(torch.tensor([3]))
     torch.testing.assert_close(llama(later, past_key_values=cache).logits, wanted, rtol=1e-4, atol=1e-4)
 

@@ -24,6 +24,7 @@ from scx.architecture import ModelShape
 from scx.devices import CPU, outside_inference_mode, upload
 from scx.encoding import FeatureKey
 from scx.keys import Session
+from scx.kvcache.conversation import places
 from scx.kvcache.layers import EDITED, AbsentLayer, SealedLayer, fill, growing, keep_tokens, moved, without_room
 from scx.kvcache.store import EncodedLayers
 
@@ -227,7 +228,7 @@ class EncodedCache(EncodedLayers):
 
     def _select_rows(self, operation: str, name: str, index: Any) -> None:
         with self._changed_whole(operation):
-            chosen = _places(name, index, self.rows)
+            chosen = places(name, index, self.rows)
             super().reorder_cache(chosen)
             self._rows.select(chosen)
 
@@ -245,7 +246,7 @@ class EncodedCache(EncodedLayers):
         """
         with self._changed_whole("keep_tokens"):
             tokens = self.get_seq_length()
-            chosen = _places("index", index, tokens)
+            chosen = places("index", index, tokens)
             if len(chosen) > tokens:
                 raise IndexError(f"index: expected at most the {tokens} tokens that are here, got {len(chosen)}")
             for i, layer in enumerate(self.layers):
@@ -317,25 +318,6 @@ class EncodedCache(EncodedLayers):
         joined = self._with_layers(layers)
         joined._rows = cpu_kvcache._rows = self._rows
         return joined
-
-
-def _places(name: str, index: Any, count: int) -> Tensor:
-    """Which of `count` things are meant, (n,) int64 in 0..count-1, by numbers or a mask."""
-    given = torch.as_tensor(index)
-    if given.dtype == torch.bool:
-        if given.shape != (count,):
-            raise IndexError(f"{name}: expected a mask ({count},), got {tuple(given.shape)}")
-        given = given.nonzero().flatten()
-    if given.dim() != 1 or given.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
-        raise TypeError(f"{name}: expected (n,) integers or ({count},) bool, got {tuple(given.shape)} {given.dtype}")
-    if not len(given):
-        raise IndexError(f"{name}: expected at least one of {count}, got none")
-    if given.device.type == "cpu":
-        low, high = (int(x) for x in given.aminmax())
-        if low < -count or high >= count:
-            raise IndexError(f"{name}: expected {-count}..{count - 1}, got {low}..{high}")
-    given = given.long()
-    return torch.where(given < 0, given + count, given)
 
 
 def _layers_of(cache: DynamicCache, count: int) -> list[Any]:

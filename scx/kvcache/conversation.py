@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-__all__ = ["CachePart", "ConversationCache"]
+__all__ = ["CachePart", "ConversationCache", "places"]
 
 
 class CachePart(Protocol):
@@ -23,6 +23,7 @@ class ConversationCache(DynamicCache):
 
     session_id: str
     layers: list[Any]
+    has_cut_gradients: bool = False  # somebody asked for gradients of rows here, through which none go
 
     def divide(
         self,
@@ -47,3 +48,30 @@ class ConversationCache(DynamicCache):
             "K and V of an encoded cache go into no plain one as they are: decode_kvcache gives a plain cache, and "
             "`layers` what is stored"
         )
+
+
+def places(name: str, index: Any, count: int) -> Tensor:
+    """Which of `count` rows or tokens are meant, (n,) int64 in 0..count-1.
+
+    Args:
+        name: of the argument, for errors.
+        index: (n,) integers, negative ones from the end, or (count,) bool; a tensor or a list.
+
+    Raises: TypeError; IndexError for none and for what is not there. The range of numbers on an accelerator is not
+        checked, since nobody waits for them.
+    """
+    given = torch.as_tensor(index)
+    if given.dtype == torch.bool:
+        if given.shape != (count,):
+            raise IndexError(f"{name}: expected a mask ({count},), got {tuple(given.shape)}")
+        given = given.nonzero().flatten()
+    if given.dim() != 1 or given.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+        raise TypeError(f"{name}: expected (n,) integers or ({count},) bool, got {tuple(given.shape)} {given.dtype}")
+    if not len(given):
+        raise IndexError(f"{name}: expected at least one of {count}, got none")
+    if given.device.type == "cpu":
+        low, high = (int(x) for x in given.aminmax())
+        if low < -count or high >= count:
+            raise IndexError(f"{name}: expected {-count}..{count - 1}, got {low}..{high}")
+    given = given.long()
+    return torch.where(given < 0, given + count, given)

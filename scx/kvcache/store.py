@@ -19,7 +19,6 @@ class EncodedLayers(ConversationCache):
     """K and V of some or all layers, written and read under one session's keys."""
 
     _session: Session | None
-    has_cut_gradients: bool = False  # somebody asked for gradients of rows that were sealed
     # Of the pass that brought these numbers: the logs that hold them.
     _logs_of: Tensor | None = None
     _logs: SharedLogs

@@ -258,13 +258,13 @@ class SplitModel(EncodedModel):
 
 def _follows_gradients(request: Admitted) -> bool:
     """Whether earlier tokens of the conversation ask for gradients, which a plain cache would lead to."""
-    return torch.is_grad_enabled() and not request.opens and getattr(request.cache, "wants_gradients", False)
+    return torch.is_grad_enabled() and not request.opens and getattr(request.cache, "has_cut_gradients", False)
 
 
 def _without_gradients(output: SplitOutput) -> SplitOutput:
     """The output, if something asks for gradients: they do not come back over the boundary."""
     if output.past_key_values is not None:
-        output.past_key_values.wants_gradients = True
+        output.past_key_values.has_cut_gradients = True
     reason = (
         "gradients do not come back over the boundary of the split placement; train in the fused placement, or the "
         "plain model"

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from scx.devices import outside_inference_mode
 from scx.keys import Session, SharedKeys
-from scx.kvcache.conversation import ConversationCache
+from scx.kvcache.conversation import ConversationCache, places
 from scx.kvcache.layers import AbsentLayer, GrowingLayer
 from scx.party.plan import Plan
 
@@ -41,8 +41,7 @@ class SplitCache(ConversationCache):
     `session` has its keys, `party` the secure side that leads it. `tokens` counts cached tokens, `steps` those of its
     generation and `rows` sequences; `prefill_rows` is T of the prefill. `first_key` (rows,) is the first token of each
     sequence that is no padding, or None. `is_shared` says whether the untrusted side has the middle blocks' token
-    permutations; the first generated token shares them if nobody did before. `wants_gradients` says whether something
-    that filled it asked for gradients, which there are none of.
+    permutations; the first generated token shares them if nobody did before.
     """
 
     session: Session
@@ -53,7 +52,6 @@ class SplitCache(ConversationCache):
     prefill_rows: int
     first_key: Tensor | None
     is_shared: bool
-    wants_gradients: bool
     sequences: Tensor | None
     history: tuple[Tensor, Tensor] | None
     values: dict[int, Tensor]
@@ -72,7 +70,7 @@ class SplitCache(ConversationCache):
         adopted.session, adopted.session_id, adopted.party = session, session.id, party
         adopted.tokens = adopted.steps = adopted.prefill_rows = 0
         adopted.rows, adopted.first_key = rows, None
-        adopted.is_shared, adopted.wants_gradients, adopted.sequences = False, False, None
+        adopted.is_shared, adopted.sequences = False, None
         adopted.history = None  # token ids and rotary positions, (rows, tokens) each, unless embeddings were given
         adopted.values = {}  # end block -> V (rows, G, tokens, d)
         adopted.columns = {}  # end block -> (rows, tokens): which column of the scores is which token
@@ -146,7 +144,8 @@ class SplitCache(ConversationCache):
         Args:
             indices: (n,) integers, negative ones from the end, or (rows,) bool. name: of the argument, for errors.
         """
-        index = _row_index(indices, self.rows, name).to(self.party.device)
+        # Read here, also from an accelerator: what is out of range must not reach the untrusted side.
+        index = places(name, torch.as_tensor(indices).cpu(), self.rows).to(self.party.device)
         self.check_layers()
         if self.tokens:
             self.party.select(self, index)
@@ -255,24 +254,6 @@ def _states(layer: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def _is_same(given: torch.device, own: torch.device) -> bool:
     return given.type == own.type and (given.index is None or own.index is None or given.index == own.index)
-
-
-def _row_index(indices: Tensor | Sequence[int] | Sequence[bool], rows: int, name: str) -> Tensor:
-    """Rows of a batch as (n,) int64 from 0, from what indexes a tensor's first dimension."""
-    index = torch.as_tensor(indices)
-    if index.dim() != 1 or index.is_floating_point() or index.is_complex():
-        raise TypeError(
-            f"{name}: expected rows of the batch, (n,) integers or ({rows},) bool, got "
-            f"{tuple(index.shape)} {index.dtype}"
-        )
-    if index.dtype == torch.bool:
-        if len(index) != rows:
-            raise IndexError(f"{name}: expected ({rows},) bool, one for each row of the batch, got ({len(index)},)")
-        return index.nonzero().flatten()
-    index = index.to(torch.int64)
-    if len(index) and not -rows <= index.min() <= index.max() < rows:
-        raise IndexError(f"{name}: expected rows of the batch from {-rows} to {rows - 1}, got {index.tolist()}")
-    return torch.where(index < 0, index + rows, index)
 
 
 class ConversationPart:
