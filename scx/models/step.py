@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scx.architecture import is_hooked
-from scx.encoding import FeatureKey, LayerKeys, ResidualKey, TokenKeys
+from scx.encoding import FeatureKey, LayerKeys, Noise, ResidualKey, TokenKeys
 from scx.keys import Session
 
 __all__ = ["Step"]
@@ -50,7 +50,7 @@ class Step:
         self.num_blocks = len(blocks)
         self._places = {id(block): place for place, block in enumerate(blocks)}
         self._token_keys = token_keys
-        self.noise: Tensor | None = None  # of the first block's input, once prepared
+        self.noise: Noise | None = None  # of the first block's input, once prepared
         self.writes: Tensor | None = None  # write numbers of the pass's tokens (B, S), where layers are sealed
         self._rows: Tensor  # the residual stream's first rows, where these are not in token order
         self._redundant: dict[int, Tensor | None] = {}  # the redundant rows, where the others are in token order
@@ -82,17 +82,14 @@ class Step:
         keys = self._keys_on(device)
         return _IDENTITY if keys is None else keys[1][place]
 
-    def prepare(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Draw what the blocks will need before they run, so that nothing on their way waits for the host.
-
-        Args:
-            dtype, device: of the rows that enter the first block's projections.
-        """
+    def prepare(self, batch: int, tokens: int, device: torch.device) -> None:
+        """Draw what the blocks will need before they run, so that nothing on their way waits for the host. `device` is
+        that of the rows that enter the first block's projections."""
         self.feature_key(0, device)
         key = self.layer_keys(0, device).attention
         if self.session.settings.alp:
             rows = tokens if key.entry is None else key.entry.shape[1]
-            self.noise = self.session.take_noise(batch, rows, dtype, device)
+            self.noise = self.session.take_noise(batch, rows, device)
         if self.session.settings.sealed_layers:
             self.writes = self.session.take_writes(batch, tokens, device)
 

@@ -197,8 +197,7 @@ class SecureParty:
             return None
         norm = self.weights.attention_norm(block)
         rms = root_mean_square(norm) if isinstance(getattr(norm, "weight", None), Tensor) else self.shape.first_norm_rms
-        noise = session.take_noise(batch, rows, self.weights.dtype, self.device, layer=block, rms=rms)
-        return Noise.of(noise, projections, block)
+        return session.take_noise(batch, rows, self.device, layer=block, rms=rms).project(projections, block)
 
     def feature_key(self, session: Session, block: int, sequences: Tensor | None = None) -> FeatureKey:
         """The session's π_r of a block, for the given sequences of it."""
