@@ -165,6 +165,13 @@ def test_one_token_rows_are_the_models(family: str) -> None:
     """Of any token: what the plain model makes of it behind the first one."""
     model, first = tiny_model(family), 5
     table = one_token_rows(model, 3, first)
+    assert list(table) == [
+        ("attention_input", 0),
+        ("feed_forward_input", 0),
+        ("attention_input", 1),
+        ("feed_forward_input", 1),
+        ("attention_input", 2),
+    ]
     for token in (0, 100, VOCABULARY - 1):
         ids = torch.tensor([[first, token]], device=model.device)
         blocks = list(enumerate(model.model.layers))
@@ -172,8 +179,9 @@ def test_one_token_rows_are_the_models(family: str) -> None:
         places |= {("feed_forward_input", i): block.post_attention_layernorm for i, block in blocks}
         with recorded_inputs(list(places.values())) as recorded:
             model(ids)
-        for place, (rows,) in zip(places, recorded, strict=True):
-            torch.testing.assert_close(table[place][token].float(), rows[0, 1], rtol=2e-3, atol=2e-3)
+        states = {place: rows[0, 1] for place, (rows,) in zip(places, recorded, strict=True)}
+        for place, rows in table.items():
+            torch.testing.assert_close(rows[token].float(), states[place], rtol=2e-3, atol=2e-3)
 
 
 def test_the_nearest_row_is_by_direction() -> None:
@@ -182,6 +190,14 @@ def test_the_nearest_row_is_by_direction() -> None:
     mean = table.mean(dim=0)
     tokens = torch.tensor([0, 4095, 4096, 9_999])
     assert torch.equal(nearest_tokens(mean + 7 * (table[tokens] - mean), table), tokens)
+
+
+@torch.no_grad()
+def test_a_norm_does_not_hide_a_row(llama) -> None:
+    """Its weight is known; the length that it takes away is not needed."""
+    norm, table = llama.model.layers[0].input_layernorm, torch.randn(VOCABULARY, 96, device=llama.device)
+    norm.weight.copy_(torch.rand(96, device=llama.device) + 1e-2)
+    assert torch.equal(nearest_tokens(norm(5 * table), table, norm), torch.arange(VOCABULARY, device=llama.device))
 
 
 def test_rows_that_link_to_nothing_are_said_to(prompt) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -56,7 +56,8 @@ def read_noisy_rows(model: PreTrainedModel, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def one_token_rows(model: PreTrainedModel, blocks: int, first_token: int) -> dict[tuple[str, int], Tensor]:
-    """The rows of every token of the vocabulary, each alone behind one first token, in the first blocks.
+    """The rows of every token of the vocabulary, each alone behind one first token, before the attention of the first
+    blocks and, but for the last of these, before the feed-forward.
 
     The first token of a text takes much of everybody's attention, so that what is missing of a row is little more than
     the other tokens' share of it.
@@ -82,23 +83,29 @@ def one_token_rows(model: PreTrainedModel, blocks: int, first_token: int) -> dic
         rotary = decoder.rotary_emb(hidden, position)
         for block, layer in enumerate(decoder.layers[:blocks]):
             normed = layer.input_layernorm(hidden)
-            attended, _ = layer.self_attn(normed, position_embeddings=rotary, attention_mask=mask)
-            hidden = hidden + attended
-            for name, rows in (("attention_input", normed), ("feed_forward_input", hidden)):
-                found.setdefault((name, block), []).append(rows[0, 1:].half())
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            found.setdefault(("attention_input", block), []).append(normed[0, 1:].half())
+            if block + 1 < blocks:
+                attended, _ = layer.self_attn(normed, position_embeddings=rotary, attention_mask=mask)
+                hidden = hidden + attended
+                found.setdefault(("feed_forward_input", block), []).append(hidden[0, 1:].half())
+                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return {place: torch.cat(parts) for place, parts in found.items()}
 
 
 @torch.no_grad()
-def nearest_tokens(rows: Tensor, table: Tensor) -> Tensor:
+def nearest_tokens(rows: Tensor, table: Tensor, norm: nn.Module | None = None) -> Tensor:
     """Which token's row of a table each row is most like, by the cosine about the table's mean.
 
     Args:
         rows: (N, D). table: (V, D), a row for each token: `one_token_rows`, or the embedding.
+        norm: an RMS norm that the rows have gone through and the table's have not: its weight is divided off, and all
+            rows are brought to one length.
 
     Returns: (N,) int64.
     """
+    if norm is not None:
+        weight: Any = norm.weight
+        rows, table = F.normalize(rows.float() / weight, dim=-1), F.normalize(table.float(), dim=-1)
     mean = table.mean(dim=0, dtype=torch.float32)
 
     def direction(x: Tensor) -> Tensor:

@@ -73,10 +73,11 @@ def looked_up(subject: Subject) -> Iterator[Finding]:
         "nearest embedding": subject.model.get_input_embeddings().weight.detach(),
         "one-token rows": subject.tables[entered],
     }
-    rows = subject.fused["sealed"].rows
-    place = places(subject.scored_rows["feed_forward_normed", 0], rows)
+    norm, rows = subject.layers[0].post_attention_layernorm, subject.fused["sealed"].rows
+    with torch.no_grad():
+        place = places(norm(subject.scored_rows[entered]), rows)
     for attack, table in tables.items():
-        found, seconds = timed(nearest_tokens, rows, subject.normed(table))
+        found, seconds = timed(nearest_tokens, rows, table, norm)
         yield tokens_read(attack, "fused", f"sealed; memory, {_FIRST_ROWS}", found[place], prompt, seconds)
     for name, heard in subject.heard.items():
         looked = [(attack, _FIRST_ROWS, entered, table) for attack, table in tables.items()]
@@ -167,7 +168,7 @@ def generated(subject: Subject) -> Iterator[Finding]:
     """Rows of lone generated tokens behind the first block's attention, which have no others to hide among."""
     attack, table = "lone generated rows", subject.tables["feed_forward_input", 0]
     rows, tokens = subject.generate_fused()
-    found, seconds = timed(nearest_tokens, rows, subject.normed(table))
+    found, seconds = timed(nearest_tokens, rows, table, subject.layers[0].post_attention_layernorm)
     yield tokens_read(attack, "fused", f"sealed; memory, {_FIRST_ROWS}", found, tokens, seconds)
     for name, message in (("few", "hidden"), ("paper", "feed_forward_input")):
         messages, tokens = subject.generate_split(name)

@@ -77,7 +77,7 @@ def draw(path: Path, about: dict[str, Any], settings: dict[str, Any], findings: 
     axes.set_yticks(range(len(findings)), labels, fontsize=9)
     axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35)
+    axes.set_xlim(0, 1.45)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "half (AUC: a guess)", "", "all"])
     figure.suptitle(
         f"Read with the weights and without a key: {settings['model']}, {settings['tokens']} tokens, "

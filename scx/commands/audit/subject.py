@@ -131,13 +131,7 @@ class Subject:
     @cached_property
     def tables(self) -> dict[tuple[str, int], Tensor]:
         """One-token rows of the first blocks."""
-        return one_token_rows(self.model, min(TABLE_BLOCKS, len(self.layers)), self.model.config.bos_token_id or 0)
-
-    @torch.no_grad()
-    def normed(self, rows: Tensor) -> Tensor:
-        """Rows of the residual stream as they enter the first block's feed-forward."""
-        normed: Tensor = self.layers[0].post_attention_layernorm(rows.float())
-        return normed
+        return one_token_rows(self.model, TABLE_BLOCKS, self.model.config.bos_token_id or 0)
 
     def own_rows(self, blocks: Sequence[int]) -> dict[tuple[str, int], Tensor]:
         """The rows (W·M, F) of the attacker's own text, by message and block."""
@@ -146,8 +140,7 @@ class Subject:
     @cached_property
     def scored_rows(self) -> dict[tuple[str, int], Tensor]:
         """The prompt's plain rows in token order, (N, F) by message and block: for scoring."""
-        rows = plain_rows(self.model, self.prompt, range(len(self.layers)))
-        return rows | {("feed_forward_normed", 0): self.normed(rows["feed_forward_input", 0])}
+        return plain_rows(self.model, self.prompt, range(len(self.layers)))
 
     @cached_property
     @torch.no_grad()
