@@ -3,8 +3,11 @@
 import copy
 import io
 import logging
+import os
 import pickle
 import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from scx.encoding import ENCODINGS, Noise, RedundantScale, TokenKeys, inverse
-from scx.keys import ModelShape, SCXKeyGenerator, Session
+from scx.keys import Branch, ModelShape, SCXKeyGenerator, Session
 from scx.keystream import KeyStream, Secret
 from scx_kernels import check_permutation
 
@@ -57,7 +60,7 @@ def test_session_keys_are_hkdf_of_the_session_secret() -> None:
 
     one = session(b"\5" * 16)
     secret = hkdf(MASTER, "scx session v1", b"\5" * 16)
-    branch = hkdf(secret, "scx branch v1", bytes(16))
+    branch = hkdf(secret, "scx branch v1", bytes.fromhex(one.branch))
     permutations = "feature permutations of K and V"
     expected = KeyStream(Secret(secret)).permutations(permutations, [(0, 0, 0)], 16, 4)
     assert torch.equal(one.feature_key(0, CPU).key[0], expected[0, :2])
@@ -136,10 +139,91 @@ def test_noise_has_its_distribution(name: str, variance: float, fourth: float) -
 def test_same_master_key_and_session_give_the_same_keys() -> None:
     a, b = session(redundant_num=4), session(redundant_num=4)
     assert torch.equal(a.feature_key(1, CPU).key, b.feature_key(1, CPU).key)
-    first, second = (s.draw_token_keys(7, 1, scale(), torch.float32) for s in (a, b))
+    assert a.derive_key("a").reveal() == b.derive_key("a").reveal()
+
+
+def test_one_session_opened_twice_has_one_time_keys_of_its_own_each_time() -> None:
+    """Two generators with one master key may open one id: nothing that is for once is drawn by both."""
+    a, b = session(redundant_num=4, alp=True), session(redundant_num=4, alp=True)
+    assert a.branch != b.branch
+    first, second = (s.draw_token_keys(40, 1, scale(), torch.float32) for s in (a, b))
+    for encoding in range(len(ENCODINGS)):
+        assert not torch.equal(first.entry[encoding], second.entry[encoding])
+        assert not torch.equal(first.redundant[encoding], second.redundant[encoding])
+    noise = [s.take_noise(1, 1, torch.float32, CPU) for s in (a, b)]
+    assert not torch.equal(*noise)
+    writes = [s.take_writes(1, 5, CPU) for s in (a, b)]
+    assert torch.equal(writes[0].numbers, writes[1].numbers)
+    keys = [s.sealing(0, own.numbers, own.branch).key for s, own in zip((a, b), writes, strict=True)]
+    assert not torch.equal(*keys)
+
+
+def test_the_same_branch_draws_the_same_one_time_keys() -> None:
+    """A draw is a function of the secret and its name: the same on any machine."""
+    wanted = generator(redundant_num=4).settings(SHAPE)
+    first, second = (
+        Branch(Secret(MASTER), bytes(16), wanted, SHAPE).draw_token_keys(7, 1, scale(), torch.float32) for _ in range(2)
+    )
     for encoding in range(len(ENCODINGS)):
         assert torch.equal(first.entry[encoding], second.entry[encoding])
         assert torch.equal(first.redundant[encoding], second.redundant[encoding])
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2]])
+def test_token_keys_of_some_layers_go_with_the_residual_stream_of_a_pass(layers: list[int]) -> None:
+    """They lead out of that order and back into it, under permutations that no other draw has."""
+    one = session(redundant_num=4)
+    whole = one.draw_token_keys(30, 1, scale(), torch.float32)
+    some = one.draw_token_keys(30, 1, scale(), torch.float32, layers=layers, residual=whole.residual)
+    assert some.entry.shape == (3, len(layers), 1, 34)
+    assert torch.equal(some.residual.entry, whole.residual.entry)
+    rows = torch.randn(1, 34, 96)
+    for place, layer in enumerate(layers):
+        fresh, known = some.layers()[place], whole.layers()[layer]
+        assert not torch.equal(fresh.attention.entry, known.attention.entry)
+        in_order = fresh.attention.leave(fresh.attention.enter(rows))
+        assert torch.equal(in_order, whole.residual.leave(rows))
+
+
+def test_threads_that_find_themselves_in_a_new_process_begin_one_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of one branch under the key of another would meet that branch's own."""
+    one = session()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with ThreadPoolExecutor(16) as pool:
+        branches = set(pool.map(lambda _: one.branch, range(64)))
+    assert len(branches) == 1
+
+
+def in_a_child(work: Callable[[], bytes]) -> bytes:
+    """What `work` gives in a fork of this process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, work())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        found = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="waits for a system that forks")
+def test_a_child_with_the_number_of_an_earlier_process_has_a_branch_of_its_own(monkeypatch) -> None:
+    """Process numbers come round: a grandchild may have that of its grandparent."""
+    one, number = session(), os.getpid()
+    parent = one.branch
+
+    def child() -> bytes:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: number)
+            patch.setattr("secrets.token_bytes", os.urandom)
+            return one.branch.encode()
+
+    children = {in_a_child(child).decode() for _ in range(3)}
+    assert len(children) == 3
+    assert parent not in children
+    assert one.branch == parent
 
 
 def test_keys_differ_by_everything_that_names_them() -> None:
@@ -239,7 +323,7 @@ def test_master_keys_come_from_the_operating_system(monkeypatch: pytest.MonkeyPa
     asked = []
     monkeypatch.setattr("secrets.token_bytes", lambda size: asked.append(size) or bytes(size))
     SCXKeyGenerator(10, 96, 16).open_session(SHAPE, 1)
-    assert asked == [32, 16]
+    assert asked == [32, 16, 16]  # master key, id, branch
 
 
 def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,6 @@ keys of the cache.
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from scx.architecture import ModelShape, encoded_decoders, model_shape
 from scx.files.container import FileRefusedError, read_container, write_container
 from scx.keys import CIPHER_ROUNDS, KeySettings, Session
-from scx.keys.settings import BRANCH_BYTES, NOISE_DISTRIBUTIONS, SESSION_ID_BYTES
+from scx.keys.settings import NOISE_DISTRIBUTIONS, SESSION_ID_BYTES
 from scx.keystream import KEY_BYTES, Secret
 
 __all__ = ["load_keys", "save_keys"]
@@ -123,7 +122,7 @@ def _restore(secret: Secret, metadata: Mapping[str, str]) -> Session:
     if metadata["model"] != shape.fingerprint:
         raise ValueError("model: not the fingerprint in shape")
     batch_size = _count("batch_size", int(metadata["batch_size"]), least=1)
-    session = Session(secret, settings, shape, batch_size, session_id, secrets.token_bytes(BRANCH_BYTES))
+    session = Session(secret, settings, shape, batch_size, session_id)
     session.newest_save = _count("newest_save", int(metadata["newest_save"]))
     return session
 
