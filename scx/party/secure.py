@@ -5,7 +5,7 @@ heads, d head size.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,8 +179,8 @@ class SecureParty:
 
     def line(self, conversation: str, stage: str, cache: SplitCache | None = None) -> Line:
         """The boundary for one conversation and stage; with its cache, for a new step of its generation."""
-        while self._forgotten:
-            self.boundary.ask("close", conversation=self._forgotten.popleft(), stage=stage, tensors={})
+        for gone in self._take_forgotten():
+            self.boundary.ask("close", conversation=gone, stage=stage, tensors={})
         if cache is None:
             return Line(self.boundary, conversation, stage)
         cache.steps += 1
@@ -189,6 +189,13 @@ class SecureParty:
     def forget(self, conversation: str) -> None:
         """Close a conversation with the next request: its cache may go while another request is under way."""
         self._forgotten.append(conversation)
+
+    def _take_forgotten(self) -> Iterator[str]:
+        while self._forgotten:
+            try:
+                yield self._forgotten.popleft()
+            except IndexError:  # another thread took the last one
+                return
 
     def noise(self, session: Session, block: int, batch: int, rows: int) -> Noise | None:
         """One-time noise for rows that enter a start block; None where the settings ask for none."""
