@@ -327,8 +327,8 @@ def one_time_keys(session: Session, count: int = 3) -> list[Tensor]:
     for _ in range(count):
         keys = session.draw_token_keys(40, 2, scale, torch.float32)
         drawn += [keys.entry.flatten().double(), torch.stack(keys.redundant).flatten().double()]
-        drawn.append(session.take_noise(2, 1, torch.float32, CPU).flatten().double())
-        drawn.append(session.take_noise(2, 3, torch.float32, CPU).flatten().double())
+        drawn.append(session.take_noise(2, 1, CPU).values().flatten().double())
+        drawn.append(session.take_noise(2, 3, CPU).values().flatten().double())
     return drawn
 
 
@@ -360,7 +360,7 @@ class TestKeys:
         for place in range(len(drawn[0])):
             same_place = [keys[place] for keys in drawn]
             assert all(not torch.equal(a, b) for i, a in enumerate(same_place) for b in same_place[:i])
-        noise = torch.cat([holder.take_noise(2, 1, torch.float32, CPU)[:, 0] for holder in holders for _ in range(70)])
+        noise = torch.cat([holder.take_noise(2, 1, CPU).steps[:, 0] for holder in holders for _ in range(70)])
         assert len(noise.unique(dim=0)) == len(noise)
         assert len({holder.branch for holder in holders}) == 4
 

@@ -8,7 +8,6 @@ keys of the cache.
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -21,7 +20,7 @@ from scx.files.container import is_number, read_container, write_container
 from scx.files.header import read_json
 from scx.files.refusal import FileRefusedError, malformed
 from scx.keys import CIPHER_ROUNDS, KeySettings, Session
-from scx.keys.settings import BRANCH_BYTES, NOISE_DISTRIBUTIONS, SESSION_ID_BYTES
+from scx.keys.settings import NOISE_DISTRIBUTIONS, SESSION_ID_BYTES
 from scx.keystream import KEY_BYTES, Secret
 
 __all__ = ["load_keys", "save_keys"]
@@ -127,7 +126,7 @@ def _restore(secret: Secret, metadata: Mapping[str, str], expected: ModelShape |
     batch_size = _written("batch_size", metadata, least=1)
     if expected is not None:
         shape = replace(shape, max_tokens=expected.max_tokens)
-    session = Session(secret, settings, shape, batch_size, session_id, secrets.token_bytes(BRANCH_BYTES))
+    session = Session(secret, settings, shape, batch_size, session_id)
     session.newest_save = _written("newest_save", metadata)
     return session
 
