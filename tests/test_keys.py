@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from scx.encoding import ENCODINGS, Noise, RedundantScale, TokenKeys, inverse
+from scx.encoding import ENCODINGS, RedundantScale, TokenKeys, inverse
 from scx.keys import Branch, ModelShape, SCXKeyGenerator, Session
 from scx.keystream import KeyStream, Secret
 from scx_kernels import check_permutation
@@ -84,14 +84,14 @@ def test_a_forked_process_draws_one_time_keys_of_its_own(monkeypatch: pytest.Mon
     """A fork copies the counters; the child must not go on under its parent's."""
     parent, child = session(alp=True), session(alp=True)
     for one in (parent, child):
-        one.take_noise(1, 1, torch.float32, CPU)
+        one.take_noise(1, 1, CPU)
     monkeypatch.setattr("os.getpid", lambda: -1)
-    fresh = child.draw_token_keys(40, 1, None, torch.float32), child.take_noise(1, 1, torch.float32, CPU)
+    fresh = child.draw_token_keys(40, 1, None, torch.float32), child.take_noise(1, 1, CPU)
     monkeypatch.undo()
-    mine = parent.draw_token_keys(40, 1, None, torch.float32), parent.take_noise(1, 1, torch.float32, CPU)
+    mine = parent.draw_token_keys(40, 1, None, torch.float32), parent.take_noise(1, 1, CPU)
     assert child.branch != parent.branch
     assert not torch.equal(fresh[0].entry, mine[0].entry)
-    assert not torch.equal(fresh[1], mine[1])
+    assert not torch.equal(fresh[1].steps, mine[1].steps)
     assert torch.equal(child.feature_key(1, CPU).key, parent.feature_key(1, CPU).key)
 
 
@@ -125,7 +125,9 @@ def test_every_draw_is_a_permutation(size: int, count: int) -> None:
     assert torch.equal(inverse(drawn).gather(-1, drawn), torch.arange(size).expand(drawn.shape))
 
 
-@pytest.mark.parametrize(("name", "variance", "fourth"), [("normal", 1.0, 3.0), ("laplace", 2.0, 24.0)])
+@pytest.mark.parametrize(
+    ("name", "variance", "fourth"), [("normal", 1.0, 3.0), ("fine_normal", 1.0, 3.0), ("laplace", 2.0, 24.0)]
+)
 def test_noise_has_its_distribution(name: str, variance: float, fourth: float) -> None:
     drawn = getattr(stream(), name)("moments", [(0, 0, 0)], 1_000_000)[0].double()
     assert drawn.isfinite().all()
@@ -292,22 +294,41 @@ def test_redundant_rows_follow_the_scale() -> None:
 
 def test_noise_is_never_given_out_twice() -> None:
     one = session(alp=True, noise_scale=7.0)
-    taken = [one.take_noise(1, 1, torch.float32, CPU) for _ in range(80)]
-    rows = torch.cat([*taken, *(one.take_noise(1, 5, torch.float32, CPU) for _ in range(2))], dim=1)[0]
+    taken = [one.take_noise(1, 1, CPU) for _ in range(80)]
+    taken += [one.take_noise(1, 5, CPU) for _ in range(2)]
+    rows = torch.cat([noise.values() for noise in taken], dim=1)[0]
     assert rows.unique(dim=0).shape[0] == 90
     assert abs(rows.abs().mean() - 7.0) < 0.5  # the mean magnitude of Laplace(0, b) is b
 
 
 def test_noise_is_drawn_for_what_it_covers() -> None:
-    """Rows drawn ahead do not pass from one batch size, dtype or unit of scale to another; half precision's are
-    float32."""
+    """Rows drawn ahead do not pass from one batch size or unit of scale to another, nor does the grid."""
     one = session(alp=True, noise_scale=1.0)
-    first = one.take_noise(2, 1, torch.float32, CPU)
-    assert one.take_noise(3, 1, torch.float32, CPU).shape == (3, 1, 96)
-    assert not torch.equal(one.take_noise(2, 1, torch.float32, CPU), first)
-    assert one.take_noise(2, 1, torch.float64, CPU).dtype == torch.float64
-    assert one.take_noise(2, 1, torch.bfloat16, CPU).dtype == torch.float32
-    assert one.take_noise(2, 1, torch.bfloat16, CPU, rms=1e6).abs().mean() > 1e5
+    first = one.take_noise(2, 1, CPU)
+    assert one.take_noise(3, 1, CPU).steps.shape == (3, 1, 96)
+    assert not torch.equal(one.take_noise(2, 1, CPU).steps, first.steps)
+    wide = one.take_noise(2, 1, CPU, rms=1e6)
+    assert wide.values().abs().mean() > 1e5
+    assert (first.step, wide.step) == (2.0**-24, 2.0**-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tail", "largest"), [("laplace", 2.0**63 * 5.1e-12, 44.3), ("fine_normal", 2.0**63 * 2.6e-12, 9.1)]
+)
+def test_noise_leaves_no_gaps(monkeypatch: pytest.MonkeyPatch, name: str, tail: float, largest: float) -> None:
+    """Neighbouring draws are less than a step of the grid apart, in the middle and where odds are below 1e-11, and
+    signs are symmetric: no row is excluded because its noise cannot be drawn."""
+    near = torch.arange(4096)
+    least = torch.iinfo(torch.int64).min
+    for draws in (int(tail) + near, torch.iinfo(torch.int64).max - 2**10 * near, 2**62 + 2**10 * near):
+        both = torch.stack((draws, draws + least))
+        monkeypatch.setattr(KeyStream, "bits", lambda *given, both=both: both)
+        drawn, mirrored = getattr(stream(), name)("any", [(0, 0, 0)], len(near))
+        assert 0 < drawn.diff().abs().max() < 2.0**-25
+        assert torch.equal(drawn, -mirrored)
+    monkeypatch.setattr(KeyStream, "bits", lambda *given: torch.tensor([[0, least]]))
+    ends = getattr(stream(), name)("any", [(0, 0, 0)], 2)[0] * 2**25
+    assert largest * 2**25 < ends[0] == -ends[1] < torch.iinfo(torch.int32).max
 
 
 def test_torch_seed_has_no_part_in_keys() -> None:
@@ -344,7 +365,7 @@ def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture) -> None:
         layer,
         layer.output,
     ]
-    shown.append(Noise.of(one.take_noise(1, 2, torch.float32, CPU), [torch.nn.Linear(96, 2)]))
+    shown.append(one.take_noise(1, 2, CPU).project([torch.nn.Linear(96, 2)]))
     text = " ".join(f"{thing!r} {thing!s}" for thing in shown) + caplog.text
     assert MASTER.hex() not in text
     assert str(MASTER) not in text

@@ -19,7 +19,7 @@ import scx_kernels as ops
 from scx.architecture import ModelShape
 from scx.calibration import Tokens, pick_tokens
 from scx.devices import CPU
-from scx.encoding import ENCODINGS, FeatureKey, RedundantScale, ResidualKey, TokenKeys
+from scx.encoding import ENCODINGS, FeatureKey, Noise, RedundantScale, ResidualKey, TokenKeys, noise_step
 from scx.keys.passes import PassKeys, draw_redundant, streams_of
 from scx.keys.settings import KeySettings
 from scx.keystream import KeyStream, Secret, derive
@@ -76,7 +76,7 @@ class Branch:
         self._steps = itertools.count()
         self._noise_draws = itertools.count()
         # By layer: for what, rows drawn, and how many of them are used.
-        self._noise_ahead: dict[int, tuple[tuple[object, ...], Tensor, int]] = {}
+        self._noise_ahead: dict[int, tuple[tuple[object, ...], Noise, int]] = {}
         self._noise_lock = threading.Lock()
         self._writes = ops.WriteCounter()
 
@@ -160,38 +160,34 @@ class Branch:
         self,
         batch: int,
         rows: int,
-        dtype: torch.dtype,
         device: torch.device,
         *,
         layer: int = 0,
         rms: float | None = None,
-    ) -> Tensor:
+    ) -> Noise:
         """One-time noise for `rows` rows of `batch` sequences; no row is ever given out twice.
 
         Noise for lone tokens is drawn several steps ahead.
 
         Args:
-            dtype: of the model. device: where the rows are.
+            device: where the rows are.
             layer: the block whose input it covers. rms: the unit of the noise scale there; default: the first block's.
-
-        Returns: (B, rows, D) in `scx_kernels.accumulation_dtype(dtype)`.
         """
         rms = self._shape.first_norm_rms if rms is None else rms
-        wanted = (batch, dtype, device, rms)
+        wanted = (batch, device, rms)
         with self._noise_lock:
             if rows > 1:
                 return self._draw_noise(layer, rows, *wanted)
             known, ahead, start = self._noise_ahead.get(layer, (None, None, 0))
-            if ahead is None or known != wanted or start >= ahead.shape[1]:
+            if ahead is None or known != wanted or start >= _NOISE_ROWS_AHEAD:
                 ahead, start = self._draw_noise(layer, _NOISE_ROWS_AHEAD, *wanted), 0
             self._noise_ahead[layer] = (wanted, ahead, start + 1)
-            return ahead[:, start : start + 1]
+            return Noise(ahead.steps[:, start : start + 1], ahead.step)
 
-    def _draw_noise(
-        self, layer: int, rows: int, batch: int, dtype: torch.dtype, device: torch.device, rms: float
-    ) -> Tensor:
-        draw = getattr(self.stream, self._settings.noise_distribution)
+    def _draw_noise(self, layer: int, rows: int, batch: int, device: torch.device, rms: float) -> Noise:
+        draw = {"laplace": self.stream.laplace, "normal": self.stream.fine_normal}[self._settings.noise_distribution]
+        scale = self._settings.noise_scale * rms
+        step = noise_step(scale)
         streams = streams_of([layer], batch, next(self._noise_draws))
-        drawn: Tensor = draw("noise of the first block", streams, rows * self._shape.hidden_size, device)
-        drawn = drawn.view(batch, rows, -1).mul_(self._settings.noise_scale * rms)
-        return drawn.to(ops.accumulation_dtype(dtype))
+        drawn = draw("noise of the first block", streams, rows * self._shape.hidden_size, device)
+        return Noise(drawn.mul_(scale / step).round_().int().view(batch, rows, -1), step)

@@ -16,7 +16,7 @@ from torch import Tensor
 import scx_kernels as ops
 from scx.architecture import ModelShape
 from scx.devices import upload
-from scx.encoding import FeatureKey, TokenKeys, inverse
+from scx.encoding import FeatureKey, Noise, TokenKeys, inverse
 from scx.keys.branch import Branch, Life, Writes, this_life
 from scx.keys.passes import streams_of
 from scx.keys.settings import BRANCH_BYTES, KeySettings, public_bytes
@@ -182,7 +182,7 @@ class Session:
         """`Branch.draw_token_keys` of this process's branch."""
         return self.one_time.draw_token_keys(*args, **options)
 
-    def take_noise(self, *args: Any, **options: Any) -> Tensor:
+    def take_noise(self, *args: Any, **options: Any) -> Noise:
         """`Branch.take_noise` of this process's branch."""
         return self.one_time.take_noise(*args, **options)
 

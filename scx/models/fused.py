@@ -38,7 +38,7 @@ from scx.architecture import (
     sliding_window,
 )
 from scx.devices import is_autocast
-from scx.encoding import FeatureKey, RowKey, TokenKeys
+from scx.encoding import FeatureKey, Noise, RowKey, TokenKeys
 from scx.keys import Session
 from scx.kvcache import EncodedCache
 from scx.kvcache.conversation import ConversationCache, working_on
@@ -48,7 +48,7 @@ from scx.models.gradients import refuse_backward, wants_gradients
 from scx.models.request import GIVEN_TO_ATTENTION, Admitted
 from scx.models.step import Step
 from scx.models.swap import encode_class, restore_class
-from scx.projections import project_quiet, projection_dtype
+from scx.projections import project_quiet
 
 __all__ = ["EncodedAttention", "EncodedDecoderLayer", "FusedEncoding", "FusedModel", "fuse"]
 
@@ -96,7 +96,7 @@ class EncodedAttention(EncodedModule):
         *,
         scx_step: Step,
         scx_place: int,
-        scx_noise: Tensor | None = None,
+        scx_noise: Noise | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         place, device, cache = scx_place, hidden_states.device, past_key_values
@@ -126,11 +126,11 @@ class EncodedAttention(EncodedModule):
         rows, weights = self._attend(q, stored, attention_mask, feature_key, keys.output, **kwargs)
         return self.o_proj(rows.to(device)), weights
 
-    def _project_qkv(self, rows: Tensor, noise: Tensor | None) -> Sequence[Tensor]:
+    def _project_qkv(self, rows: Tensor, noise: Noise | None) -> Sequence[Tensor]:
         """The products of encoded rows, of q, k and v, (B, T, *) each; without the noise's image if there is noise."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         if noise is not None:
-            return project_quiet(projections, rows, noise, self.layer_idx)
+            return project_quiet(projections, rows, noise.values(), self.layer_idx)
         if all(is_plain_linear(projection) for projection in projections) and not is_autocast(rows):
             weights = [projection.weight for projection in projections]
             return ops.permuted_linears(rows, weights, biases=[projection.bias for projection in projections])
@@ -377,7 +377,7 @@ class FusedModel(EncodedModel):
         holder = session if kept is None else kept
         step = Step(session, holder, draw_keys, blocks, open_at, in_place=not records or refusal is not None)
         first = blocks[0].self_attn.q_proj
-        step.prepare(request.batch, request.tokens, projection_dtype(first), home(first))
+        step.prepare(request.batch, request.tokens, home(first))
         return step, kept, refusal
 
     def _session(

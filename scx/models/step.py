@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scx.architecture import is_hooked
-from scx.encoding import FeatureKey, LayerKeys, ResidualKey, TokenKeys
+from scx.encoding import FeatureKey, LayerKeys, Noise, ResidualKey, TokenKeys
 from scx.keys import Session, Writes
 
 __all__ = ["Step"]
@@ -55,8 +55,8 @@ class Step:
         self._draw_keys = draw_keys
         self._token_keys = draw_keys()
         self._begun: set[int] = set()
-        self._take_noise: Callable[[], Tensor] | None = None  # for the first block's input
-        self._noise: Tensor | None = None  # drawn and not taken
+        self._take_noise: Callable[[], Noise] | None = None  # for the first block's input
+        self._noise: Noise | None = None  # drawn and not taken
         self.writes: Writes | None = None  # write numbers of the pass's tokens, where layers are sealed
         self._rows: Tensor  # the residual stream's first rows, where these are not in token order
         self._redundant: dict[int, Tensor | None] = {}  # the redundant rows, where the others are in token order
@@ -96,23 +96,20 @@ class Step:
         keys = self._keys_on(device)
         return _IDENTITY if keys is None else keys[1][place]
 
-    def prepare(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Draw what the blocks will need before they run, so that nothing on their way waits for the host.
-
-        Args:
-            dtype, device: of the rows that enter the first block's projections.
-        """
+    def prepare(self, batch: int, tokens: int, device: torch.device) -> None:
+        """Draw what the blocks will need before they run, so that nothing on their way waits for the host. `device` is
+        that of the rows that enter the first block's projections."""
         self.feature_key(0, device)
         key = self.layer_keys(0, device).attention
         if self.session.settings.alp:
             rows = tokens if key.entry is None else key.entry.shape[1]
-            self._take_noise = partial(self.session.take_noise, batch, rows, dtype, device)
+            self._take_noise = partial(self.session.take_noise, batch, rows, device)
             self._noise = self._take_noise()
         if self.session.settings.sealed_layers:
             self.writes = self.session.take_writes(batch, tokens, device)
 
     @torch.compiler.disable
-    def take_noise(self) -> Tensor | None:
+    def take_noise(self) -> Noise | None:
         """One-time noise for the first block's input, other noise whenever that runs; None where there is none."""
         noise, self._noise = self._noise, None
         return self._take_noise() if noise is None and self._take_noise is not None else noise

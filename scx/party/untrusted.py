@@ -16,7 +16,7 @@ import scx_kernels as ops
 from scx.architecture import QKV, sliding_window
 from scx.calibration import measure_scale
 from scx.kvcache.layers import GrowingLayer, append
-from scx.party.boundary import Request
+from scx.party.boundary import Request, Rule
 from scx.party.held import Held
 from scx.party.plan import Plan
 from scx.projections import project_noisy, projection_dtype
@@ -61,7 +61,7 @@ class UntrustedParty:
         """Public ids of the conversations of which something is held."""
         return tuple(self._held)
 
-    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]:
+    def begin(self, request: Request, rule: Rule) -> Callable[[], Mapping[str, Tensor]]:
         """`receive`, as the boundary calls it: on an accelerator the reply is only queued by then."""
         reply = self.receive(request)
         return lambda: reply
