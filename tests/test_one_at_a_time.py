@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import scx_kernels as ops
 from scx import SCXKeyGenerator, decode_kvcache, encode_llama, encoded_llama, split_kvcache_dynamic
+from scx.encoding import Noise
 from scx.kvcache import EncodedCache, SealedLayer
 from scx.kvcache.conversation import Claim
 from scx.models.split import restore_conversation
@@ -304,9 +305,10 @@ def spy_noise(model: Any) -> list[Tensor]:
         session = original(batch)
         take = session.take_noise
 
-        def take_noise(*args: Any, **options: Any) -> Tensor:
-            taken.append(take(*args, **options))
-            return taken[-1]
+        def take_noise(*args: Any, **options: Any) -> Noise:
+            noise = take(*args, **options)
+            taken.append(noise.steps)
+            return noise
 
         session.take_noise = take_noise
         return session
