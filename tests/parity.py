@@ -212,6 +212,6 @@ def assert_close(got: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype |
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
-def wide(*tensors: Tensor | None) -> list[Tensor | None]:
-    """float64 copies; index arrays and None pass through."""
-    return [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
+def wide(*given: Any) -> list[Any]:
+    """float64 copies of floating tensors; all else passes through."""
+    return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]

@@ -330,6 +330,7 @@ CASES: list[tuple[str, Callable[[torch.dtype], Prepared], tuple[torch.dtype, ...
     ("rows in, with norm", partial(inject, real=4096, norm=True), DTYPES),
     ("rows in, with norm and noise", partial(inject, real=576, norm=True, noisy=True), DTYPES),
     ("rows in, with norm, wider than a tile", partial(inject, real=18432, norm=True), DTYPES),
+    ("rows in, with noise, wider than a tile", partial(inject, real=18432, norm=True, noisy=True), BF16),
     ("rows in", partial(inject, real=14336, part=72), DTYPES),
     ("rows in, with noise", partial(inject, real=4096, noisy=True), DTYPES),
     ("rows in, heads reordered", partial(inject, real=128, heads=3), DTYPES),

@@ -4,6 +4,7 @@
 """
 
 from scx.audit.features import find_feature_order, undo_feature_order
+from scx.audit.low_bits import on_floats, on_grid, read_low_bits
 from scx.audit.observers import AttentionMemory, Heard, recorded_inputs, rows_heard
 from scx.audit.rows import link_rows, order_rows, realness
 from scx.audit.vocabulary import nearest_tokens, one_token_rows, read_first_block, read_noisy_rows
@@ -14,9 +15,12 @@ __all__ = [
     "find_feature_order",
     "link_rows",
     "nearest_tokens",
+    "on_floats",
+    "on_grid",
     "one_token_rows",
     "order_rows",
     "read_first_block",
+    "read_low_bits",
     "read_noisy_rows",
     "realness",
     "recorded_inputs",

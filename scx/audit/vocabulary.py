@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-__all__ = ["nearest_tokens", "one_token_rows", "read_first_block", "read_noisy_rows"]
+__all__ = ["first_inputs", "nearest_tokens", "one_token_rows", "read_first_block", "read_noisy_rows"]
 
 _ROWS_AT_ONCE = 4096
 _TOKENS_AT_ONCE = 1023  # beside the one token that they all see
@@ -37,7 +37,7 @@ def read_first_block(model: PreTrainedModel, values: Tensor) -> Tensor:
     # Of a sealed cache many patterns are no numbers; an attacker has to put something in their place.
     values = values.float().nan_to_num(0.0, 0.0, 0.0)
     observed = fingerprint(values.transpose(1, 2).reshape(batch * tokens, heads * size))
-    table = (fingerprint(block.self_attn.v_proj(rows)) for rows in _first_inputs(model))
+    table = (fingerprint(block.self_attn.v_proj(rows)) for rows in first_inputs(model))
     return _nearest(observed, table).view(batch, tokens)
 
 
@@ -51,7 +51,7 @@ def read_noisy_rows(model: PreTrainedModel, rows: Tensor) -> Tensor:
 
     Returns: (B, N) int64, the tokens found.
     """
-    return _nearest(rows.flatten(0, 1).float(), (x.float() for x in _first_inputs(model)), p=1.0).view(rows.shape[:2])
+    return _nearest(rows.flatten(0, 1).float(), (x.float() for x in first_inputs(model)), p=1.0).view(rows.shape[:2])
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def nearest_tokens(rows: Tensor, table: Tensor, norm: nn.Module | None = None) -
     return _nearest(direction(rows), map(direction, table.split(_ROWS_AT_ONCE)))
 
 
-def _first_inputs(model: PreTrainedModel) -> Iterator[Tensor]:
+def first_inputs(model: PreTrainedModel) -> Iterator[Tensor]:
     """What enters the first block's projections for every token of the vocabulary, some (n, D) at a time."""
     decoder: Any = model.base_model
     return map(decoder.layers[0].input_layernorm, decoder.embed_tokens.weight.split(_ROWS_AT_ONCE))

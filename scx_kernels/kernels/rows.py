@@ -207,12 +207,13 @@ def inject_tile(features: int, dtype: torch.dtype, norm: bool, noise: bool, targ
     """Meta-parameters of `inject_permute`: 64 bytes a thread, four 16-byte loads in flight before the first use.
 
     A norm holds whole rows in float32 registers, hence half as many bytes a thread; rows of more than 16,384 features
-    are read twice.
+    are read twice, under noise in smaller parts, whose sums in float64 take registers.
     """
     element_bytes = 4 if noise else dtype.itemsize
     if not norm:
         return _row_tile(features, element_bytes, 64, 4096, target)
-    return _row_tile(features, element_bytes, 32, 16_384 if features <= 16_384 else 8192, target)
+    part = 4096 if noise else 8192
+    return _row_tile(features, element_bytes, 32, 16_384 if features <= 16_384 else part, target)
 
 
 def strip_tile(features: int, dtype: torch.dtype, image: bool, target: Target) -> dict[str, Any]:
