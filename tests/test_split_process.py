@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor
+from transformers import PreTrainedModel
 from workers import SECONDS, WORKER, acting, honest, running, split_model
 
 from scx import SCXKeyGenerator, encode_llama, restore_conversation
@@ -157,6 +159,20 @@ def test_threads_share_a_worker(prompt) -> None:
         assert [x.result(SECONDS) for x in made] == [(tokens, 1) for tokens in expected]
         assert repr(remote).endswith("worker=2)")
         remote.close()
+
+
+@torch.no_grad()
+def test_threads_in_one_process(prompt) -> None:
+    """Conversations in threads at once are the plain model's where both parties are here, too."""
+    prompts, plain = [prompt(PROMPT + n).cpu() for n in range(6)], tiny_model(layers=4).cpu()
+    model = tiny_model(layers=4).cpu()
+    encode_llama(model, SCXKeyGenerator.for_model(model, redundant_num=3, alp=True), "cpu")
+
+    def answer(llama: PreTrainedModel, ids: Tensor) -> list[int]:
+        return llama.generate(ids, max_new_tokens=NEW, do_sample=False)[0].tolist()
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        assert list(threads.map(partial(answer, model), prompts)) == [answer(plain, ids) for ids in prompts]
 
 
 @torch.no_grad()
