@@ -24,6 +24,7 @@ from scx.keys.settings import BRANCH_BYTES
 from scx.kvcache import EncodedCache, GrowingLayer, SealedLayer, SealedSlidingLayer
 from scx.kvcache.conversation import working_on
 from scx.kvcache.layers import fill
+from scx_kernels.hidden import guarded
 
 __all__ = ["load_kvcache", "save_kvcache"]
 
@@ -43,6 +44,7 @@ _LAYERS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
 """Kind of a layer in a file -> its class, and what else the file says of it."""
 
 
+@guarded
 def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Session) -> int:
     """Write an encoded cache, as it is stored, into an authenticated file that `load_kvcache` reads.
 
@@ -82,6 +84,7 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
     return number
 
 
+@guarded
 @outside_inference_mode()
 def load_kvcache(
     path: str | os.PathLike[str],

@@ -9,7 +9,7 @@ or load one file never draw the same one-time key.
 import itertools
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from scx.encoding import ENCODINGS, FeatureKey, Noise, RedundantScale, ResidualK
 from scx.keys.passes import PassKeys, draw_redundant, streams_of
 from scx.keys.settings import KeySettings
 from scx.keystream import KeyStream, Secret, derive
+from scx_kernels.hidden import guarded
 
 __all__ = ["Branch", "Writes"]
 
@@ -62,6 +63,17 @@ class Branch:
     def __repr__(self) -> str:
         return f"Branch({self.name})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a branch holds one-time keys and is never pickled or copied")
+
+    def wipe(self) -> None:
+        """Wipe the branch's secrets, and the noise that was drawn ahead."""
+        self.stream.wipe()
+        for _, ahead, _ in self._noise_ahead.values():
+            ahead.wipe()
+        self._noise_ahead.clear()
+
+    @guarded
     def draw_token_keys(
         self,
         tokens: int,
@@ -113,6 +125,7 @@ class Branch:
 
         return TokenKeys.compose(row_index, residual_index, decoys, tuple(map(redundant, ENCODINGS)))
 
+    @guarded
     def draw_feature_key(self, layer: int, batch: int, device: torch.device) -> FeatureKey:
         """Feature permutations of one layer to be used once."""
         heads, size = self._shape.num_kv_heads, self._shape.head_dim
@@ -135,6 +148,7 @@ class Branch:
         """
         return Writes(self.name, self._writes.take(batch, tokens, device))
 
+    @guarded
     def take_noise(
         self,
         batch: int,

@@ -38,6 +38,7 @@ from scx.party.process import RemoteParty
 from scx.party.replies import ReplyRule
 from scx.party.secure import Rope, SecureParty
 from scx.party.untrusted import UntrustedParty
+from scx_kernels.hidden import guarded
 
 __all__ = ["SplitModel", "causal_lm", "divide", "record_transcript", "restore_conversation", "secure_device"]
 
@@ -160,6 +161,7 @@ class SplitModel(EncodedModel):
     norm: nn.Module
 
     @torch.compiler.disable  # what crosses a boundary is no part of a graph
+    @guarded
     def _serve(
         self, request: Admitted, *, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool,
         **kwargs: Any,
@@ -221,6 +223,7 @@ class SplitModel(EncodedModel):
             tokens = encoding.generator.calibration_tokens(encoding.redundant_tokens(self.embed_tokens))
             encoding.party.calibrate(self._embed(tokens, None))
 
+    @guarded
     def restore(self, cache: SplitCache) -> None:
         """Begin a conversation again with the party that is there now, from what the secure side knows."""
         if cache.history is None:

@@ -21,6 +21,7 @@ from scx.party.cache import SplitCache
 from scx.party.live import Mirror
 from scx.party.plan import Plan
 from scx.projections import projection_dtype
+from scx_kernels.hidden import guarded
 
 __all__ = ["Line", "Rope", "SecureParty", "secure_parameters", "split_plan"]
 
@@ -211,6 +212,7 @@ class SecureParty:
         key = session.feature_key(block, self.device)
         return key if sequences is None else key.select(sequences)
 
+    @guarded
     def share(self, cache: SplitCache, shared: SharedKeys | None = None) -> None:
         """Stage 2, if it was not done: token permutations of the middle blocks, and the end blocks' encoded keys."""
         if cache.is_shared or not cache.tokens:
