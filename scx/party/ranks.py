@@ -121,6 +121,11 @@ class ParallelRanks(Ranks):
         return {"distributed_config": DistributedConfig(tp_size=self._size, tp_plan=plan)}
 
     def agree(self, plan: Plan) -> None:
+        if plan.verify:
+            raise ValueError(
+                "verify: what is inside a feed-forward lies divided over the ranks, and is not gathered to be checked; "
+                "start the worker as one rank"
+            )
         dist.monitored_barrier(self._group, timeout=_LOADING)
         self._tell(plan)
 
