@@ -117,7 +117,7 @@ def processes(path: Path, prompts: int, new_tokens: int) -> dict[str, Any]:
     for crossings in CROSSINGS:
         plan = split_plan(keys, shape, crossings, False)
         remote = RemoteParty(plan, shape.fingerprint, timeout=_REPLY_SECONDS)
-        with running_worker(remote.address, str(path)):
+        with running_worker(remote, str(path)):
             try:
                 remote.connect()
                 with encoded_llama(model, keys, "cpu", crossings=crossings, untrusted=remote):

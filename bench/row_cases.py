@@ -45,6 +45,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Rows in and out of the encoded order.
 
 
+def noise_of(draw: Draw, width: int) -> dict[str, Tensor | float]:
+    """Noise of the rows' size, on the grid of 2^-25 of it."""
+    drawn = draw.rows(draw.case.rows, width, dtype=torch.float32)
+    return {"noise": drawn.mul_(2.0**25).int(), "noise_step": 2.0**-25}
+
+
 def inject(*, norm: bool = False, noise: bool = False, features: bool = False) -> Operation:
     def make(draw: Draw) -> Inputs:
         width = draw.shape.query_width if features else draw.shape.hidden
@@ -52,7 +58,7 @@ def inject(*, norm: bool = False, noise: bool = False, features: bool = False) -
             **draw.to_encode(width),
             feature_index=draw.features(draw.shape.heads) if features else None,
             norm_weight=draw(width) if norm else None,
-            noise=draw.rows(draw.case.rows, width, dtype=torch.float32) if noise else None,
+            **(noise_of(draw, width) if noise else {}),
         )
 
     def unfused(i: Inputs) -> Tensor:
@@ -63,7 +69,7 @@ def inject(*, norm: bool = False, noise: bool = False, features: bool = False) -
         rows = rows_from(appended(x, i.redundant), i.row_index)
         if norm:
             rows = F.rms_norm(rows, rows.shape[-1:], i.norm_weight, 1e-6)
-        return rows.float() + i.noise if noise else rows
+        return rows.double().div(i.noise_step).round_().add_(i.noise).mul_(i.noise_step).float() if noise else rows
 
     return operation(
         "inject_permute",

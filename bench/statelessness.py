@@ -8,146 +8,22 @@ stores, as at any moment of a generation.
 """
 
 import argparse
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pydoc_data.topics import topics
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bench.provenance import save
-from scx import SCXKeyGenerator, decode_kvcache, encoded_llama
+from scx.audit.continuing import REDUNDANT, Held, attempts, perplexity, protected
+from scx.commands.audit.subject import encoded_and_plain
 from scx.commands.smollm2 import smollm2_path
+from scx.commands.texts import windows
 
-CONTEXT, WINDOWS, REDUNDANT = 256, 8, 64
+CONTEXT, WINDOWS = 256, 8
 PAPER = {"normal": 1.33, "zeros": 57_396.0, "encoded": 73_566.0, "nearest block's": 19_108.0}
 """The paper's table: Llama-2-7B, WikiText-2."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """What the untrusted side holds of one block: keys and values (B, G, N, d), and which token each row belongs to,
-    `token` (B, N); -1 for a redundant row."""
-
-    keys: Tensor
-    values: Tensor
-    token: Tensor
-
-    def before(self, tokens: int) -> "Held":
-        """Rows of the first tokens; in token order and without redundant rows so far."""
-        return Held(*(x[:, :, :tokens] for x in (self.keys, self.values)), self.token[:, :tokens])
-
-
-def encoded_and_plain(model: PreTrainedModel, ids: Tensor) -> tuple[list[Held], list[Held]]:
-    """Every block's cache of ids (B, N), as SCX stores it and decoded with the session's key."""
-    with encoded_llama(model, SCXKeyGenerator.for_model(model)):
-        stored = model(ids, logits_to_keep=1).past_key_values
-    token = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    both = (stored, decode_kvcache(stored, stored.session))
-    encoded, plain = ([Held(layer.keys, layer.values, token) for layer in cache.layers] for cache in both)
-    return encoded, plain
-
-
-def zeros(held: Held) -> Held:
-    return Held(held.keys.new_zeros(held.keys.shape), held.values.new_zeros(held.values.shape), held.token)
-
-
-def left_out(held: Held) -> Held:
-    return held.before(0)
-
-
-def token_permuted(held: Held) -> Held:
-    """Rows in a random order with redundant ones among them, normal at the scale of the others: π_l(K ⊕ r)."""
-
-    def appended(x: Tensor) -> Tensor:
-        decoys = x.new_empty(*x.shape[:2], REDUNDANT, x.shape[3]).normal_() * x.std(dim=(2, 3), keepdim=True)
-        return torch.cat((x, decoys), dim=2)
-
-    token = F.pad(held.token, (0, REDUNDANT), value=-1)
-    order = torch.rand(token.shape, device=token.device).argsort(dim=1)
-
-    def permuted(x: Tensor) -> Tensor:
-        return x.take_along_dim(order[:, None, :, None], dim=2)
-
-    return Held(permuted(appended(held.keys)), permuted(appended(held.values)), token.gather(1, order))
-
-
-@contextmanager
-def masks_of_blocks(model: PreTrainedModel, masks: Sequence[Tensor]) -> Iterator[None]:
-    """Give every block's attention a mask of its own: blocks hold different numbers of rows."""
-
-    def hook(mask: Tensor) -> Callable[..., Any]:
-        return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
-
-    layers = model.model.layers
-    handles = [
-        layer.self_attn.register_forward_pre_hook(hook(mask), with_kwargs=True)
-        for layer, mask in zip(layers, masks, strict=True)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def losses(model: PreTrainedModel, blocks: Sequence[Held], ids: Tensor, first: int, *, alone: bool = False) -> Tensor:
-    """Negative log-likelihoods (B, N) of the tokens after `first`, from blocks' caches and the right tokens.
-
-    Args:
-        blocks: a cache for each block; of its rows a query sees redundant ones and earlier tokens'.
-        ids: (B, first + N + 1); tokens first.. are fed, each predicts the next one.
-        alone: of the tokens that are fed, each sees itself only, not those before it.
-    """
-    fed, targets = ids[:, first:-1], ids[:, first + 1 :]
-    count = fed.shape[1]
-    position = torch.arange(first, first + count, device=ids.device)
-    own = torch.eye(count, device=ids.device) if alone else torch.ones(count, count, device=ids.device).tril()
-    own = own.bool().expand(len(ids), 1, count, count)
-
-    def mask(held: Held) -> Tensor:
-        seen = held.token[:, None, None, :] < position[:, None]
-        visible = torch.cat((seen, own), dim=-1)
-        return torch.zeros(visible.shape, device=ids.device).masked_fill_(~visible, float("-inf"))
-
-    masks = [mask(held) for held in blocks]
-    cache = DynamicCache()
-    for index, held in enumerate(blocks):
-        cache.update(held.keys, held.values, index)
-    with masks_of_blocks(model, masks):
-        logits = model(
-            fed, attention_mask=masks[0], position_ids=position.expand(fed.shape), past_key_values=cache
-        ).logits
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-
-
-def perplexity(*arguments: Any, **options: Any) -> float:
-    return math.exp(losses(*arguments, **options).double().mean())
-
-
-def protected(count: int, each_end: int) -> set[int]:
-    return {*range(each_end), *range(count - each_end, count)}
-
-
-def attempts(encoded: Sequence[Held], plain: Sequence[Held], locked: set[int]) -> Iterator[tuple[str, list[Held]]]:
-    """(what stands in the locked blocks, all blocks): zeros, nothing, what SCX stores, the nearest other block's."""
-
-    def instead(stand_in: Callable[[int], Held]) -> list[Held]:
-        return [stand_in(index) if index in locked else held for index, held in enumerate(plain)]
-
-    yield "zeros", instead(lambda index: zeros(plain[index]))
-    yield "left out", instead(lambda index: left_out(plain[index]))
-    yield "encoded", instead(lambda index: encoded[index])
-    yield "encoded, token-permuted", instead(lambda index: token_permuted(encoded[index]))
-    others = [index for index in range(len(plain)) if index not in locked]
-    if others:
-        yield "nearest block's", instead(lambda index: plain[min(others, key=lambda other: abs(other - index))])
 
 
 def measure(model: PreTrainedModel, ids: Tensor, context: int) -> dict[str, Any]:
@@ -174,12 +50,6 @@ def measure(model: PreTrainedModel, ids: Tensor, context: int) -> dict[str, Any]
                 found[way][name][what] = value = going_on(blocks)
                 print(f"{way}, {name}, {what}: {value:,.2f}", flush=True)
     return found
-
-
-def windows(tokenizer: Any, count: int, tokens: int) -> Tensor:
-    """(count, tokens): beginnings of the longest chapters of the Python manual that Python carries."""
-    longest = sorted(topics.values(), key=len, reverse=True)[:count]
-    return torch.stack([tokenizer(text, return_tensors="pt").input_ids[0, :tokens] for text in longest])
 
 
 def main() -> None:

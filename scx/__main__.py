@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scx.commands import audit, demo, demo_split, transcript
+from scx.commands import audit, demo, demo_split, pair, transcript
 from scx.keys import CACHE_ENCODINGS
 from scx.party.plan import CROSSINGS
 
@@ -27,11 +27,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     shown.add_argument("--picture", type=Path, default=Path("scx-demo.png"), help="default: %(default)s")
 
-    audited = commands.add_parser("audit", help="attack an encoded cache with the weights and without a key")
+    audited = commands.add_parser("audit", help="attack what is stored, lies in memory and crosses, without a key")
     audited.add_argument("--model", help="directory or hub id (default: SmolLM2-135M-Instruct)")
     audited.add_argument("--tokens", type=int, default=256, help="prompt tokens (default: %(default)s)")
     audited.add_argument("--redundant", type=int, default=64, help="redundant rows (default: %(default)s)")
     audited.add_argument("--noise", type=float, default=10.0, help="noise scale; 0: none (default: %(default)s)")
+    audited.add_argument(
+        "--only", nargs="+", choices=audit.CASES, default=(), metavar="ATTACK", help=f"of {', '.join(audit.CASES)}"
+    )
+    audited.add_argument("--json", type=Path, metavar="FILE", help="write the findings there")
+    audited.add_argument("--picture", type=Path, metavar="FILE", help="draw them there")
 
     crossed = commands.add_parser("transcript", help="show what crosses the boundary of the split placement")
     crossed.add_argument("--model", help="directory or hub id (default: SmolLM2-135M-Instruct)")
@@ -49,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     divided.add_argument("--prompt", default=demo.DEFAULT_PROMPT)
     divided.add_argument("--tokens", type=int, default=32, help="new tokens at most (default: %(default)s)")
     divided.add_argument("--crossings", choices=CROSSINGS, default="few", help="default: %(default)s")
+
+    paired = commands.add_parser("pair", help="make the credentials by which two processes know one another")
+    paired.add_argument("directory", type=Path, help="where secure.pem and worker.pem go")
     return parser
 
 
@@ -56,11 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
     if command == "audit":
-        for finding in audit.run(**options):
-            print(finding)
+        audit.run(**options)
         return 0
     if command == "transcript":
         print(transcript.run(**options))
+        return 0
+    if command == "pair":
+        try:
+            print(*pair.run(**options), sep="\n")
+        except OSError as error:
+            print(error, file=sys.stderr)
+            return 1
         return 0
     if command == "demo-split":
         return 0 if demo_split.run(**options) else 1

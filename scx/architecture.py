@@ -6,13 +6,13 @@ gated feed-forward, residual.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import (
     MistralAttention,
@@ -75,7 +75,8 @@ class ModelShape:
     """What keys need to know of a model.
 
     `first_norm_rms` is the root mean square of the first block's normalised rows, the unit of the noise scale;
-    `fingerprint` is public and tells two models apart.
+    `fingerprint` is public and tells two models apart; `max_tokens`, for how many positions a model was made, bounds
+    what is read from a file and nothing else: two shapes that differ in it alone are equal.
     """
 
     num_layers: int
@@ -86,6 +87,7 @@ class ModelShape:
     vocab_size: int
     first_norm_rms: float
     fingerprint: str
+    max_tokens: int = field(default=2**17, compare=False)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -202,7 +204,15 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         vocab_size=decoder.embed_tokens.weight.shape[0],
         first_norm_rms=root_mean_square(first.input_layernorm),
         fingerprint=fingerprint,
+        max_tokens=_max_tokens(config),
     )
+
+
+def _max_tokens(config: PreTrainedConfig) -> int:
+    """Positions that a configuration counts, or to which it scales rotary embeddings."""
+    rope = config.rope_parameters or {}
+    scaled = rope.get("original_max_position_embeddings", 0) * rope.get("factor", 1.0)
+    return max(config.max_position_embeddings, int(scaled))
 
 
 def _check_projections(decoder: Decoder) -> None:

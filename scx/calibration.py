@@ -87,19 +87,20 @@ def measure_scale(
 
     Returns: by the names of `scx.encoding.ENCODINGS`, float32 (L, D), (L, H*d) and (L, D).
     """
-    recorded: dict[str, list[Tensor]] = {"attention": [], "output": [], "feed_forward": []}
+    # By block: a hook may run one twice.
+    recorded: dict[str, dict[int, Tensor]] = {"attention": {}, "output": {}, "feed_forward": {}}
 
-    def record(name: str) -> Any:
+    def record(name: str, block: int) -> Any:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             magnitude = args[0][0].float().abs()
-            recorded[name].append(magnitude.median(dim=0).values.to(device) / 0.6745)
+            recorded[name][block] = magnitude.median(dim=0).values.to(device) / 0.6745
 
         return hook
 
     with ExitStack() as undone, _copied(*rotary):
-        for layer in layers:
+        for block, layer in enumerate(layers):
             entered = (layer.input_layernorm, layer.self_attn.o_proj, layer.post_attention_layernorm)
             for name, module in zip(recorded, entered, strict=True):
-                undone.callback(module.register_forward_pre_hook(record(name)).remove)
+                undone.callback(module.register_forward_pre_hook(record(name, block)).remove)
         run()
-    return {name: torch.stack(scales) for name, scales in recorded.items()}
+    return {name: torch.stack([scales[block] for block in sorted(scales)]) for name, scales in recorded.items()}

@@ -4,8 +4,9 @@ Index arrays and their direction are described in `scx_kernels.reference`. Notat
 rows, T = S + R, D features, H query heads, G key/value heads, d head size, L layers.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "RowKey",
     "TokenKeys",
     "inverse",
+    "noise_step",
 ]
 
 ENCODINGS = ("attention", "output", "feed_forward")
@@ -117,19 +119,20 @@ class RowKey:
     def __repr__(self) -> str:
         return "RowKey(identity)" if self.entry is None else f"RowKey(rows={self.entry.shape[1]})"
 
-    def enter(self, rows: Tensor, norm: nn.Module | None = None, noise: Tensor | None = None) -> Tensor:
+    def enter(self, rows: Tensor, norm: nn.Module | None = None, noise: "Noise | None" = None) -> Tensor:
         """(B, N, F) -> the (B, T, F) rows of this encoding, with fresh redundant rows; normalised and under noise if
-        these are given, noise (B, T, F) in the accumulation dtype."""
+        these are given."""
         redundant = self.redundant_as(rows.dtype)
+        added: dict[str, Any] = {} if noise is None else {"noise": noise.steps, "noise_step": noise.step}
         if norm is None:
             is_identity = self.entry is None and noise is None
-            return rows if is_identity else ops.inject_permute(rows, self.entry, redundant, noise=noise)
+            return rows if is_identity else ops.inject_permute(rows, self.entry, redundant, **added)
         if is_plain_rms_norm(norm) and norm.weight.dtype == rows.dtype:
             weight: Any = norm.weight
             eps: Any = norm.variance_epsilon
-            return ops.inject_permute(rows, self.entry, redundant, norm_weight=weight, eps=eps, noise=noise)
+            return ops.inject_permute(rows, self.entry, redundant, norm_weight=weight, eps=eps, **added)
         entered: Tensor = norm(rows if self.entry is None else ops.inject_permute(rows, self.entry, redundant))
-        return entered if noise is None else ops.inject_permute(entered, None, noise=noise)
+        return entered if noise is None else ops.inject_permute(entered, None, **added)
 
     def redundant_as(self, dtype: torch.dtype) -> Tensor | None:
         """The redundant rows, in the dtype of those that come."""
@@ -276,26 +279,41 @@ class TokenKeys:
         return [LayerKeys(*keys) for keys in zip(attention, output, feed_forward, strict=True)]
 
 
+def noise_step(scale: float) -> float:
+    """The grid of rows under noise of this scale: the power of two of which `scale` is 2^24 to 2^25 multiples.
+
+    Finer than float32's rounding of most sums, so that it costs no precision; coarse enough for noise to be drawn as
+    int32 and, up to 26 scales (of Laplace noise; 7 of normal), at every point (`KeyStream.laplace`).
+    """
+    return math.ldexp(1.0, math.frexp(scale)[1] - 25)
+
+
 @dataclass(frozen=True, repr=False)
 class Noise:
-    """One-time noise of a block's input, `noise` (B, T, D), and its images behind q, k and v, (B, T, N) each.
+    """One-time noise of a block's input: `steps` (B, T, D) int32, each of the public size `step`, a power of two.
 
-    dtype: `scx_kernels.accumulation_dtype` of the model's.
+    Rows are rounded to the same grid (`scx_kernels.inject_permute`), so that their sum with noise is the sum of every
+    other row with some noise: no low bits tell rows apart. `images` (B, T, N) float32 are what it becomes behind q, k
+    and v, where somebody has asked for them (`project`).
     """
 
-    noise: Tensor
-    images: tuple[Tensor, ...]
+    steps: Tensor
+    step: float
+    images: tuple[Tensor, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Noise(batch={self.noise.shape[0]}, rows={self.noise.shape[1]})"
+        return f"Noise(batch={self.steps.shape[0]}, rows={self.steps.shape[1]})"
 
-    @classmethod
-    def of(cls, noise: Tensor, projections: Sequence[nn.Module], layer: int = 0) -> "Noise":
-        """Noise with the images that a layer's projections give it now.
+    def values(self) -> Tensor:
+        """The noise itself, (B, T, D) float32."""
+        return self.steps.float().mul_(self.step)
+
+    def project(self, projections: Sequence[nn.Module], layer: int = 0) -> "Noise":
+        """The same with the images that a layer's projections give it now.
 
         Raises: ValueError for a projection that is not linear.
         """
-        return cls(noise, noise_images(projections, noise, layer))
+        return replace(self, images=noise_images(projections, self.values(), layer))
 
 
 @dataclass(frozen=True)

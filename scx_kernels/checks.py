@@ -5,7 +5,7 @@ does it where a caller wants it.
 """
 
 from collections.abc import Sequence
-from math import prod
+from math import frexp, prod
 
 import torch
 from torch import Tensor
@@ -45,10 +45,14 @@ def _check_is(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, 
 
 
 def _check_wide(x: Tensor, name: str, like: Tensor, rows: int, features: int) -> None:
-    """Noise or its image: (rows, features), or one for each sequence of `like`, in the accumulation dtype."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    if x.dtype != wide or x.device != like.device:
-        raise TypeError(f"{name}: expected {wide} on {like.device}, got {x.dtype} on {x.device}")
+    """Noise or its image in the accumulation dtype."""
+    _check_added(x, name, torch.promote_types(like.dtype, torch.float32), like, rows, features)
+
+
+def _check_added(x: Tensor, name: str, dtype: torch.dtype, like: Tensor, rows: int, features: int) -> None:
+    """(rows, features), or one for each sequence of `like`."""
+    if x.dtype != dtype or x.device != like.device:
+        raise TypeError(f"{name}: expected {dtype} on {like.device}, got {x.dtype} on {x.device}")
     if tuple(x.shape) not in ((rows, features), (like.shape[0], rows, features)):
         raise ValueError(
             f"{name}: expected shape ({like.shape[0]}, {rows}, {features}) or without batch, got {tuple(x.shape)}"
@@ -80,6 +84,7 @@ def check_inject(
     feature_index: Tensor | None,
     norm_weight: Tensor | None,
     noise: Tensor | None,
+    noise_step: float | None,
 ) -> None:
     """What `inject_permute` takes beside its rows; those are checked by `check_rows`."""
     batch, rows, features = x.shape
@@ -94,8 +99,12 @@ def check_inject(
             raise ValueError("feature_index: not together with norm_weight")
     if norm_weight is not None:
         _check_is(norm_weight, "norm_weight", (features,), x.dtype, x.device)
-    if noise is not None:
-        _check_wide(noise, "noise", x, encoded, features)
+    if (noise is None) != (noise_step is None):
+        raise ValueError("noise, noise_step: give both or neither")
+    if noise is not None and noise_step is not None:
+        _check_added(noise, "noise", torch.int32, x, encoded, features)
+        if not 2.0**-126 <= noise_step <= 2.0**126 or frexp(noise_step)[0] != 0.5:
+            raise ValueError(f"noise_step: expected a power of two between 2^-126 and 2^126, got {noise_step}")
 
 
 def check_strip(z: Tensor, position: Tensor, residual: Tensor | None, image: Tensor | None) -> None:

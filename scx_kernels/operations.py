@@ -49,7 +49,7 @@ def _encoded_rows(x: Tensor, row_index: Tensor | None) -> int:
 
 def _inject_shape(x: Tensor, row_index: Tensor | None, noise: Tensor | None, **given: Any) -> Tensor:
     checks.check_rows(x, row_index, given["redundant"])
-    checks.check_inject(x, row_index, given["feature_index"], given["norm_weight"], noise)
+    checked(checks.check_inject, given | {"x": x, "row_index": row_index, "noise": noise})
     dtype = x.dtype if noise is None else torch.float32
     return x.new_empty(x.shape[0], _encoded_rows(x, row_index), x.shape[2], dtype=dtype)
 

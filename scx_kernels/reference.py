@@ -55,7 +55,7 @@ __all__ = [
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which noise is added, multiplied and subtracted: at least float32 (bf16 keeps 8 bits)."""
+    """The dtype in which rows under noise are written and multiplied: at least float32 (bf16 keeps 8 bits)."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -75,6 +75,13 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def _add_on_grid(rows: Tensor, noise: Tensor, step: float) -> Tensor:
+    """Rows rounded to multiples of `step`, plus as many as `noise` says: exact in float64, then rounded once."""
+    wide = accumulation_dtype(rows.dtype)
+    noisy = rows.detach().to(torch.float64, copy=True).div_(step).round_().add_(noise).mul_(step).to(wide)
+    return noisy + (rows - rows.detach()).to(wide) if rows.requires_grad else noisy
+
+
 def inject_permute(
     x: Tensor,
     row_index: Tensor | None,
@@ -84,8 +91,13 @@ def inject_permute(
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     noise: Tensor | None = None,
+    noise_step: float | None = None,
 ) -> Tensor:
-    """Append redundant rows and permute: `y[b, t] = norm((x ⊕ redundant)[b, row_index[b, t]]) (+ noise[b, t])`.
+    """Append redundant rows and permute: `y[b, t] = norm((x ⊕ redundant)[b, row_index[b, t]])`, or under noise
+    `y[b, t] = round(noise_step * (rint(norm(...) / noise_step) + noise[b, t]))`.
+
+    Rows and noise lie on one grid, so their exact sum is a sum of any other row on it and some noise; rounding that sum
+    once, to the accumulation dtype, tells no more than the sum does.
 
     Args:
         x: (B, N, D), any floating dtype; N rows in any order (token order, or another encoding's).
@@ -95,14 +107,17 @@ def inject_permute(
             Not of redundant rows, and not together with a norm.
         norm_weight: (D,) of x's dtype: RMS norm on every row, as in Llama; None for no norm.
         eps: added to the mean square under the root.
-        noise: (T, D) or (B, T, D) in `accumulation_dtype(x.dtype)`, in encoded order, or None.
+        noise: (T, D) or (B, T, D) int32, in multiples of `noise_step` and in encoded order, or None.
+        noise_step: a power of two, with noise: the grid to which rows are rounded, to nearest and ties to even. The
+            gradient passes the rounding as if it were not there.
 
-    Returns: (B, T, D) of x's dtype; in the accumulation dtype under noise.
+    Returns: (B, T, D) of x's dtype; in `accumulation_dtype(x.dtype)` under noise.
     Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
-    Source: SCX, prefill, "encode"; Zhang and Sennrich, RMSNorm (arXiv 1910.07467).
+    Source: SCX, prefill, "encode"; Zhang and Sennrich, RMSNorm (arXiv 1910.07467); why a grid: Mironov, On significance
+        of the least significant bits for differential privacy (CCS 2012).
     """
     check_rows(x, row_index, redundant)
-    check_inject(x, row_index, feature_index, norm_weight, noise)
+    check_inject(x, row_index, feature_index, norm_weight, noise, noise_step)
     if feature_index is not None:
         heads = x.unflatten(-1, feature_index.shape[1:]).transpose(1, 2)
         x = permute_features(heads, feature_index).transpose(1, 2).flatten(2)
@@ -116,7 +131,7 @@ def inject_permute(
         rows[sequence, place] = redundant[sequence, row_index[sequence, place] - x.shape[1]]
     if norm_weight is not None:
         rows = _rms_norm(rows, norm_weight, eps)
-    return rows if noise is None else rows.to(accumulation_dtype(x.dtype)) + noise
+    return rows if noise is None or noise_step is None else _add_on_grid(rows, noise, noise_step)
 
 
 def strip_restore(
@@ -152,11 +167,12 @@ def permuted_linear(
     scatter_index: Tensor | None = None,
     out_rows: int | None = None,
 ) -> Tensor:
-    """Permuted-gather product: `inject_permute(x, row_index, redundant, noise=noise) @ weight.T - image + bias`.
+    """Permuted-gather product: `(inject_permute(x, row_index, redundant) + noise) @ weight.T - image + bias`.
 
     Rows that carry noise, added here or before (x in the accumulation dtype of a half-precision weight), are
     multiplied in the accumulation dtype, or as two half-precision terms summed in float32; the image is subtracted
-    before the one rounding. So the noise costs no more precision than float32 loses.
+    before the one rounding. So the noise costs no more precision than float32 loses. What is added here is never
+    written to memory, and needs no grid.
 
     Args:
         x: (B, N, D) of weight's dtype, or float32.
@@ -175,7 +191,8 @@ def permuted_linear(
     Raises: TypeError, ValueError naming the argument whose dtype, shape or device does not fit.
     """
     check_linear(x, weight, row_index, redundant, bias, noise, image, scatter_index, out_rows)
-    rows = inject_permute(x, row_index, redundant, noise=noise)
+    rows = inject_permute(x, row_index, redundant)
+    rows = rows if noise is None else rows.to(accumulation_dtype(x.dtype)) + noise
     noisy = rows.dtype != weight.dtype
     if not noisy and image is None:
         product = F.linear(rows, weight, bias)

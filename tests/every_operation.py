@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from parity import DEVICE, integers, permutations, randn
+from parity import DEVICE, integers, noise_steps, permutations, randn
 
 import scx_kernels as ops
 
@@ -21,7 +21,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[tuple, dic
     row_index = permutations(2, 8)
     weight, bias = randn(16, 24, dtype=dtype), randn(16, dtype=dtype)
     if name == "inject_permute":
-        return (x, row_index, redundant), {"norm_weight": randn(24, dtype=dtype), "eps": 1e-5, "noise": randn(2, 8, 24)}
+        return (x, row_index, redundant), {"norm_weight": randn(24, dtype=dtype), "eps": 1e-5, **noise_steps(2, 8, 24)}
     if name == "strip_restore":
         z, position = randn(2, 8, 24, dtype=dtype), row_index[:, :5].contiguous()
         return (z, position, x), {"image": randn(2, 8, 24)}

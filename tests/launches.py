@@ -62,8 +62,8 @@ def inject() -> Any:
 
 
 def inject_noisy_heads() -> Any:
-    noise = randn(2, 8, WIDTH, dtype=torch.float32)
-    return rows.inject_permute, (randn(2, 8, WIDTH), None), {"feature_index": index(2, HEADS, SIZE), "noise": noise}
+    noise = {"noise": torch.ones(2, 8, WIDTH, dtype=torch.int32), "noise_step": 0.25}
+    return rows.inject_permute, (randn(2, 8, WIDTH), None), {"feature_index": index(2, HEADS, SIZE), **noise}
 
 
 def strip() -> Any:

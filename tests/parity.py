@@ -187,6 +187,11 @@ def integers(*values: int) -> Tensor:
     return torch.tensor(values, device=DEVICE)
 
 
+def noise_steps(*shape: int, size: float = 8.0) -> dict[str, Any]:
+    """Noise for `inject_permute`, `size` times as large as `randn`."""
+    return {"noise": (2.0**22 * size * torch.randn(*shape, device=DEVICE)).int(), "noise_step": 2.0**-22}
+
+
 def nans(*shape: int, dtype: torch.dtype, layout: str = "plain") -> Tensor:
     return randn(*shape, dtype=dtype, layout="plain" if layout == "expanded" else layout).fill_(float("nan"))
 

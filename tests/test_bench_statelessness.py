@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from bench import statelessness
-from bench.statelessness import Held, attempts, encoded_and_plain, losses, measure, protected, token_permuted
+from bench.statelessness import measure
+from scx.audit import continuing
+from scx.audit.continuing import Held, attempts, losses, protected, token_permuted
+from scx.commands.audit.subject import encoded_and_plain
 
 FIRST, COUNT = 20, 12
 
@@ -47,7 +49,7 @@ def test_an_order_of_rows_hides_nothing_from_attention(
     model: PreTrainedModel, ids: Tensor, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without redundant rows, token-permuted caches give the same losses: masks follow the rows."""
-    monkeypatch.setattr(statelessness, "REDUNDANT", 0)
+    monkeypatch.setattr(continuing, "REDUNDANT", 0)
     encoded, _ = encoded_and_plain(model, ids[:, :-1])
     expected = losses(model, encoded, ids, FIRST, alone=alone)
     found = losses(model, [token_permuted(held) for held in encoded], ids, FIRST, alone=alone)
@@ -57,7 +59,7 @@ def test_an_order_of_rows_hides_nothing_from_attention(
 def test_redundant_rows_are_seen(model: PreTrainedModel, ids: Tensor) -> None:
     encoded, _ = encoded_and_plain(model, ids[:, :FIRST])
     found = [token_permuted(held) for held in encoded]
-    assert {held.keys.shape[2] for held in found} == {FIRST + statelessness.REDUNDANT}
+    assert {held.keys.shape[2] for held in found} == {FIRST + continuing.REDUNDANT}
     difference = losses(model, found, ids, FIRST) - losses(model, encoded, ids, FIRST)
     assert difference.abs().max() > 1e-2
 

@@ -54,8 +54,8 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def assert_close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+def assert_close(got: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def decoded(cache: EncodedCache) -> list[Tensor]:
@@ -77,11 +77,11 @@ class Twins:
         for cache in (self.plain_cache, self.cache):
             change(cache)
 
-    def step(self, count: int = 1, batch: int | None = None, seed: int = 5) -> None:
+    def step(self, count: int = 1, batch: int | None = None, seed: int = 5, tolerance: float = 1e-4) -> None:
         """A pass over both caches gives the same logits."""
         ids = self.prompt(count, self.cache.rows if batch is None else batch, seed)
         expected = self.plain(ids, past_key_values=self.plain_cache).logits
-        assert_close(self.encoded(ids, past_key_values=self.cache).logits, expected)
+        assert_close(self.encoded(ids, past_key_values=self.cache).logits, expected, tolerance)
 
 
 @pytest.fixture
@@ -143,10 +143,12 @@ class TestReplaced:
     def test_a_permuted_cache_is_what_its_holder_makes_of_it(self, twins, name: str) -> None:
         """Edits that treat all features alike do the same as in a plain cache, right after the prompt and later on."""
         pair = twins("permuted")
+        # A value between two steps of a coarser kind of number may fall on either side: of half precision, 2^-11 apart.
+        tolerance = 1e-3 if name == "values through half precision" else 1e-4
         for count in (4, 1, 1):
             pair.edit(EDITS[name])
-            pair.step(count)
-            pair.step()
+            pair.step(count, tolerance=tolerance)
+            pair.step(tolerance=tolerance)
 
     @torch.no_grad()
     @pytest.mark.parametrize("name", EDITS)

@@ -14,6 +14,7 @@ from test_split import reachable
 from tiny import FAMILIES, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional
+from workers import SECONDS, SECURE, honest, running
 
 import scx_kernels as ops
 from scx import (
@@ -27,10 +28,11 @@ from scx import (
 from scx.keystream import KeyStream, Secret
 from scx.models.llama import model_shape
 from scx.party.attention import attend, compare_attention
-from scx.party.boundary import PartyLostError, Request
+from scx.party.boundary import PartyLostError, Request, Rule
 from scx.party.freivalds import GROUP, Sketch, draw_vectors, gamma
 from scx.party.integrity import IntegrityError, Verifier, checked_attention_rows
 from scx.party.plan import Plan
+from scx.party.process import RemoteParty
 from scx.party.secure import split_plan
 from scx.party.transcript import expected_bytes
 from scx.party.untrusted import UntrustedParty
@@ -206,8 +208,8 @@ class Liar:
         self.honest, self.operation, self.block, self.alter = honest, operation, block, alter
         self.lies = 0
 
-    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]:
-        reply = self.honest.begin(request)
+    def begin(self, request: Request, rule: Rule) -> Callable[[], Mapping[str, Tensor]]:
+        reply = self.honest.begin(request, rule)
         if (request.operation, request.block) != (self.operation, self.block):
             return reply
         self.lies += 1
@@ -578,6 +580,43 @@ def test_weights_are_read_from_the_checkpoint_once(prompt, tmp_path) -> None:
         encode_llama(model, keys, "cpu", untrusted=remote, **VERIFIED)
 
 
+@torch.no_grad()
+def test_a_worker_is_verified(prompt) -> None:
+    """Over the real channel: what is inside a feed-forward is read to the byte it must have."""
+    model, ids = tiny_model(layers=4).cpu(), prompt(9).cpu()
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False)
+    keys, shape = keys_for(model), model_shape(model)
+    remote = RemoteParty(
+        split_plan(keys, shape, "paper", False, verify=True), shape.fingerprint, timeout=SECONDS, credentials=SECURE
+    )
+    with running(honest(remote.address)):
+        remote.connect()
+        encode_llama(model, keys, "cpu", untrusted=remote, **VERIFIED)
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), plain)
+        remote.close()
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+@torch.no_grad()
+def test_every_block_of_a_generation_may_be_checked(prompt) -> None:
+    """Where all blocks are protected, a lie about a generated token is noticed in each, and nothing runs unchecked."""
+    model, ids = tiny_model(layers=4), prompt(9)
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False)
+    keys = keys_for(model, decode_start_layers=[0], decode_end_layers=[1, 2, 3])
+    encode_llama(model, keys, "cpu", **VERIFIED)
+    with record_transcript(model) as transcript:
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), plain)
+    assert not transcript.select(stage="generation", name="hidden")
+    boundary = model.model._scx.party.boundary
+    honest = boundary._receiver
+    for block in range(4):
+        cache = model(ids).past_key_values
+        lie(model, "project_qkv", block, lambda request, reply: {name: -x for name, x in reply.items()})
+        with pytest.raises(IntegrityError, match=f"project_qkv, block {block}"):
+            model(ids[:, :1], past_key_values=cache)
+        boundary._receiver = honest
+
+
 @dataclass
 class Beside:
     """A party with weights of its own, in this process."""
@@ -585,8 +624,8 @@ class Beside:
     plan: Plan
     party: UntrustedParty
 
-    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]:
-        return self.party.begin(request)
+    def begin(self, request: Request, rule: Rule) -> Callable[[], Mapping[str, Tensor]]:
+        return self.party.begin(request, rule)
 
 
 # Refusals

@@ -58,7 +58,7 @@ def test_noise(dtype, tile, cancelled):
     noise = 8 * randn(17, 100)
     image = reference.noise_image(noise[None].double(), args[1].double())[0].float() if cancelled else None
     got = run_kernel(product.permuted_linear, *args, noise=noise, image=image, tile=tile)
-    rows = reference.inject_permute(args[0], args[2], args[3], noise=noise)
+    rows = reference.inject_permute(args[0], args[2], args[3]).float() + noise
     before = run_kernel(product.permuted_linear, rows, args[1], None, None, args[4], image=image, tile=tile)
     assert torch.equal(got, before), "noise added in the load or in a pass before it"
     assert got.dtype == (dtype if cancelled else torch.float32)

@@ -3,8 +3,11 @@
 import copy
 import io
 import logging
+import os
 import pickle
 import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from scx.encoding import ENCODINGS, Noise, RedundantScale, TokenKeys, inverse
-from scx.keys import ModelShape, SCXKeyGenerator, Session
+from scx.encoding import ENCODINGS, RedundantScale, TokenKeys, inverse
+from scx.keys import Branch, ModelShape, SCXKeyGenerator, Session
 from scx.keystream import KeyStream, Secret
 from scx_kernels import check_permutation
 
@@ -57,7 +60,7 @@ def test_session_keys_are_hkdf_of_the_session_secret() -> None:
 
     one = session(b"\5" * 16)
     secret = hkdf(MASTER, "scx session v1", b"\5" * 16)
-    branch = hkdf(secret, "scx branch v1", bytes(16))
+    branch = hkdf(secret, "scx branch v1", bytes.fromhex(one.branch))
     permutations = "feature permutations of K and V"
     expected = KeyStream(Secret(secret)).permutations(permutations, [(0, 0, 0)], 16, 4)
     assert torch.equal(one.feature_key(0, CPU).key[0], expected[0, :2])
@@ -81,14 +84,14 @@ def test_a_forked_process_draws_one_time_keys_of_its_own(monkeypatch: pytest.Mon
     """A fork copies the counters; the child must not go on under its parent's."""
     parent, child = session(alp=True), session(alp=True)
     for one in (parent, child):
-        one.take_noise(1, 1, torch.float32, CPU)
+        one.take_noise(1, 1, CPU)
     monkeypatch.setattr("os.getpid", lambda: -1)
-    fresh = child.draw_token_keys(40, 1, None, torch.float32), child.take_noise(1, 1, torch.float32, CPU)
+    fresh = child.draw_token_keys(40, 1, None, torch.float32), child.take_noise(1, 1, CPU)
     monkeypatch.undo()
-    mine = parent.draw_token_keys(40, 1, None, torch.float32), parent.take_noise(1, 1, torch.float32, CPU)
+    mine = parent.draw_token_keys(40, 1, None, torch.float32), parent.take_noise(1, 1, CPU)
     assert child.branch != parent.branch
     assert not torch.equal(fresh[0].entry, mine[0].entry)
-    assert not torch.equal(fresh[1], mine[1])
+    assert not torch.equal(fresh[1].steps, mine[1].steps)
     assert torch.equal(child.feature_key(1, CPU).key, parent.feature_key(1, CPU).key)
 
 
@@ -122,7 +125,9 @@ def test_every_draw_is_a_permutation(size: int, count: int) -> None:
     assert torch.equal(inverse(drawn).gather(-1, drawn), torch.arange(size).expand(drawn.shape))
 
 
-@pytest.mark.parametrize(("name", "variance", "fourth"), [("normal", 1.0, 3.0), ("laplace", 2.0, 24.0)])
+@pytest.mark.parametrize(
+    ("name", "variance", "fourth"), [("normal", 1.0, 3.0), ("fine_normal", 1.0, 3.0), ("laplace", 2.0, 24.0)]
+)
 def test_noise_has_its_distribution(name: str, variance: float, fourth: float) -> None:
     drawn = getattr(stream(), name)("moments", [(0, 0, 0)], 1_000_000)[0].double()
     assert drawn.isfinite().all()
@@ -136,10 +141,91 @@ def test_noise_has_its_distribution(name: str, variance: float, fourth: float) -
 def test_same_master_key_and_session_give_the_same_keys() -> None:
     a, b = session(redundant_num=4), session(redundant_num=4)
     assert torch.equal(a.feature_key(1, CPU).key, b.feature_key(1, CPU).key)
-    first, second = (s.draw_token_keys(7, 1, scale(), torch.float32) for s in (a, b))
+    assert a.derive_key("a").reveal() == b.derive_key("a").reveal()
+
+
+def test_one_session_opened_twice_has_one_time_keys_of_its_own_each_time() -> None:
+    """Two generators with one master key may open one id: nothing that is for once is drawn by both."""
+    a, b = session(redundant_num=4, alp=True), session(redundant_num=4, alp=True)
+    assert a.branch != b.branch
+    first, second = (s.draw_token_keys(40, 1, scale(), torch.float32) for s in (a, b))
+    for encoding in range(len(ENCODINGS)):
+        assert not torch.equal(first.entry[encoding], second.entry[encoding])
+        assert not torch.equal(first.redundant[encoding], second.redundant[encoding])
+    noise = [s.take_noise(1, 1, torch.float32, CPU) for s in (a, b)]
+    assert not torch.equal(*noise)
+    writes = [s.take_writes(1, 5, CPU) for s in (a, b)]
+    assert torch.equal(writes[0].numbers, writes[1].numbers)
+    keys = [s.sealing(0, own.numbers, own.branch).key for s, own in zip((a, b), writes, strict=True)]
+    assert not torch.equal(*keys)
+
+
+def test_the_same_branch_draws_the_same_one_time_keys() -> None:
+    """A draw is a function of the secret and its name: the same on any machine."""
+    wanted = generator(redundant_num=4).settings(SHAPE)
+    first, second = (
+        Branch(Secret(MASTER), bytes(16), wanted, SHAPE).draw_token_keys(7, 1, scale(), torch.float32) for _ in range(2)
+    )
     for encoding in range(len(ENCODINGS)):
         assert torch.equal(first.entry[encoding], second.entry[encoding])
         assert torch.equal(first.redundant[encoding], second.redundant[encoding])
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2]])
+def test_token_keys_of_some_layers_go_with_the_residual_stream_of_a_pass(layers: list[int]) -> None:
+    """They lead out of that order and back into it, under permutations that no other draw has."""
+    one = session(redundant_num=4)
+    whole = one.draw_token_keys(30, 1, scale(), torch.float32)
+    some = one.draw_token_keys(30, 1, scale(), torch.float32, layers=layers, residual=whole.residual)
+    assert some.entry.shape == (3, len(layers), 1, 34)
+    assert torch.equal(some.residual.entry, whole.residual.entry)
+    rows = torch.randn(1, 34, 96)
+    for place, layer in enumerate(layers):
+        fresh, known = some.layers()[place], whole.layers()[layer]
+        assert not torch.equal(fresh.attention.entry, known.attention.entry)
+        in_order = fresh.attention.leave(fresh.attention.enter(rows))
+        assert torch.equal(in_order, whole.residual.leave(rows))
+
+
+def test_threads_that_find_themselves_in_a_new_process_begin_one_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of one branch under the key of another would meet that branch's own."""
+    one = session()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with ThreadPoolExecutor(16) as pool:
+        branches = set(pool.map(lambda _: one.branch, range(64)))
+    assert len(branches) == 1
+
+
+def in_a_child(work: Callable[[], bytes]) -> bytes:
+    """What `work` gives in a fork of this process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, work())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        found = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="waits for a system that forks")
+def test_a_child_with_the_number_of_an_earlier_process_has_a_branch_of_its_own(monkeypatch) -> None:
+    """Process numbers come round: a grandchild may have that of its grandparent."""
+    one, number = session(), os.getpid()
+    parent = one.branch
+
+    def child() -> bytes:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: number)
+            patch.setattr("secrets.token_bytes", os.urandom)
+            return one.branch.encode()
+
+    children = {in_a_child(child).decode() for _ in range(3)}
+    assert len(children) == 3
+    assert parent not in children
+    assert one.branch == parent
 
 
 def test_keys_differ_by_everything_that_names_them() -> None:
@@ -208,22 +294,41 @@ def test_redundant_rows_follow_the_scale() -> None:
 
 def test_noise_is_never_given_out_twice() -> None:
     one = session(alp=True, noise_scale=7.0)
-    taken = [one.take_noise(1, 1, torch.float32, CPU) for _ in range(80)]
-    rows = torch.cat([*taken, *(one.take_noise(1, 5, torch.float32, CPU) for _ in range(2))], dim=1)[0]
+    taken = [one.take_noise(1, 1, CPU) for _ in range(80)]
+    taken += [one.take_noise(1, 5, CPU) for _ in range(2)]
+    rows = torch.cat([noise.values() for noise in taken], dim=1)[0]
     assert rows.unique(dim=0).shape[0] == 90
     assert abs(rows.abs().mean() - 7.0) < 0.5  # the mean magnitude of Laplace(0, b) is b
 
 
 def test_noise_is_drawn_for_what_it_covers() -> None:
-    """Rows drawn ahead do not pass from one batch size, dtype or unit of scale to another; half precision's are
-    float32."""
+    """Rows drawn ahead do not pass from one batch size or unit of scale to another, nor does the grid."""
     one = session(alp=True, noise_scale=1.0)
-    first = one.take_noise(2, 1, torch.float32, CPU)
-    assert one.take_noise(3, 1, torch.float32, CPU).shape == (3, 1, 96)
-    assert not torch.equal(one.take_noise(2, 1, torch.float32, CPU), first)
-    assert one.take_noise(2, 1, torch.float64, CPU).dtype == torch.float64
-    assert one.take_noise(2, 1, torch.bfloat16, CPU).dtype == torch.float32
-    assert one.take_noise(2, 1, torch.bfloat16, CPU, rms=1e6).abs().mean() > 1e5
+    first = one.take_noise(2, 1, CPU)
+    assert one.take_noise(3, 1, CPU).steps.shape == (3, 1, 96)
+    assert not torch.equal(one.take_noise(2, 1, CPU).steps, first.steps)
+    wide = one.take_noise(2, 1, CPU, rms=1e6)
+    assert wide.values().abs().mean() > 1e5
+    assert (first.step, wide.step) == (2.0**-24, 2.0**-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tail", "largest"), [("laplace", 2.0**63 * 5.1e-12, 44.3), ("fine_normal", 2.0**63 * 2.6e-12, 9.1)]
+)
+def test_noise_leaves_no_gaps(monkeypatch: pytest.MonkeyPatch, name: str, tail: float, largest: float) -> None:
+    """Neighbouring draws are less than a step of the grid apart, in the middle and where odds are below 1e-11, and
+    signs are symmetric: no row is excluded because its noise cannot be drawn."""
+    near = torch.arange(4096)
+    least = torch.iinfo(torch.int64).min
+    for draws in (int(tail) + near, torch.iinfo(torch.int64).max - 2**10 * near, 2**62 + 2**10 * near):
+        both = torch.stack((draws, draws + least))
+        monkeypatch.setattr(KeyStream, "bits", lambda *given, both=both: both)
+        drawn, mirrored = getattr(stream(), name)("any", [(0, 0, 0)], len(near))
+        assert 0 < drawn.diff().abs().max() < 2.0**-25
+        assert torch.equal(drawn, -mirrored)
+    monkeypatch.setattr(KeyStream, "bits", lambda *given: torch.tensor([[0, least]]))
+    ends = getattr(stream(), name)("any", [(0, 0, 0)], 2)[0] * 2**25
+    assert largest * 2**25 < ends[0] == -ends[1] < torch.iinfo(torch.int32).max
 
 
 def test_torch_seed_has_no_part_in_keys() -> None:
@@ -239,7 +344,7 @@ def test_master_keys_come_from_the_operating_system(monkeypatch: pytest.MonkeyPa
     asked = []
     monkeypatch.setattr("secrets.token_bytes", lambda size: asked.append(size) or bytes(size))
     SCXKeyGenerator(10, 96, 16).open_session(SHAPE, 1)
-    assert asked == [32, 16]
+    assert asked == [32, 16, 16]  # master key, id, branch
 
 
 def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture) -> None:
@@ -260,7 +365,7 @@ def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture) -> None:
         layer,
         layer.output,
     ]
-    shown.append(Noise.of(one.take_noise(1, 2, torch.float32, CPU), [torch.nn.Linear(96, 2)]))
+    shown.append(one.take_noise(1, 2, CPU).project([torch.nn.Linear(96, 2)]))
     text = " ".join(f"{thing!r} {thing!s}" for thing in shown) + caplog.text
     assert MASTER.hex() not in text
     assert str(MASTER) not in text

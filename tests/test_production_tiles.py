@@ -22,6 +22,7 @@ from parity import (
     integers,
     inverse,
     nans,
+    noise_steps,
     permutations,
     randn,
     run_kernel,
@@ -216,8 +217,8 @@ def inject(
     row_index = permutations(1, tokens + decoys)
     options = {
         "norm_weight": randn(features, dtype=dtype) if norm else None,
-        "noise": 8 * randn(tokens + decoys, features) if noisy else None,
         "feature_index": permutations(1, heads, real) if heads else None,
+        **(noise_steps(tokens + decoys, features) if noisy else {}),
     }
     out = nans(1, tokens + decoys, features, dtype=torch.float32 if noisy else dtype)
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from scx.encoding import Noise
-from scx.projections import project_noisy, project_quiet
+from scx.projections import noise_images, project_noisy, project_quiet
 from scx_kernels import accumulation_dtype
 
 IN, OUT = 48, 20
@@ -68,7 +67,7 @@ def test_noise_comes_off(kind: str, dtype: torch.dtype, rows: int) -> None:
     expected = projection.to(wide)(x.to(wide))
     projection.to(dtype)
     tolerance = 8 * torch.finfo(dtype).eps if dtype != wide else 1e-4
-    (image,) = Noise.of(noise, [projection]).images
+    (image,) = noise_images([projection], noise)
     (quiet,) = project_quiet([projection], x.to(wide) + noise, noise)
     for product in (project_noisy(projection, x.to(wide) + noise, image), quiet):
         assert product.dtype == dtype
@@ -83,7 +82,7 @@ def test_the_image_is_of_the_weights_as_they_are() -> None:
     """A weight written to in place, past every counter of versions, changes the image with the product."""
     projection, x, noise = nn.Linear(IN, OUT), torch.randn(1, 1, IN), torch.randn(1, 1, IN)
     for _ in range(2):
-        (image,) = Noise.of(noise, [projection]).images
+        (image,) = noise_images([projection], noise)
         torch.testing.assert_close(project_noisy(projection, x + noise, image), projection(x), rtol=1e-4, atol=1e-4)
         projection.weight.data.mul_(3.0)
 
@@ -107,7 +106,7 @@ BENT: dict[str, Callable[[], Any]] = {
 def test_what_is_not_linear_is_refused_by_name(kind: str) -> None:
     noise = 10 * torch.randn(1, 1, IN)
     with pytest.raises(ValueError, match=r"layers.4.self_attn.k_proj \((Linear|Adapted)\): alp=True needs a linear"):
-        Noise.of(noise, [nn.Linear(IN, OUT), BENT[kind]()], layer=4)
+        noise_images([nn.Linear(IN, OUT), BENT[kind]()], noise, layer=4)
 
 
 def test_gradients_are_those_of_the_rows_alone() -> None:

@@ -1,6 +1,7 @@
 """A real Llama on real text: SmolLM2-135M-Instruct gives the same tokens, plain and encoded."""
 
 import importlib.util
+import json
 import re
 
 import pytest
@@ -101,3 +102,17 @@ def test_transcript(path, capsys) -> None:
     ):
         assert there.replace(" bytes there", "").removesuffix(" back") == back
     assert shown.count("by the formula") == 3
+
+
+def test_the_audit_reads_english(path, tmp_path) -> None:
+    """The command on its own text: all of a permuted cache, nothing of a sealed one; and what it writes says where it
+    comes from."""
+    written = tmp_path / "audit.json"
+    assert main(["audit", "--tokens", "48", "--only", "values", "features", "--json", str(written)]) == 0
+    content = json.loads(written.read_text())
+    found = {(x["attack"], x["setting"]): x["value"] / x["of"] for x in content["findings"]}
+    assert found["V of block 1", "stored cache, permuted"] == 1.0
+    assert found["V of block 1", "stored cache, sealed"] < 0.1
+    assert found["first 16 tokens known", "stored cache, permuted, all blocks"] > 0.99
+    assert content["settings"]["model"] == path.name
+    assert content["provenance"]["commit"]

@@ -169,7 +169,7 @@ def test_draws_are_the_same_bits_on_either_device(dtype, count, streams) -> None
         assert drawn.device == CUDA
         assert (drawn.shape, drawn.dtype) == ((len(streams), count), dtype) == (on_cpu.shape, on_cpu.dtype)
         assert torch.equal(drawn.cpu(), on_cpu)
-        for draw in (stream.normal, stream.laplace):
+        for draw in (stream.normal, stream.fine_normal, stream.laplace):
             assert torch.equal(draw("other", streams, count, CUDA).cpu(), draw("other", streams, count))
         permutations = stream.permutations("third", streams, count, 2, CUDA).cpu()
         assert torch.equal(permutations, stream.permutations("third", streams, count, 2))

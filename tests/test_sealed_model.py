@@ -563,7 +563,7 @@ class TestRefused:
         with encoded_llama(llama, keys_for(llama)):
             cache = llama(prompt(4)).past_key_values
             before = [x.clone() for x in stored(cache)]
-            cache.session.one_time.writes = ops.WriteCounter(count=2**31)
+            cache.session.one_time._writes = ops.WriteCounter(count=2**31)
             with pytest.raises(OverflowError, match="write numbers"):
                 llama(prompt(1), past_key_values=cache)
             assert cache.get_seq_length() == 4

@@ -35,7 +35,7 @@ from scx.keystream import KeyStream, Secret
 from scx.models.llama import model_shape
 from scx.models.step import Step
 from scx.party import MESSAGES, PartyLostError, Plan, SecureParty, SplitCache, UntrustedParty
-from scx.party.boundary import Request
+from scx.party.boundary import Request, Rule
 from scx.party.prefill import Prefill
 from scx.party.replies import ReplyRule
 from scx.party.secure import split_plan
@@ -628,7 +628,7 @@ def test_the_secure_side_works_while_the_other_does(prompt, monkeypatch) -> None
         def __init__(self, party: UntrustedParty) -> None:
             self.party = party
 
-        def begin(self, request: Request):
+        def begin(self, request: Request, rule: Rule):
             events.append((f"begin {request.operation}", request.block))
 
             def wait():

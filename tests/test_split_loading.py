@@ -35,7 +35,7 @@ from scx.calibration import CALIBRATION_TOKENS
 from scx.encoding import RedundantScale
 from scx.models.llama import model_shape
 from scx.party import PartyLostError, UntrustedParty
-from scx.party.boundary import Request
+from scx.party.boundary import Request, Rule
 from scx.party.loading import weight_bytes
 from scx.party.process import RemoteParty
 from scx.party.secure import split_plan
@@ -361,7 +361,7 @@ def test_decoding_leaves_the_secure_part(save, prompt) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(save, prompt) -> None:
+def test_two_processes(save, prompt, tmp_path) -> None:
     """The secure process has its part, the worker the whole model: the plain model's tokens, and the scale of redundant
     rows from over there."""
     plain, path = save("qwen3", max_shard_size="300KB")
@@ -370,7 +370,10 @@ def test_two_processes(save, prompt) -> None:
     model = load_secure_model(path, keys)
     shape = model_shape(model)
     remote = RemoteParty(split_plan(keys, shape, "few", False), shape.fingerprint, timeout=120)
-    command = [sys.executable, "-m", "scx.party.worker", "--connect", remote.address, "--model", str(path)]
+    credentials = tmp_path / "worker.pem"
+    remote.save_worker_credentials(credentials)
+    told = ["--connect", remote.address, "--credentials", str(credentials), "--model", str(path)]
+    command = [sys.executable, "-m", "scx.party.worker", *told]
     worker = subprocess.Popen(command, cwd=Path(__file__).parents[1])
     try:
         with encoded_llama(model, keys, "cpu", untrusted=remote), record_transcript(model) as transcript:
@@ -463,7 +466,7 @@ class Lying:
         self.party, self.change, self.plan = party, change, party.plan
         self.is_honest = False
 
-    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]:
+    def begin(self, request: Request, rule: Rule) -> Callable[[], Mapping[str, Tensor]]:
         reply = self.party.receive(request)
         if request.operation == "calibrate" and not self.is_honest:
             reply = self.change(dict(reply))

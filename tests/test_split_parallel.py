@@ -47,15 +47,18 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(saved) -> Iterator[Callable[..., Worker | subprocess.Popen]]:
-    """Start a worker for an address, a process of its own or torchrun's; what still runs at the end of the test is
+def start(saved, tmp_path) -> Iterator[Callable[..., Worker | subprocess.Popen]]:
+    """Start a worker of a party, a process of its own or torchrun's; what still runs at the end of the test is
     ended."""
     started: list[Worker | subprocess.Popen] = []
 
     def start_process(
-        address: str, *launcher: str, fails: bool = False, **environment: str
+        remote: RemoteParty, *launcher: str, fails: bool = False, **environment: str
     ) -> Worker | subprocess.Popen:
-        arguments = ["--connect", address, "--model", str(saved), "--device", DEVICE]
+        credentials = tmp_path / f"worker {len(started)}.pem"
+        remote.save_worker_credentials(credentials)
+        told = ["--connect", remote.address, "--credentials", str(credentials)]
+        arguments = [*told, "--model", str(saved), "--device", DEVICE]
         if launcher:
             command = [sys.executable, *launcher, *arguments]
             started.append(subprocess.Popen(command, cwd=Path(__file__).parents[1]))
@@ -93,13 +96,13 @@ def kinds(crossings: list[Crossing]) -> list[tuple]:
     return [(x.direction, x.stage, x.block, x.operation, x.name, x.shape, x.dtype) for x in crossings]
 
 
-def start_ranks(start, address: str, last_fails: bool = False) -> tuple[TCPStore, list[Worker]]:
+def start_ranks(start, remote: RemoteParty, last_fails: bool = False) -> tuple[TCPStore, list[Worker]]:
     """Ranks without torchrun, which would end the others when one is lost."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     ranks = [
         start(
-            address,
+            remote,
             fails=last_fails and rank == RANKS - 1,
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), **common},
         )
@@ -129,7 +132,7 @@ def check_parity(model: PreTrainedModel, crossings: str, ids: Tensor, prefill_to
 def test_ranks_of_torchrun(start, prompt) -> None:
     """Three ranks are to the secure side as one process is, the head of prefills included, and end when that does."""
     model, remote = split_over_processes("few", prefill_top_k=5)
-    torchrun = start(remote.address, *TORCHRUN)
+    torchrun = start(remote, *TORCHRUN)
     remote.connect()
     check_parity(model, "few", prompt(PROMPT, batch=2).cpu(), prefill_top_k=5)
     remote.close()
@@ -143,9 +146,9 @@ def test_killed_rank_costs_no_token(start, prompt) -> None:
     """A rank that is not rank 0 is killed in the middle of a generation: the secure side hears of it in time, the other
     ranks end, and the next worker takes the conversation up."""
     model, remote = split_over_processes("paper")
-    _store, ranks = start_ranks(start, remote.address)
+    _store, ranks = start_ranks(start, remote)
     remote.connect()
-    start(remote.address)
+    start(remote)
     check_parity(model, "paper", prompt(PROMPT, batch=2).cpu())
     ids = prompt(PROMPT).cpu()
     plain = parallel_model().generate(ids, max_new_tokens=NEW, do_sample=False)[0, PROMPT:].tolist()
@@ -178,7 +181,7 @@ def test_killed_rank_costs_no_token(start, prompt) -> None:
 def test_rank_that_fails_alone(start, prompt) -> None:
     """A request that fails on one rank is answered by an error, and no rank waits for another in the next one."""
     model, remote = split_over_processes("few")
-    _store, ranks = start_ranks(start, remote.address, last_fails=True)
+    _store, ranks = start_ranks(start, remote, last_fails=True)
     remote.connect()
     begun = time.monotonic()
     with pytest.raises(PartyLostError, match="project_qkv, block 0: worker 1"):
@@ -192,7 +195,7 @@ def test_ranks_must_divide_heads(saved, monkeypatch, capsys, size: int) -> None:
     """Nine query and three key/value heads: other numbers than one and three are refused before anything is loaded."""
     monkeypatch.setenv("WORLD_SIZE", str(size))
     with pytest.raises(SystemExit):
-        main(["--connect", "127.0.0.1:1", "--model", str(saved)])
+        main(["--connect", "127.0.0.1:1", "--credentials", "none.pem", "--model", str(saved)])
     expected = f"{size} ranks do not divide 9 query and 3 key/value heads; expected one of 1, 3"
     assert expected in capsys.readouterr().err
 
@@ -201,7 +204,7 @@ def test_device_of_ranks(saved, monkeypatch, capsys) -> None:
     """transformers chooses the kind of device for several ranks: another is refused by name."""
     monkeypatch.setenv("WORLD_SIZE", str(RANKS))
     with pytest.raises(SystemExit):
-        main(["--connect", "127.0.0.1:1", "--model", str(saved), "--device", "meta"])
+        main(["--connect", "127.0.0.1:1", "--credentials", "none.pem", "--model", str(saved), "--device", "meta"])
     assert f"--device: transformers puts 3 ranks onto '{DEVICE}' here, expected that, got 'meta'" in (
         capsys.readouterr().err
     )

@@ -4,21 +4,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
+from threading import Barrier
 
 import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor
-from torch.distributed import TCPStore
+from workers import SECONDS, WORKER, acting, honest, running, split_model
 
 from scx import SCXKeyGenerator, encode_llama, restore_conversation
 from scx.models.llama import model_shape
 from scx.party import PartyLostError
 from scx.party.boundary import Request
-from scx.party.process import Peer, RemoteParty
+from scx.party.process import RemoteParty
 from scx.party.replies import ReplyRule
 from scx.party.secure import split_plan
 
@@ -33,30 +33,21 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(saved) -> Iterator[Callable[..., subprocess.Popen]]:
+def start(saved, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
     """Start a worker for an address; what still runs at the end of the test is ended."""
     started: list[subprocess.Popen] = []
+    WORKER.save(tmp_path / "worker.pem")
 
     def start_worker(address: str, *launcher: str) -> subprocess.Popen:
         module = [*launcher, "-m", "scx.party.worker"]
-        command = [sys.executable, *module, "--connect", address, "--model", str(saved)]
-        started.append(subprocess.Popen(command, cwd=Path(__file__).parents[1]))
+        told = ["--connect", address, "--credentials", str(tmp_path / "worker.pem"), "--model", str(saved)]
+        started.append(subprocess.Popen([sys.executable, *module, *told], cwd=Path(__file__).parents[1]))
         return started[-1]
 
     yield start_worker
     for process in started:
         process.kill()
         process.wait()
-
-
-def split_over_processes(timeout: float = 120.0, prefill_top_k: int | None = None) -> tuple:
-    model = tiny_model(layers=4).cpu()
-    generator = SCXKeyGenerator.for_model(model, redundant_num=3, alp=True)
-    shape = model_shape(model)
-    plan = split_plan(generator, shape, "few", False, prefill_top_k)
-    remote = RemoteParty(plan, shape.fingerprint, timeout=timeout)
-    encode_llama(model, generator, "cpu", untrusted=remote, prefill_top_k=prefill_top_k)
-    return model, remote
 
 
 @pytest.mark.slow
@@ -66,7 +57,7 @@ def test_killed_worker_costs_no_token(start, prompt) -> None:
     token, and the tokens are the plain model's. The worker has the head of prefills as well."""
     ids = prompt(PROMPT).cpu()
     plain = tiny_model(layers=4).cpu().generate(ids, max_new_tokens=NEW, do_sample=False)[0, PROMPT:].tolist()
-    model, remote = split_over_processes(prefill_top_k=4)
+    model, remote = split_model(120.0, prefill_top_k=4)
     first = start(remote.address)
     remote.connect()
     start(remote.address, "-m", "torch.distributed.run", "--nproc-per-node", "1")
@@ -80,10 +71,10 @@ def test_killed_worker_costs_no_token(start, prompt) -> None:
         try:
             out = model(token, past_key_values=cache)
         except PartyLostError as error:
-            assert "worker 1 died or did not answer" in str(error)  # noqa: PT017
+            assert "worker 1 is " in str(error)  # noqa: PT017
             assert cache.get_seq_length() == PROMPT + len(tokens)
             session_id = cache.session_id
-            with pytest.raises(PartyLostError, match="worker 1 is not connected"):
+            with pytest.raises(PartyLostError, match="worker 1.* is not connected"):
                 restore_conversation(model, cache)
             assert cache.session_id == session_id
             remote.connect()
@@ -107,35 +98,63 @@ def test_both_sides_have_one_plan() -> None:
 
 def test_nobody_joins() -> None:
     """Waiting for a worker ends in time, by name."""
-    _, remote = split_over_processes(timeout=0.5)
+    _, remote = split_model(timeout=0.5)
     begun = time.monotonic()
     with pytest.raises(PartyLostError, match=f"no worker joined {remote.address} within 0:00:00.5"):
         remote.connect()
     assert time.monotonic() - begun < 10
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_late_answer(prompt) -> None:
     """A party that takes a request and does not answer is given up in time."""
-    model, remote = split_over_processes(timeout=2.0)
-    done: list[str] = []
+    model, remote = split_model(0.5)
+    with running(acting(remote.address, lambda *_: None)):
+        remote.connect()
+        begun = time.monotonic()
+        with pytest.raises(PartyLostError, match="open, block -1: worker 1 is lost: it was late"):
+            model(prompt(4).cpu())
+        assert time.monotonic() - begun < 10
+        remote.close()
 
-    def stay_silent() -> None:
-        host, port = remote.address.split(":")
-        store = TCPStore(host, int(port), is_master=False)
-        store.set(f"joined {store.add('workers', 1)}", "")
-        header, _ = Peer(store, 1, 1, timedelta(seconds=20)).receive(timedelta(seconds=20))
-        done.append(header["operation"])
-        time.sleep(4)
 
-    silent = Thread(target=stay_silent)
-    silent.start()
-    remote.connect()
-    with pytest.raises(PartyLostError, match=r"open, block -1: worker 1 died or did not answer within 0:00:02"):
-        model(prompt(4).cpu())
-    silent.join()
-    assert done == ["open"]
+@torch.no_grad()
+def test_threads_share_a_worker(prompt) -> None:
+    """Conversations in eight threads at once are the plain model's, each of them, and all of them go on with the next
+    worker when theirs is lost: none turns the others' worker away."""
+    prompts = [prompt(PROMPT + n).cpu() for n in range(8)]
+    plain = tiny_model(layers=4).cpu()
+    expected = [plain.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist() for ids in prompts]
+    model, remote = split_model()
+    half = Barrier(len(prompts) + 1, timeout=SECONDS)
+
+    def converse(ids: Tensor) -> tuple[list[int], int]:
+        out, tokens, losses = model(ids), [], 0
+        cache = out.past_key_values
+        while len(tokens) < NEW:
+            if len(tokens) == NEW // 2 and not losses:
+                half.wait()  # all are here
+                half.wait()  # the worker is gone
+            token = out.logits[:, -1:].argmax(dim=-1)
+            try:
+                out = model(token, past_key_values=cache)
+            except PartyLostError:
+                losses += 1
+                remote.connect()
+                restore_conversation(model, cache)
+                continue
+            tokens.append(token.item())
+        return tokens, losses
+
+    with running(honest(remote.address)), running(honest(remote.address)), ThreadPoolExecutor(len(prompts)) as threads:
+        remote.connect()
+        made = [threads.submit(torch.no_grad()(converse), ids) for ids in prompts]
+        half.wait()
+        remote._worker.end()
+        half.wait()
+        assert [x.result(SECONDS) for x in made] == [(tokens, 1) for tokens in expected]
+        assert repr(remote).endswith("worker=2)")
+        remote.close()
 
 
 def replied(**tensors: Tensor) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def run(*, model: str | None = None, prompt: str = DEFAULT_PROMPT, tokens: int =
     llama = load_secure_model(path, keys)
     shape = model_shape(llama)
     remote = RemoteParty(split_plan(keys, shape, crossings, False), shape.fingerprint, timeout=120)
-    with running_worker(remote.address, path):
+    with running_worker(remote, path):
         try:
             remote.connect()
             with (

@@ -6,8 +6,9 @@ numbered, so that an old file is told from a new one by whoever remembers a numb
 """
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from scx.devices import outside_inference_mode
-from scx.files.container import Container, FileRefusedError, read_container, write_container
+from scx.files.container import TAG_BYTES, is_number, read_container, write_container
+from scx.files.header import Entry, read_json
+from scx.files.refusal import FileRefusedError, malformed
 from scx.keys import Session, public_bytes
 from scx.keys.settings import BRANCH_BYTES
 from scx.kvcache import EncodedCache, GrowingLayer, SealedLayer, SealedSlidingLayer
@@ -25,7 +28,9 @@ __all__ = ["load_kvcache", "save_kvcache"]
 
 _KIND = "cache"
 _PURPOSE = "cache file"
-_MAX_SAVES = 2**31
+_NO_CACHE = "the file describes no cache"
+_MAX_NUMBER = 2**31
+"""Saves, tokens seen, tokens of a window: nothing counts further."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WINDOW = ("window", "length", "records_past")
 _LAYERS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
@@ -41,7 +46,8 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
     """Write an encoded cache, as it is stored, into an authenticated file that `load_kvcache` reads.
 
     Args:
-        path: the file; an old one of that name is replaced. It appears whole or not at all, with mode 0600.
+        path: the file; an old one of that name is replaced, behind a link too. It appears whole or not at all, with
+            mode 0600.
         cache: a whole cache; its layers may lie on different devices, as `merge_kvcache_dynamic` leaves them.
         session: the session it belongs to.
 
@@ -90,7 +96,8 @@ def load_kvcache(
 ) -> EncodedCache:
     """Read a cache that `save_kvcache` wrote and give it to its session.
 
-    The tag is checked over the bytes that are loaded, in the same pass, before any of them is given out.
+    Before any data is read, the header must describe a cache of this session. The tag is checked over the bytes that
+    are loaded, in the same pass, before any of them is given out.
 
     Args:
         path: the file.
@@ -98,7 +105,8 @@ def load_kvcache(
         at_least: the lowest number of a save to accept; default: the newest that the session has written or read.
             0 accepts every save, to go back to an earlier state knowingly.
         device: where the cache goes, as a rule the model's device.
-        max_bytes: how many bytes to accept; default: what the file has.
+        max_bytes: how many bytes of data to accept; default: what the session's sequences take in float32 with as many
+            tokens as the model has positions (131,072 for a session from a file that was loaded without its model).
 
     Raises: FileRefusedError, whose `reason` is "format", "version", "kind", "session", "model", "replay" or "key", and
         nothing is loaded; TypeError, ValueError naming the argument; OSError if the file cannot be read.
@@ -108,20 +116,32 @@ def load_kvcache(
     if type(oldest) is not int or oldest < 0:
         raise ValueError(f"at_least: expected a number from 0, got {at_least!r}")
 
+    layers: list[Any] = []
+
+    def check(metadata: Mapping[str, str], entries: Sequence[Entry]) -> None:
+        _check_owner(metadata, session, oldest)
+        with malformed(_NO_CACHE):
+            layers.extend(_describe_layers(metadata, {entry.name: entry for entry in entries[:-1]}, session))
+
     container = read_container(
         path,
         kind=_KIND,
         key=session.derive_key(_PURPOSE),
         protection="authenticated",
-        check=lambda metadata: _check_owner(metadata, session, oldest),
-        max_bytes=max_bytes,
+        check=check,
+        max_bytes=_most_bytes(session) if max_bytes is None else max_bytes,
     )
-    try:
-        cache = _restore(container, session, device)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise FileRefusedError("format", f"the file describes no cache: {error!s:.200}") from None
+    with malformed(_NO_CACHE):
+        cache = _restore(layers, container.tensors, session, device)
     session.newest_save = max(session.newest_save, int(container.metadata["number"]))
     return cache
+
+
+def _most_bytes(session: Session) -> int:
+    """What the longest cache takes for which a session is made."""
+    shape = session.shape
+    token = shape.num_layers * (2 * shape.num_kv_heads * shape.head_dim * 4 + 8)  # K, V and a write number
+    return session.batch_size * (shape.max_tokens * token + 8) + TAG_BYTES
 
 
 def _check_session(session: Session) -> None:
@@ -149,69 +169,75 @@ def _check_owner(metadata: Mapping[str, str], session: Session, oldest: int) -> 
     if metadata.get("model") != session.shape.fingerprint:
         raise FileRefusedError("model", "the cache belongs to another model than the session")
     number = metadata.get("number", "")
-    if not (number.isascii() and number.isdigit() and len(number) < 12 and 0 < int(number) < _MAX_SAVES):
+    if not (is_number(number) and 0 < int(number) < _MAX_NUMBER):
         raise FileRefusedError("format", f"number: expected that of a save, got {number!r:.80}")
     if int(number) < oldest:
         raise FileRefusedError("replay", f"the file is save {number} of its session, expected {oldest} or a newer one")
 
 
-def _restore(container: Container, session: Session, device: torch.device | str) -> EncodedCache:
-    """The cache in a file. Raises KeyError, TypeError, ValueError if the tensors do not fit together."""
-    tensors, described = container.tensors, json.loads(container.metadata["layers"])
+def _describe_layers(metadata: Mapping[str, str], tensors: Mapping[str, Entry], session: Session) -> list[Any]:
+    """The layers that a header describes, still empty. Raises KeyError, TypeError, ValueError if they are not the
+    session's, or the tensors not theirs."""
+    described = read_json(metadata["layers"])
     if not isinstance(described, list) or len(described) != session.shape.num_layers:
         raise ValueError(f"layers: expected {session.shape.num_layers}")
-    sequences = tensors.pop("sequences", None)
-    if sequences is not None:
-        _check_sequences(sequences, session)
-    rows = session.batch_size if sequences is None else len(sequences)
-    layers = [_restore_layer(i, layer, tensors, rows, session, device) for i, layer in enumerate(described)]
-    if tensors:
-        raise ValueError(f"tensors of no layer: {sorted(tensors)}")
-    if len({(layer.get_seq_length(), layer.keys.dtype) for layer in layers}) != 1:
-        raise ValueError("layers: expected one length and one dtype")
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    rows, dtype = session.batch_size, tensors["layers.0.keys"].dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"layers.0.keys: expected one of {_DTYPES}, got {dtype}")
+    if "sequences" in tensors:
+        rows = math.prod(tensors["sequences"].shape)
+        expected["sequences"] = torch.int64, (rows,)
+    layers, lengths = [], set()
+    for index, description in enumerate(described):
+        name, is_sealed = f"layers.{index}", index in session.settings.sealed_layers
+        tokens = (*tensors[f"{name}.keys"].shape, 0, 0, 0)[2]
+        shape = (rows, session.shape.num_kv_heads, tokens, session.shape.head_dim)
+        layer = _empty_layer(index, description, tokens, is_sealed)
+        layers.append(layer)
+        lengths.add(layer.cumulative_length if layer.is_sliding else tokens)
+        expected |= {f"{name}.keys": (dtype, shape), f"{name}.values": (dtype, shape)}
+        expected |= {f"{name}.writes": (torch.int64, (rows, tokens))} if is_sealed else {}
+    _check_tensors(tensors, expected)
+    if len(lengths) != 1:
+        raise ValueError(f"layers: expected one length, got {sorted(lengths)}")
+    return layers
+
+
+def _check_tensors(tensors: Mapping[str, Entry], expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"tensors: expected {sorted(expected)}, got {sorted(tensors)}")
+    for name, (dtype, shape) in expected.items():
+        got = tensors[name]
+        if (got.dtype, got.shape) != (dtype, shape) or 0 in shape:
+            raise ValueError(f"{name}: expected {dtype} {shape} with tokens, got {got.dtype} {got.shape}")
+
+
+def _restore(
+    layers: list[Any], tensors: Mapping[str, Tensor], session: Session, device: torch.device | str
+) -> EncodedCache:
+    """The cache of these layers, filled. Raises ValueError for numbers that a session does not write."""
+    sequences = tensors.get("sequences")
+    if sequences is not None and not 0 <= int(sequences.min()) <= int(sequences.max()) < session.batch_size:
+        raise ValueError(f"sequences: expected 0..{session.batch_size - 1}")
+    for index, layer in enumerate(layers):
+        keys, values = (tensors[f"layers.{index}.{name}"].to(device) for name in ("keys", "values"))
+        writes = tensors.get(f"layers.{index}.writes")
+        if writes is not None and int(writes.min()) < 0:
+            raise ValueError(f"layer {index}: expected write numbers from 0")
+        fill(layer, keys, values, None if writes is None else writes.to(device))
     return EncodedCache(session, layers, sequences)
 
 
-def _check_sequences(sequences: Tensor, session: Session) -> None:
-    if sequences.dtype != torch.int64 or sequences.dim() != 1 or sequences.numel() == 0:
-        raise ValueError("sequences: expected int64 (rows,)")
-    if sequences.min() < 0 or sequences.max() >= session.batch_size:
-        raise ValueError(f"sequences: expected 0..{session.batch_size - 1}")
-
-
-def _restore_layer(
-    index: int,
-    described: Any,
-    tensors: dict[str, Tensor],
-    rows: int,
-    session: Session,
-    device: torch.device | str,
-) -> Any:
-    keys, values = tensors.pop(f"layers.{index}.keys"), tensors.pop(f"layers.{index}.values")
-    shape = (rows, session.shape.num_kv_heads, keys.shape[-2] if keys.dim() == 4 else 0, session.shape.head_dim)
-    if keys.shape != shape or values.shape != shape or 0 in shape:
-        raise ValueError(f"layer {index}: expected K and V (rows, heads, tokens, head size) of the session")
-    if keys.dtype not in _DTYPES or values.dtype != keys.dtype:
-        raise ValueError(f"layer {index}: expected K and V of one of {_DTYPES}")
-    layer = _empty_layer(index, described, tokens=shape[2])
-    if isinstance(layer, SealedLayer) != (index in session.settings.sealed_layers):
-        raise ValueError(f"layer {index}: its encoding is not the session's")
-    writes = tensors.pop(f"layers.{index}.writes") if isinstance(layer, SealedLayer) else None
-    if writes is not None:
-        if writes.dtype != torch.int64 or writes.shape != (rows, shape[2]) or writes.min() < 0:
-            raise ValueError(f"layer {index}: expected a write number for every row")
-        writes = writes.to(device)
-    fill(layer, keys.to(device), values.to(device), writes)
-    return layer
-
-
-def _empty_layer(index: int, described: Any, tokens: int) -> Any:
+def _empty_layer(index: int, described: Any, tokens: int, is_sealed: bool) -> Any:
     kind = described.get("kind") if isinstance(described, dict) else None
     if not isinstance(kind, str) or kind not in _LAYERS:
         raise ValueError(f"layer {index}: expected one of the kinds {list(_LAYERS)}")
     layer_class, names = _LAYERS[kind]
     if described.keys() != {"kind", *names}:
         raise ValueError(f"layer {index}: expected {names} of a {kind} layer")
+    if issubclass(layer_class, SealedLayer) != is_sealed:
+        raise ValueError(f"layer {index}: its encoding is not the session's")
     options = _window(index, described, tokens) if "window" in names else {}
     layer = layer_class(**options)
     if options:
@@ -224,8 +250,8 @@ def _empty_layer(index: int, described: Any, tokens: int) -> Any:
 def _window(index: int, described: dict[str, Any], tokens: int) -> dict[str, int]:
     """Arguments of a sliding layer that holds `tokens` tokens."""
     window, length, records_past = (described[name] for name in _WINDOW)
-    if (type(window), type(length), type(records_past)) != (int, int, bool) or not 2 <= window < 2**31:
+    if (type(window), type(length), type(records_past)) != (int, int, bool) or not 2 <= window < _MAX_NUMBER:
         raise ValueError(f"layer {index}: expected the window and length of a sliding layer")
-    if not min(length, window - 1) <= tokens <= length:
+    if not min(length, window - 1) <= tokens <= length < _MAX_NUMBER:
         raise ValueError(f"layer {index}: {tokens} tokens do not fit a length of {length}")
     return {"sliding_window": window}

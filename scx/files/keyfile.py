@@ -8,18 +8,19 @@ keys of the cache.
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from scx.architecture import ModelShape, encoded_decoders, model_shape
-from scx.files.container import FileRefusedError, read_container, write_container
+from scx.files.container import is_number, read_container, write_container
+from scx.files.header import read_json
+from scx.files.refusal import FileRefusedError, malformed
 from scx.keys import CIPHER_ROUNDS, KeySettings, Session
-from scx.keys.settings import BRANCH_BYTES, NOISE_DISTRIBUTIONS, SESSION_ID_BYTES
+from scx.keys.settings import NOISE_DISTRIBUTIONS, SESSION_ID_BYTES
 from scx.keystream import KEY_BYTES, Secret
 
 __all__ = ["load_keys", "save_keys"]
@@ -28,6 +29,8 @@ _KIND = "session"
 _MAX_BYTES = 4096
 _MAX_SIZE = 2**31
 """Layers, heads, features, sequences, saves: nothing counts further."""
+_SHAPE = [f.name for f in fields(ModelShape) if f.name != "max_tokens"]
+_SETTINGS = [f.name for f in fields(KeySettings)]
 
 
 def save_keys(
@@ -43,7 +46,7 @@ def save_keys(
     AES-256-GCM and the whole file authenticated. The file is written as a whole or not at all, with mode 0600.
 
     Args:
-        path: the file; an old one of that name is replaced.
+        path: the file; an old one of that name is replaced, behind a link too.
         session: `cache.session` of the conversation.
         passphrase: text or bytes from which Scrypt makes the key. Give either this or `key`.
         key: 32 bytes.
@@ -57,7 +60,7 @@ def save_keys(
         "model": session.shape.fingerprint,
         "batch_size": str(session.batch_size),
         "newest_save": str(session.newest_save),
-        "shape": json.dumps(asdict(session.shape)),
+        "shape": json.dumps({name: getattr(session.shape, name) for name in _SHAPE}),
         "settings": json.dumps(asdict(session.settings)),
     }
     secret = torch.frombuffer(bytearray(session._secret.reveal()), dtype=torch.uint8)
@@ -86,54 +89,58 @@ def load_keys(
     Raises: FileRefusedError, whose `reason` is "format", "version", "kind", "model" or "key", and nothing is loaded;
         TypeError, ValueError naming the argument; OSError if the file cannot be read.
     """
-    expected = None if model is None else _fingerprint(model)
+    expected = None if model is None else _shape_of(model)
 
-    def check(metadata: Mapping[str, str]) -> None:
-        if expected is not None and metadata.get("model") != expected:
+    def check(metadata: Mapping[str, str], _: object) -> None:
+        if expected is not None and metadata.get("model") != expected.fingerprint:
             raise FileRefusedError("model", "the session belongs to another model than the one given")
 
     container = read_container(path, kind=_KIND, passphrase=passphrase, key=key, check=check, max_bytes=_MAX_BYTES)
     secret = container.tensors.get("secret")
-    if secret is None or secret.dtype != torch.uint8 or secret.shape != (KEY_BYTES,):
+    if len(container.tensors) != 1 or secret is None or secret.dtype != torch.uint8 or secret.shape != (KEY_BYTES,):
         raise FileRefusedError("format", f"the payload: expected the tensor secret of {KEY_BYTES} bytes")
-    try:
-        return _restore(Secret(secret.numpy().tobytes()), container.metadata)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise FileRefusedError("format", f"the header describes no session: {error!s:.200}") from None
+    with malformed("the header describes no session"):
+        return _restore(Secret(secret.numpy().tobytes()), container.metadata, expected)
 
 
-def _fingerprint(model: PreTrainedModel | ModelShape) -> str:
+def _shape_of(model: PreTrainedModel | ModelShape) -> ModelShape:
     if isinstance(model, ModelShape):
-        return model.fingerprint
+        return model
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a model or a ModelShape, got {type(model).__name__}")
     for decoder in encoded_decoders(model):
         shape: ModelShape = decoder._scx.shape
-        return shape.fingerprint
-    return model_shape(model).fingerprint
+        return shape
+    return model_shape(model)
 
 
-def _restore(secret: Secret, metadata: Mapping[str, str]) -> Session:
+def _restore(secret: Secret, metadata: Mapping[str, str], expected: ModelShape | None) -> Session:
     """A session in a branch of its own. Raises KeyError, TypeError, ValueError for what describes none."""
-    shape = _read_shape(_read_object("shape", metadata["shape"], ModelShape))
-    settings = _read_settings(_read_object("settings", metadata["settings"], KeySettings), shape)
+    shape = _read_shape(_read_object("shape", metadata["shape"], _SHAPE))
+    settings = _read_settings(_read_object("settings", metadata["settings"], _SETTINGS), shape)
     session_id = bytes.fromhex(metadata["session"])
     if len(session_id) != SESSION_ID_BYTES or session_id.hex() != metadata["session"]:
         raise ValueError("session: expected 16 bytes in hexadecimal")
     if metadata["model"] != shape.fingerprint:
         raise ValueError("model: not the fingerprint in shape")
-    batch_size = _count("batch_size", int(metadata["batch_size"]), least=1)
-    session = Session(secret, settings, shape, batch_size, session_id, secrets.token_bytes(BRANCH_BYTES))
-    session.newest_save = _count("newest_save", int(metadata["newest_save"]))
+    batch_size = _written("batch_size", metadata, least=1)
+    if expected is not None:
+        shape = replace(shape, max_tokens=expected.max_tokens)
+    session = Session(secret, settings, shape, batch_size, session_id)
+    session.newest_save = _written("newest_save", metadata)
     return session
 
 
-def _read_object(name: str, text: str, kind: type[Any]) -> dict[str, Any]:
-    read = json.loads(text)
-    names = {f.name for f in fields(kind)}
-    if not isinstance(read, dict) or set(read) != names:
+def _read_object(name: str, text: str, names: list[str]) -> dict[str, Any]:
+    read = read_json(text)
+    if not isinstance(read, dict) or set(read) != set(names):
         raise ValueError(f"{name}: expected an object with {sorted(names)}")
     return read
+
+
+def _written(name: str, metadata: Mapping[str, str], least: int = 0) -> int:
+    word = metadata[name]
+    return _count(name, int(word) if is_number(word) else None, least)
 
 
 def _count(name: str, value: Any, least: int = 0) -> int:
@@ -158,21 +165,21 @@ def _read_shape(read: dict[str, Any]) -> ModelShape:
     return ModelShape(**sizes, first_norm_rms=rms, fingerprint=fingerprint)
 
 
+def _are_numbers(layers: Any) -> bool:
+    return isinstance(layers, list) and all(type(layer) is int for layer in layers)
+
+
 def _read_settings(read: dict[str, Any], shape: ModelShape) -> KeySettings:
     if type(read["alp"]) is not bool or read["noise_distribution"] not in NOISE_DISTRIBUTIONS:
         raise ValueError("settings: expected alp to be a boolean and noise_distribution a known one")
     start, end = read["start_layers"], read["end_layers"]
     layers = range(shape.num_layers)
-    if not isinstance(start, list) or start != list(layers[: len(start)]):
+    if not _are_numbers(start) or start != list(layers[: len(start)]):
         raise ValueError("start_layers: expected the first layers")
-    if (
-        not isinstance(end, list)
-        or end != list(layers[shape.num_layers - len(end) :])
-        or len(start + end) > len(layers)
-    ):
+    if not _are_numbers(end) or end != list(layers[max(len(layers) - len(end), len(start)) :]):
         raise ValueError("end_layers: expected the last layers")
     sealed, rounds = read["sealed_layers"], read["cipher_rounds"]
-    if not isinstance(sealed, list) or sorted(set(sealed) & set(layers)) != sealed:
+    if not _are_numbers(sealed) or [layer for layer in sorted(set(sealed)) if layer in layers] != sealed:
         raise ValueError("sealed_layers: expected layers in order")
     if rounds not in CIPHER_ROUNDS or type(rounds) is not int:
         raise ValueError("cipher_rounds: expected a known number")

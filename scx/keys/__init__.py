@@ -5,7 +5,7 @@ it goes on, and whose one-time keys belong to a `Branch`, the life of the sessio
 """
 
 from scx.architecture import ModelShape
-from scx.keys.branch import Branch
+from scx.keys.branch import Branch, Writes
 from scx.keys.generator import SCXKeyGenerator, check_generator
 from scx.keys.passes import PassKeys
 from scx.keys.session import Session
@@ -22,6 +22,7 @@ __all__ = [
     "SCXKeyGenerator",
     "Session",
     "SharedKeys",
+    "Writes",
     "check_generator",
     "public_bytes",
 ]

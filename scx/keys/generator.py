@@ -212,7 +212,7 @@ class SCXKeyGenerator:
 
         Args:
             session_id: 16 public bytes; drawn from the operating system if not given. The same master key and id
-                give the same keys on any machine, so one generator opens an id once.
+                give the same keys of the cache on any machine, so one generator opens an id once.
 
         Raises: ValueError if the id has the wrong length or was opened before.
         """

@@ -6,7 +6,6 @@ is drawn from it, so a session can be saved and handed on without the master key
 one-time keys belong to a branch of it (`scx.keys.branch`).
 """
 
-import os
 import secrets
 import weakref
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor
 import scx_kernels as ops
 from scx.architecture import ModelShape
 from scx.devices import upload
-from scx.encoding import FeatureKey, TokenKeys, inverse
-from scx.keys.branch import Branch
+from scx.encoding import FeatureKey, Noise, TokenKeys, inverse
+from scx.keys.branch import Branch, Life, Writes, this_life
 from scx.keys.passes import streams_of
 from scx.keys.settings import BRANCH_BYTES, KeySettings, public_bytes
 from scx.keys.sharing import SharedKeys
@@ -37,7 +36,7 @@ class Session:
     Args:
         secret: the session's secret.
         session_id: 16 public bytes.
-        branch: 16 bytes that no other holder of this session uses; zeros where the generator opens it.
+        branch: 16 bytes that no other holder of this session uses; default: drawn from the operating system.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Session:
         shape: ModelShape,
         batch_size: int,
         session_id: bytes,
-        branch: bytes = bytes(BRANCH_BYTES),
+        branch: bytes | None = None,
     ) -> None:
         self.settings = settings
         self.shape = shape
@@ -59,7 +58,8 @@ class Session:
         self.shared_keys: SharedKeys | None = None  # of its prefill, where that crossed a boundary
         self._secret = secret
         self._stream = KeyStream(secret)
-        self._current_branch = Branch(secret, branch, settings, shape)
+        self._branches: dict[Life, Branch] = {}
+        self._begin_branch(secrets.token_bytes(BRANCH_BYTES) if branch is None else branch)
         self._feature_keys: dict[torch.device, list[FeatureKey]] = {}
         self._cipher_keys: dict[tuple[str, torch.device], Tensor] = {}
         # Of a layer of a cache, by the layer's object: not in it, since caches are copied, pickled and handed on.
@@ -164,10 +164,14 @@ class Session:
     def one_time(self) -> Branch:
         """The one-time keys of this session in this process."""
         # A forked process has copies of its parent's counters; it goes on in a branch of its own.
-        if self._current_branch.process != os.getpid():
-            nonce = secrets.token_bytes(BRANCH_BYTES)
-            self._current_branch = Branch(self._secret, nonce, self.settings, self.shape)
-        return self._current_branch
+        return self._branches.get(this_life()) or self._begin_branch(secrets.token_bytes(BRANCH_BYTES))
+
+    def _begin_branch(self, nonce: bytes) -> Branch:
+        life, before = this_life(), self._branches
+        # Of threads that come here together one begins it, for all of them.
+        branch = before.setdefault(life, Branch(self._secret, nonce, self.settings, self.shape))
+        self._branches = {life: branch}
+        return branch
 
     @property
     def branch(self) -> str:
@@ -178,14 +182,10 @@ class Session:
         """`Branch.draw_token_keys` of this process's branch."""
         return self.one_time.draw_token_keys(*args, **options)
 
-    def take_noise(self, *args: Any, **options: Any) -> Tensor:
+    def take_noise(self, *args: Any, **options: Any) -> Noise:
         """`Branch.take_noise` of this process's branch."""
         return self.one_time.take_noise(*args, **options)
 
-    def take_writes(self, batch: int, tokens: int, device: torch.device) -> Tensor:
-        """Write numbers (batch, tokens) for rows of a sealed cache, one for each token in all layers, never given out
-        twice in a branch.
-
-        Raises: OverflowError when they run out.
-        """
-        return self.one_time.writes.take(batch, tokens, device)
+    def take_writes(self, batch: int, tokens: int, device: torch.device) -> Writes:
+        """`Branch.take_writes` of this process's branch."""
+        return self.one_time.take_writes(batch, tokens, device)

@@ -24,9 +24,9 @@ from scx.architecture import ModelShape
 from scx.devices import CPU, outside_inference_mode, upload
 from scx.encoding import FeatureKey
 from scx.keys import Session
-from scx.kvcache.conversation import places
+from scx.kvcache.conversation import Claim, places, working_on
 from scx.kvcache.layers import EDITED, AbsentLayer, SealedLayer, fill, growing, keep_tokens, moved, without_room
-from scx.kvcache.store import EncodedLayers
+from scx.kvcache.store import EncodedLayers, Numbering
 
 __all__ = ["EncodedCache"]
 
@@ -74,6 +74,7 @@ class EncodedCache(EncodedLayers):
 
     split_id: str | None
     _rows: Rows
+    _claim: Claim
 
     def __init__(self, session: Session, layers: list[CacheLayerMixin], sequences: Tensor | None = None) -> None:
         Cache.__init__(self, layers=layers)
@@ -127,20 +128,24 @@ class EncodedCache(EncodedLayers):
         self.session_id = session.id
         self.split_id = None
         self._rows = Rows(sequences)
-        self._logs_of, self._logs = None, {}
+        self._numbering = Numbering()
+        Claim.of(self)
 
     def __repr__(self) -> str:
         return f"EncodedCache(session={self.session_id}, layers={list(self.layer_indices)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        of_the_process: dict[str, Any] = {"_session": None, "_logs_of": None, "_logs": {}}
-        return {**self.__dict__, "layers": [without_room(x) for x in self.layers], **of_the_process}
+        of_the_process: dict[str, Any] = {"_session": None, "_numbering": Numbering()}
+        with working_on("copy", self):
+            return {**self.__dict__, "layers": [without_room(x) for x in self.layers], **of_the_process}
 
     def __copy__(self) -> "EncodedCache":
         """A fork: the tensors are shared until one of the two grows."""
         twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.layers, twin._rows = [copy.copy(layer) for layer in self.layers], Rows(self.sequences)
+        with working_on("copy", self):
+            twin.__dict__.update(self.__dict__)
+            twin.layers, twin._rows = [copy.copy(layer) for layer in self.layers], Rows(self.sequences)
+        twin._claim, twin._numbering = Claim(), Numbering()
         return twin
 
     def attached(self, session: Session) -> "EncodedCache":
@@ -200,9 +205,9 @@ class EncodedCache(EncodedLayers):
         """What changes all layers alike, or none of them."""
         if not self.is_complete:
             raise RuntimeError(f"{operation} changes all layers; merge the parts of a split cache first")
-        if self.is_attached:
-            self.check_stored(operation)
-        with outside_inference_mode(), self.restored_on_failure():
+        with working_on(operation, self), outside_inference_mode(), self.restored_on_failure():
+            if self.is_attached:
+                self.check_stored(operation)
             yield
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -266,14 +271,15 @@ class EncodedCache(EncodedLayers):
     def reset(self) -> None:
         if not self.is_complete:
             raise RuntimeError("reset changes all layers; merge the parts of a split cache first")
-        for layer in self.layers:
-            # Older transformers would zero the states, which others may hold, and keep their length.
-            layer.keys = layer.values = None
-            layer.is_initialized = False
-            if self._session is not None:
-                self._session.forget_keystream(layer)
-        self.has_cut_gradients = False
-        super().reset()
+        with working_on("reset", self):
+            for layer in self.layers:
+                # Older transformers would zero the states, which others may hold, and keep their length.
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+                if self._session is not None:
+                    self._session.forget_keystream(layer)
+            self.has_cut_gradients = False
+            super().reset()
 
     def _with_layers(self, layers: list[CacheLayerMixin], split_id: str | None = None) -> "EncodedCache":
         other = EncodedCache(self.session, layers, self.sequences)
@@ -283,7 +289,8 @@ class EncodedCache(EncodedLayers):
     @outside_inference_mode()
     def on(self, device: torch.device | str | None) -> "EncodedCache":
         """The same cache in layer objects of its own, on `device` if given."""
-        return self._with_layers([moved(layer, device) for layer in self.layers])
+        with working_on("cache", self):
+            return self._with_layers([moved(layer, device) for layer in self.layers])
 
     @outside_inference_mode()
     def divide(
@@ -303,11 +310,12 @@ class EncodedCache(EncodedLayers):
         protected = sorted(set(wanted) & set(self.session.protected_layers))
         if protected:
             raise ValueError(f"gpu_layers: layers {protected} are protected and stay on the secure side")
-        gpu = [moved(layer, gpu_device) if i in wanted else AbsentLayer() for i, layer in enumerate(self.layers)]
-        cpu = [AbsentLayer() if i in wanted else moved(layer, cpu_device) for i, layer in enumerate(self.layers)]
+        with working_on("cache", self):
+            gpu = [moved(layer, gpu_device) if i in wanted else AbsentLayer() for i, layer in enumerate(self.layers)]
+            cpu = [AbsentLayer() if i in wanted else moved(layer, cpu_device) for i, layer in enumerate(self.layers)]
         split_id = secrets.token_hex(8)
         gpu_part, cpu_part = self._with_layers(gpu, split_id), self._with_layers(cpu, split_id)
-        cpu_part._rows = gpu_part._rows
+        cpu_part._rows, cpu_part._claim = gpu_part._rows, gpu_part._claim
         return gpu_part, cpu_part
 
     def join(self, cpu_kvcache: "EncodedCache") -> "EncodedCache":
@@ -317,6 +325,7 @@ class EncodedCache(EncodedLayers):
         layers = [parts[1 if isinstance(layer, AbsentLayer) else 0].layers[i] for i, layer in enumerate(self.layers)]
         joined = self._with_layers(layers)
         joined._rows = cpu_kvcache._rows = self._rows
+        joined._claim = cpu_kvcache._claim = self._claim
         return joined
 
 
@@ -354,8 +363,7 @@ def _check_plain(plain: DynamicCache, layers: list[Any], session: Session) -> No
 
 def _encode_layers(layers: list[Any], session: Session) -> list[CacheLayerMixin]:
     """Filled plain layers, encoded."""
-    sealed, branch = session.settings.sealed_layers, session.branch
-    tokens = layers[0].get_seq_length()
+    sealed, tokens = session.settings.sealed_layers, layers[0].get_seq_length()
     writes = session.take_writes(session.batch_size, tokens, CPU) if sealed else None
     numbers: dict[tuple[torch.device, int], Tensor] = {}  # on their device, of the last tokens: layers share them
     encoded = []
@@ -369,9 +377,9 @@ def _encode_layers(layers: list[Any], session: Session) -> list[CacheLayerMixin]
             fill(own, keys, values)
         else:
             place = (device, held)
-            numbers.setdefault(place, upload(writes[:, tokens - held :], device))
-            sealing = session.sealing(index, numbers[place], branch)
-            own.branch = branch
+            numbers.setdefault(place, upload(writes.numbers[:, tokens - held :], device))
+            sealing = session.sealing(index, numbers[place], writes.branch)
+            own.branch = writes.branch
             keys, values = ops.seal(keys, sealing, is_value=False), ops.seal(values, sealing, is_value=True)
             fill(own, keys, values, numbers[place])
         encoded.append(own)

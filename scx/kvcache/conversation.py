@@ -1,13 +1,60 @@
-"""What the caches of both placements have in common: they belong to a session, and are divided between two sides."""
+"""What the caches of both placements have in common: they belong to a session, are divided between two sides, and one
+pass or operation at a time works on them."""
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-__all__ = ["CachePart", "ConversationCache", "places"]
+__all__ = ["CachePart", "Claim", "ConversationCache", "places", "working_on"]
+
+
+class Claim:
+    """Whether a pass or an operation works on a cache. Caches over the same layers have one; a copy has its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["Claim"], tuple[()]]:
+        return Claim, ()
+
+    @classmethod
+    @torch.compiler.disable  # who works on what is no constant of a program
+    def of(cls, cache: Any) -> "Claim":
+        """The claim of a cache, plain ones among them: an encoded model fills them."""
+        claim: Claim = vars(cache).setdefault("_claim", cls())  # of two threads that ask first, one makes it
+        return claim
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """For a `with` block. Raises RuntimeError, naming argument or operation, while another one holds it."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"{name}: another pass or operation on this cache has not ended. One at a time: a second conversation "
+                "goes on from a copy of its own (copy.deepcopy)"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+@contextmanager
+def working_on(name: str, *caches: Any) -> Iterator[None]:
+    """Claim caches, or those that parts are of, for a `with` block, each once; what is neither is left alone.
+
+    Raises: RuntimeError naming the argument or operation `name` if one of them is claimed.
+    """
+    whole = (getattr(cache, "conversation", cache) for cache in caches)
+    claims = {id(claim): claim for claim in (Claim.of(cache) for cache in whole if isinstance(cache, Cache))}
+    with ExitStack() as stack:
+        for claim in claims.values():
+            stack.enter_context(claim.held(name))
+        yield
 
 
 class CachePart(Protocol):

@@ -11,7 +11,7 @@ import scx_kernels as ops
 from scx.devices import outside_inference_mode
 from scx.keys import Session
 from scx.kvcache.cache import EncodedCache
-from scx.kvcache.conversation import ConversationCache
+from scx.kvcache.conversation import ConversationCache, working_on
 from scx.kvcache.layers import GrowingLayer, fill
 
 __all__ = ["check_encoded", "decode_kvcache", "merge_kvcache_dynamic", "split_kvcache_dynamic"]
@@ -75,10 +75,11 @@ def decode_kvcache(cache: EncodedCache, session: Session) -> DynamicCache:
     not fit together or are sealed and were edited by hand.
     """
     check_encoded("cache", cache)
-    keyed = cache.attached(session)
-    keyed.check_stored("cache")
-    plain = DynamicCache()
-    Cache.__init__(plain, layers=[_decoded(keyed, index) for index in range(len(cache.layers))])
+    with working_on("cache", cache):
+        keyed = cache.attached(session)
+        keyed.check_stored("cache")
+        plain = DynamicCache()
+        Cache.__init__(plain, layers=[_decoded(keyed, index) for index in range(len(cache.layers))])
     return plain
 
 

@@ -2,26 +2,34 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import scx_kernels as ops
-from scx.keys import Session
+from scx.keys import Session, Writes
 from scx.kvcache.conversation import ConversationCache
 from scx.kvcache.layers import AbsentLayer, GrowingLayer, SealedLayer, SharedLogs, Slots, Stored
 
 __all__ = ["EncodedLayers"]
 
 
+@dataclass
+class Numbering:
+    """What became of the write numbers of one pass: the logs that hold them, and the layers that have taken them."""
+
+    writes: Writes | None = None
+    logs: SharedLogs = field(default_factory=dict)
+    layers: set[int] = field(default_factory=set)
+
+
 class EncodedLayers(ConversationCache):
     """K and V of some or all layers, written and read under one session's keys."""
 
     _session: Session | None
-    # Of the pass that brought these numbers: the logs that hold them.
-    _logs_of: Tensor | None = None
-    _logs: SharedLogs
+    _numbering: Numbering
 
     @property
     def session(self) -> Session:
@@ -62,8 +70,9 @@ class EncodedLayers(ConversationCache):
             for x in (layer.keys, layer.values)
         )
 
+    @torch.compiler.disable  # it reads what is here and which process this is
     def room(
-        self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor, writes: Tensor | None = None
+        self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor, writes: Writes | None = None
     ) -> Slots | None:
         """Slots in a layer's own buffers for `tokens` more tokens of (B, G, d) states, for a pass without gradients.
 
@@ -73,7 +82,9 @@ class EncodedLayers(ConversationCache):
         Args:
             like: has the new states' dtype, and their device. The slots have the dtype to which it and that of the
                 states here are promoted, as in a plain cache; what is here is converted.
-            writes: (B, tokens) write numbers, which a sealed layer needs.
+            writes: (B, tokens) write numbers, which a sealed layer needs, and takes once.
+
+        Raises: RuntimeError where one keystream would serve two values.
         """
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not isinstance(layer, GrowingLayer):
@@ -84,16 +95,32 @@ class EncodedLayers(ConversationCache):
             return layer.room(tokens, shape, like)
         if writes is None:
             raise ValueError(f"writes: layer {layer_idx} is sealed and needs the numbers of its tokens")
+        logs = self._take_numbers(layer_idx, writes)
         self._renew(layer_idx, layer, like.dtype)
         slots = layer.room(tokens, shape, like)
-        if self._logs_of is not writes:
-            self._logs_of, self._logs = writes, {}
-        numbers = layer.number(slots, writes.to(like.device), self._logs)
-        sealing = self.session.sealing(layer_idx, numbers, self.session.branch, layer)
+        numbers = layer.number(slots, writes.numbers.to(like.device), logs)
+        sealing = self.session.sealing(layer_idx, numbers, writes.branch, layer)
         if sealing.kept is not None:
             rows = numbers[:, slots.offset - layer.held_tokens : slots.offset + tokens]
             sealing.kept.cover(sealing.at(rows), shape[1], shape[2], slots.keys.dtype)
         return slots._replace(sealing=sealing)
+
+    def _take_numbers(self, layer_idx: int, writes: Writes) -> SharedLogs:
+        """Note that a layer takes the numbers of a pass. Returns the pass's logs."""
+        if writes.branch != self.session.branch:
+            raise RuntimeError(
+                "the process was forked in the middle of a pass over a sealed cache, and both would write under the "
+                "pass's numbers; fork between passes"
+            )
+        if self._numbering.writes is not writes:
+            self._numbering = Numbering(writes)
+        if layer_idx in self._numbering.layers:
+            raise RuntimeError(
+                f"layer {layer_idx}: its block runs twice in one pass, and a sealed cache has one number for each of "
+                "the pass's tokens there; run it with use_cache=False or cache_encoding='permuted'"
+            )
+        self._numbering.layers.add(layer_idx)
+        return self._numbering.logs
 
     def _renew(self, layer_idx: int, layer: SealedLayer, dtype: torch.dtype) -> None:
         """Make a layer this branch's own, and wide enough for rows in `dtype`: what another holder of the session
@@ -102,15 +129,15 @@ class EncodedLayers(ConversationCache):
         if layer.held_tokens:
             wide = torch.promote_types(layer.keys.dtype, dtype)
             if layer.branch != branch or layer.keys.dtype != wide:
-                self._seal_anew(layer_idx, layer, branch, wide)
+                self._seal_anew(layer_idx, layer, wide)
         layer.branch = branch
 
-    def _seal_anew(self, layer_idx: int, layer: SealedLayer, branch: str, dtype: torch.dtype) -> None:
+    def _seal_anew(self, layer_idx: int, layer: SealedLayer, dtype: torch.dtype) -> None:
         keys, values = layer.keys, layer.values
         old = self.sealing(layer_idx, keys.device)
         if old is None:
             raise RuntimeError(f"layer {layer_idx} holds sealed rows without their numbers")
-        writes = self.session.take_writes(keys.shape[0], keys.shape[2], keys.device)
+        branch, writes = self.session.take_writes(keys.shape[0], keys.shape[2], keys.device)
         new = self.session.sealing(layer_idx, writes, branch)
         if dtype == keys.dtype:
             states = [ops.reseal(x, old, new, is_value=i == 1) for i, x in enumerate((keys, values))]
@@ -134,7 +161,7 @@ class EncodedLayers(ConversationCache):
         ones may see."""
         return self.layers[layer_idx].take_in(slots)
 
-    def append(self, keys: Tensor, values: Tensor, layer_idx: int, writes: Tensor | None = None) -> Stored:
+    def append(self, keys: Tensor, values: Tensor, layer_idx: int, writes: Writes | None = None) -> Stored:
         """Append feature-permuted K and V (B, G, S, d) to a layer, which seals them if it is sealed. Gradients flow
         through a layer that is not.
 

@@ -15,7 +15,7 @@ from scx.calibration import Tokens, ordinary_tokens
 from scx.devices import outside_inference_mode
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator, Session
-from scx.kvcache.conversation import CachePart, ConversationCache
+from scx.kvcache.conversation import CachePart, ConversationCache, working_on
 from scx.models.request import Admitted, admit, check_keywords
 
 __all__ = ["EncodedModel", "EncodedModule", "EncodedOuter", "ModelEncoding", "generating_models"]
@@ -134,7 +134,8 @@ class EncodedModel(EncodedModule):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        with outside_inference_mode():
+        caches = (past_key_values, gpu_kvcache, cpu_kvcache)
+        with outside_inference_mode(), working_on("past_key_values", *caches):
             request = self._admit(
                 input_ids, inputs_embeds, past_key_values, (gpu_kvcache, cpu_kvcache), mode, cache_position, kwargs
             )

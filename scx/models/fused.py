@@ -12,6 +12,7 @@ as they are there.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,17 +38,17 @@ from scx.architecture import (
     sliding_window,
 )
 from scx.devices import is_autocast
-from scx.encoding import FeatureKey, RowKey, TokenKeys
+from scx.encoding import FeatureKey, Noise, RowKey, TokenKeys
 from scx.keys import Session
 from scx.kvcache import EncodedCache
-from scx.kvcache.conversation import ConversationCache
+from scx.kvcache.conversation import ConversationCache, working_on
 from scx.kvcache.layers import SealedLayer, Stored
 from scx.models.encoded import EncodedModel, EncodedModule, EncodedOuter, ModelEncoding, generating_models
 from scx.models.gradients import refuse_backward, wants_gradients
 from scx.models.request import GIVEN_TO_ATTENTION, Admitted
 from scx.models.step import Step
 from scx.models.swap import encode_class, restore_class
-from scx.projections import project_quiet, projection_dtype
+from scx.projections import project_quiet
 
 __all__ = ["EncodedAttention", "EncodedDecoderLayer", "FusedEncoding", "FusedModel", "fuse"]
 
@@ -95,7 +96,7 @@ class EncodedAttention(EncodedModule):
         *,
         scx_step: Step,
         scx_place: int,
-        scx_noise: Tensor | None = None,
+        scx_noise: Noise | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         place, device, cache = scx_place, hidden_states.device, past_key_values
@@ -125,11 +126,11 @@ class EncodedAttention(EncodedModule):
         rows, weights = self._attend(q, stored, attention_mask, feature_key, keys.output, **kwargs)
         return self.o_proj(rows.to(device)), weights
 
-    def _project_qkv(self, rows: Tensor, noise: Tensor | None) -> Sequence[Tensor]:
+    def _project_qkv(self, rows: Tensor, noise: Noise | None) -> Sequence[Tensor]:
         """The products of encoded rows, of q, k and v, (B, T, *) each; without the noise's image if there is noise."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         if noise is not None:
-            return project_quiet(projections, rows, noise, self.layer_idx)
+            return project_quiet(projections, rows, noise.values(), self.layer_idx)
         if all(is_plain_linear(projection) for projection in projections) and not is_autocast(rows):
             weights = [projection.weight for projection in projections]
             return ops.permuted_linears(rows, weights, biases=[projection.bias for projection in projections])
@@ -211,11 +212,11 @@ class EncodedDecoderLayer(EncodedModule):
     post_attention_layernorm: nn.Module
 
     def forward(self, hidden_states: Tensor, *, scx_step: Step, **kwargs: Any) -> Tensor:
-        place, device = scx_step.place(self), hidden_states.device
+        place, device = scx_step.begin(self), hidden_states.device
         keys = scx_step.layer_keys(place, device)
         rows = scx_step.enter(hidden_states, place)
 
-        noise = scx_step.noise if place == 0 else None
+        noise = scx_step.take_noise() if place == 0 else None
         entered = keys.attention.enter(rows, self.input_layernorm, noise)
         projected, _ = self.self_attn(
             hidden_states=entered, scx_step=scx_step, scx_place=place, scx_noise=noise, **kwargs
@@ -241,15 +242,18 @@ class FusedEncoding(ModelEncoding):
             restore_class(layer.self_attn)
             restore_class(layer)
 
-    def draw_token_keys(self, session: Session, request: Admitted, embedding: nn.Module) -> TokenKeys | None:
+    def draw_token_keys(
+        self, session: Session, request: Admitted, embedding: nn.Module, **options: Any
+    ) -> TokenKeys | None:
         """The row keys of one forward pass; None for a lone token that continues a session, whose rows stay in token
-        order."""
+        order. `options` are those of `Branch.draw_token_keys`, of a block that runs again in the pass."""
         if not request.opens and request.tokens == 1:
             return None
         dtype, device = next(embedding.parameters()).dtype, home(embedding)
         scale = None if self.scale is None else self.scale.to(device)
         vocabulary = self.redundant_tokens(embedding) if self.generator.redundant_num else None
-        return session.draw_token_keys(request.tokens, request.batch, scale, dtype, device, vocabulary=vocabulary)
+        sizes = (request.tokens, request.batch)
+        return session.draw_token_keys(*sizes, scale, dtype, device, vocabulary=vocabulary, **options)
 
     def paged_session(self, pages: PagedAttentionCache) -> Session:
         """The session of the pages of continuous batching: one for all requests that share them, for one sequence of
@@ -324,7 +328,8 @@ class FusedModel(EncodedModel):
         step, kept, refusal = self._open(request, use_cache, kwargs)
         recording = torch.is_grad_enabled() and request.mode is None and refusal is None
         restored = nullcontext() if kept is None else kept.restored_on_failure()
-        with torch.set_grad_enabled(recording), restored:
+        fresh = None if kept is request.cache else kept  # nobody could claim it before
+        with torch.set_grad_enabled(recording), working_on("past_key_values", fresh), restored:
             outputs = super(EncodedModel, self).forward(  # the original's: what this class is swapped in above
                 inputs_embeds=step.embed(
                     self.embed_tokens, request.input_ids, request.inputs_embeds, home(self.embed_tokens)
@@ -368,11 +373,11 @@ class FusedModel(EncodedModel):
                 open_at |= set(range(len(blocks)))
             elif self.gradient_checkpointing and self.training:
                 open_at.add(0)
-        token_keys = encoding.draw_token_keys(session, request, self.embed_tokens)
+        draw_keys = partial(encoding.draw_token_keys, session, request, self.embed_tokens)
         holder = session if kept is None else kept
-        step = Step(session, holder, token_keys, blocks, open_at, in_place=not records or refusal is not None)
+        step = Step(session, holder, draw_keys, blocks, open_at, in_place=not records or refusal is not None)
         first = blocks[0].self_attn.q_proj
-        step.prepare(request.batch, request.tokens, projection_dtype(first), home(first))
+        step.prepare(request.batch, request.tokens, home(first))
         return step, kept, refusal
 
     def _session(

@@ -21,6 +21,7 @@ from scx.architecture import Decoder, ModelShape, kept_checkpoint
 from scx.devices import CPU, outside_inference_mode, upload
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator
+from scx.kvcache.conversation import working_on
 from scx.models.encoded import EncodedModel, ModelEncoding, generating_models
 from scx.models.gradients import refuse_backward, wants_gradients
 from scx.models.request import Admitted
@@ -210,7 +211,9 @@ class SplitModel(EncodedModel):
             kept = SplitCache.adopt(held, session, encoding.party, len(hidden))
         if first_key is not None:
             first_key = upload(first_key, encoding.party.device)
-        return Prefill(encoding.party, session, rope, first_key, kept).run(hidden), kept
+        fresh = None if kept is cache else kept  # nobody could claim it before
+        with working_on("past_key_values", fresh):
+            return Prefill(encoding.party, session, rope, first_key, kept).run(hidden), kept
 
     def _calibrate(self) -> None:
         """Have the untrusted side measure the scale of real rows, once, where blocks are not here to do it with."""
@@ -386,7 +389,8 @@ def restore_conversation(model: PreTrainedModel, cache: SplitCache) -> None:
     Raises: ValueError if the model is not in the split placement or the conversation began with embeddings;
         PartyLostError if this party is lost as well, and `cache` is as it was.
     """
-    _split_decoder(model).restore(cache)
+    with working_on("cache", cache):
+        _split_decoder(model).restore(cache)
 
 
 def _split_decoder(model: PreTrainedModel) -> SplitModel:

@@ -1,14 +1,15 @@
 """The keys of one forward pass in the fused placement, and how the residual stream enters and leaves its encoding."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from scx.architecture import is_hooked
-from scx.encoding import FeatureKey, LayerKeys, ResidualKey, TokenKeys
-from scx.keys import Session
+from scx.encoding import FeatureKey, LayerKeys, Noise, ResidualKey, TokenKeys
+from scx.keys import Session, Writes
 
 __all__ = ["Step"]
 
@@ -24,10 +25,12 @@ class FeatureKeys(Protocol):
 class Step:
     """The keys of one forward pass, handed to every block.
 
-    A block is known by its place in the stack that runs, whatever index it was built with. Without `token_keys` the
-    rows stay in token order: a lone generated token has no order to hide.
+    A block is known by its place in the stack that runs, whatever index it was built with. Without token keys the rows
+    stay in token order: a lone generated token has no order to hide. A block that runs again in the pass (a hook calls
+    it, or a checkpoint computes it anew) has keys of its own each time.
 
     Args:
+        draw_keys: the pass's token keys, or None; given `layers` and the pass's `residual` key, further ones of these.
         blocks: the stack, in order.
         open_at: the places at whose input rows lie in token order, without redundant ones, for hooks or a caller who
             records them.
@@ -38,7 +41,7 @@ class Step:
         self,
         session: Session,
         feature_keys: FeatureKeys,
-        token_keys: TokenKeys | None,
+        draw_keys: Callable[..., TokenKeys | None],
         blocks: Sequence[nn.Module],
         open_at: Collection[int] = (),
         in_place: bool = True,
@@ -49,9 +52,12 @@ class Step:
         self.open_at = frozenset(open_at)
         self.num_blocks = len(blocks)
         self._places = {id(block): place for place, block in enumerate(blocks)}
-        self._token_keys = token_keys
-        self.noise: Tensor | None = None  # of the first block's input, once prepared
-        self.writes: Tensor | None = None  # write numbers of the pass's tokens (B, S), where layers are sealed
+        self._draw_keys = draw_keys
+        self._token_keys = draw_keys()
+        self._begun: set[int] = set()
+        self._take_noise: Callable[[], Noise] | None = None  # for the first block's input
+        self._noise: Noise | None = None  # drawn and not taken
+        self.writes: Writes | None = None  # write numbers of the pass's tokens, where layers are sealed
         self._rows: Tensor  # the residual stream's first rows, where these are not in token order
         self._redundant: dict[int, Tensor | None] = {}  # the redundant rows, where the others are in token order
         self._on_device: dict[torch.device, tuple[ResidualKey, list[LayerKeys]]] = {}
@@ -59,9 +65,17 @@ class Step:
     def __repr__(self) -> str:
         return f"Step(session={self.session.id})"
 
-    def place(self, block: nn.Module) -> int:
-        """Where a block stands in the stack."""
-        return self._places[id(block)]
+    @torch.compiler.disable  # what has run before is no constant of a program
+    def begin(self, block: nn.Module) -> int:
+        """Where a block stands in the stack, as it begins to run."""
+        place = self._places[id(block)]
+        known = self._token_keys if place in self._begun else None
+        again = None if known is None else self._draw_keys(layers=[place], residual=known.residual)
+        if again is not None:
+            for device, (_, keys) in self._on_device.items():
+                keys[place] = again.to(device).layers()[0]
+        self._begun.add(place)
+        return place
 
     def _keys_on(self, device: torch.device) -> tuple[ResidualKey, list[LayerKeys]] | None:
         if self._token_keys is None:
@@ -82,19 +96,23 @@ class Step:
         keys = self._keys_on(device)
         return _IDENTITY if keys is None else keys[1][place]
 
-    def prepare(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Draw what the blocks will need before they run, so that nothing on their way waits for the host.
-
-        Args:
-            dtype, device: of the rows that enter the first block's projections.
-        """
+    def prepare(self, batch: int, tokens: int, device: torch.device) -> None:
+        """Draw what the blocks will need before they run, so that nothing on their way waits for the host. `device` is
+        that of the rows that enter the first block's projections."""
         self.feature_key(0, device)
         key = self.layer_keys(0, device).attention
         if self.session.settings.alp:
             rows = tokens if key.entry is None else key.entry.shape[1]
-            self.noise = self.session.take_noise(batch, rows, dtype, device)
+            self._take_noise = partial(self.session.take_noise, batch, rows, device)
+            self._noise = self._take_noise()
         if self.session.settings.sealed_layers:
             self.writes = self.session.take_writes(batch, tokens, device)
+
+    @torch.compiler.disable
+    def take_noise(self) -> Noise | None:
+        """One-time noise for the first block's input, other noise whenever that runs; None where there is none."""
+        noise, self._noise = self._noise, None
+        return self._take_noise() if noise is None and self._take_noise is not None else noise
 
     def embed(
         self, embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None, device: torch.device

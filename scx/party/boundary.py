@@ -14,7 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["MESSAGES", "STAGES", "Boundary", "Crossing", "PartyLostError", "Pending", "Request", "Transcript"]
+__all__ = [
+    "INTEGERS", "MESSAGES", "STAGES", "Boundary", "Crossing", "PartyLostError", "Pending", "Request", "Rule",
+    "Transcript",
+]  # fmt: skip
 
 STAGES = ("calibration", "prefill", "key sharing", "generation")
 
@@ -43,6 +46,9 @@ MESSAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Operation -> the names of tensors that it may send to the untrusted side, and that may come back."""
 
+INTEGERS = frozenset({"first_key", "token_position", "positions", "rows", "top_tokens"})
+"""Tensors that are int64; any other is of floating-point numbers."""
+
 
 class PartyLostError(RuntimeError):
     """The untrusted party died, did not answer in time, or answered what was not asked for. The conversation's last
@@ -66,10 +72,10 @@ class Request:
 class Receiver(Protocol):
     """The far end of a boundary: an untrusted party, or what leads to one in another process.
 
-    `begin` hands a request over. What it returns waits for the reply and gives it.
+    `begin` hands a request over, with the rule of its reply. What it returns waits for the reply and gives it.
     """
 
-    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]: ...
+    def begin(self, request: Request, rule: "Rule") -> Callable[[], Mapping[str, Tensor]]: ...
 
 
 class Rule(Protocol):
@@ -77,6 +83,8 @@ class Rule(Protocol):
     tokens are below `vocab_size`."""
 
     vocab_size: int
+
+    def expected(self, request: Request) -> Mapping[str, tuple[int, ...]]: ...
 
     def check(self, request: Request, reply: Mapping[str, Tensor]) -> None: ...
 
@@ -204,7 +212,7 @@ class Boundary:
         for transcript in self._transcripts:
             transcript.requests[stage] += bool(moved)
         request = Request(operation, conversation, stage, block, step, past, key_rows, moved)
-        answer = self._receiver.begin(request)
+        answer = self._receiver.begin(request, self.rule)
         if self.untrusted_device.type != "cuda":
             return Pending(lambda: self._end(request, self._arrive(request, answer())))
         # The reply's kernels are queued, not done. So are its copies, behind them: nobody waits for the device yet.
@@ -212,8 +220,6 @@ class Boundary:
         return Pending(lambda: self._end(request, arriving))
 
     def _arrive(self, request: Request, reply: Mapping[str, Tensor]) -> "_Moved":
-        _, returned = MESSAGES[request.operation]
-        _check_names(request.operation, reply, returned)
         self.rule.check(request, reply)
         return _move(reply, self.secure_device)
 

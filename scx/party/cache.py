@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from scx.devices import outside_inference_mode
 from scx.keys import Session, SharedKeys
-from scx.kvcache.conversation import ConversationCache, places
+from scx.kvcache.conversation import ConversationCache, places, working_on
 from scx.kvcache.layers import AbsentLayer, GrowingLayer
 from scx.party.plan import Plan
 
@@ -124,11 +124,12 @@ class SplitCache(ConversationCache):
 
         Raises: ValueError for keys of another session; RuntimeError if they were given already.
         """
-        if shared.session != self.session_id:
-            raise ValueError(f"shared: this cache belongs to session {self.session_id}, got {shared.session}")
-        if self.is_shared:
-            raise RuntimeError("unlock: the untrusted side has these keys already")
-        self.party.share(self, shared)
+        with working_on("unlock", self):
+            if shared.session != self.session_id:
+                raise ValueError(f"shared: this cache belongs to session {self.session_id}, got {shared.session}")
+            if self.is_shared:
+                raise RuntimeError("unlock: the untrusted side has these keys already")
+            self.party.share(self, shared)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.tokens
@@ -144,13 +145,14 @@ class SplitCache(ConversationCache):
         Args:
             indices: (n,) integers, negative ones from the end, or (rows,) bool. name: of the argument, for errors.
         """
-        # Read here, also from an accelerator: what is out of range must not reach the untrusted side.
-        index = places(name, torch.as_tensor(indices).cpu(), self.rows).to(self.party.device)
-        self.check_layers()
-        if self.tokens:
-            self.party.select(self, index)
-            self._select(index)
-        self.rows = len(index)
+        with working_on(name, self):
+            # Read here, also from an accelerator: what is out of range must not reach the untrusted side.
+            index = places(name, torch.as_tensor(indices).cpu(), self.rows).to(self.party.device)
+            self.check_layers()
+            if self.tokens:
+                self.party.select(self, index)
+                self._select(index)
+            self.rows = len(index)
 
     def _select(self, index: Tensor) -> None:
         for layer in self.layers:
@@ -189,6 +191,10 @@ class SplitCache(ConversationCache):
         """Forget the last tokens: -n removes n; as older transformers call it, n keeps n. Of a cache that keeps none,
         the next request opens another session."""
         tokens_to_remove = int(tokens_to_remove)  # older transformers give a tensor
+        with working_on("crop", self):
+            self._crop(tokens_to_remove)
+
+    def _crop(self, tokens_to_remove: int) -> None:
         kept = max(self.tokens + tokens_to_remove, 0) if tokens_to_remove <= 0 else min(tokens_to_remove, self.tokens)
         if kept == self.tokens:
             return

@@ -1,205 +1,184 @@
-"""The parties in two processes: requests and replies as bytes over gloo.
+"""The parties in two processes: the secure one listens, and workers with the weights come to it.
 
-The secure process listens (`RemoteParty`); workers with the weights join it (`scx.party.worker`) and are numbered as
-they join. The secure side talks to one, and turns to the next when that is lost; a worker that joins early
-waits for its turn. Each exchange is two messages of three parts: lengths, a header in JSON, and the tensors' bytes.
-A worker may be several ranks (`scx.party.ranks`), which the secure side does not notice: rank 0 has the connection
-(`serve`), the others `follow` it.
+The secure side (`RemoteParty`) talks to one worker (`scx.party.worker`) and turns to the next when that is lost; one
+that comes early waits for its turn. What passes between them are messages (`scx.party.messages`) over a channel that is
+enciphered and whose ends know one another (`scx.party.channel`, `scx.party.credentials`). A worker may be several ranks
+(`scx.party.ranks`), which the secure side does not notice: rank 0 has the connection (`serve`), the others `follow` it.
 """
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# torch exports ProcessGroupGloo only where gloo was built, so a type checker finds no such name in it; where it was not
-# built, this import fails, and two processes need it.
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
-
-from scx.party.boundary import PartyLostError, Request
+from scx.party.boundary import PartyLostError, Request, Rule
+from scx.party.channel import PATIENCE, ChannelClosedError, ChannelError, dial
+from scx.party.credentials import Credentials
+from scx.party.door import Door
+from scx.party.exchange import Worker
+from scx.party.messages import read_agreement, read_request, write_agreement, write_failure, write_reply
 from scx.party.plan import Plan
 from scx.party.ranks import ParallelRanks, Ranks
-from scx.party.untrusted import UntrustedParty
+from scx.party.untrusted import UntrustedParty, sum_in_float32
 
-__all__ = ["Peer", "RemoteParty", "follow", "serve"]
-
-_SECURE, _UNTRUSTED = 0, 1
-_MAX_HEADER_BYTES = 2**16
-_MAX_BYTES = 2**34
-_DTYPES = {str(x): x for x in (torch.float32, torch.float16, torch.bfloat16, torch.int64)}
-_PATIENCE = timedelta(days=7)
-
-
-class Peer:
-    """One end of a connection.
-
-    Args:
-        store: where both ends meet.
-        number: of the worker. rank: 0 for the secure side, 1 for the worker.
-        timeout: to find the other end.
-    """
-
-    def __init__(self, store: Store, number: int, rank: int, timeout: timedelta) -> None:
-        self._group: Any = ProcessGroupGloo(PrefixStore(f"worker {number}", store), rank, 2, timeout)
-        self._other = 1 - rank
-
-    def send(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], timeout: timedelta) -> None:
-        """Send a header and named tensors. Raises RuntimeError if the other end is gone or does not take them."""
-        described = {name: [str(x.dtype), list(x.shape)] for name, x in tensors.items()}
-        head = torch.frombuffer(bytearray(json.dumps({**header, "tensors": described}).encode()), dtype=torch.uint8)
-        parts = [x.detach().cpu().contiguous().flatten().view(torch.uint8) for x in tensors.values()]
-        body = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
-        for part in (torch.tensor([len(head), len(body)]), head, body):
-            if len(part):
-                self._group.send([part], self._other, 0).wait(timeout)
-
-    def receive(self, timeout: timedelta) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The header and the tensors that the other end sends. Raises RuntimeError, ValueError if it does not, or if
-        they make no sense."""
-        lengths = torch.empty(2, dtype=torch.int64)
-        self._group.recv([lengths], self._other, 0).wait(timeout)
-        head_bytes, body_bytes = lengths.tolist()
-        if not 0 < head_bytes <= _MAX_HEADER_BYTES or not 0 <= body_bytes <= _MAX_BYTES:
-            raise ValueError(f"a message of {head_bytes} + {body_bytes} bytes is out of bounds")
-        head, body = (torch.empty(n, dtype=torch.uint8) for n in (head_bytes, body_bytes))
-        for part in (head, body):
-            if len(part):
-                self._group.recv([part], self._other, 0).wait(timeout)
-        header = json.loads(head.numpy().tobytes())
-        return header, _unpack(header.pop("tensors"), body)
-
-
-def _unpack(described: dict[str, Any], body: Tensor) -> dict[str, Tensor]:
-    tensors, start = {}, 0
-    for name, (dtype_name, shape) in described.items():
-        dtype = _DTYPES[dtype_name]
-        end = start + math.prod(shape) * dtype.itemsize
-        tensors[name] = body[start:end].clone().view(dtype).view(shape)
-        start = end
-    if start != len(body):
-        raise ValueError(f"a message has {len(body)} bytes of tensors, its header describes {start}")
-    return tensors
+__all__ = ["RemoteParty", "follow", "serve"]
 
 
 class RemoteParty:
-    """An untrusted party in another process, as the boundary sees it.
+    """An untrusted party in another process, as the boundary sees it. Any number of threads may use it.
 
     Args:
         plan: the agreement that workers are told when they join.
         fingerprint: of the model that they must have.
-        host, port: where to listen; port 0 takes a free one.
-        timeout: seconds that a reply may take, and that a worker may take to join.
+        host, port: where to listen, and nowhere else; port 0 takes a free one.
+        timeout: seconds that a reply may take as a whole, and that `connect` may.
+        credentials: the secure side's half of a pair; None for a pair of this object's own, whose other half
+            `save_worker_credentials` writes for the workers.
+
+    Raises: ValueError for the other half; OSError where nobody can listen.
     """
 
     def __init__(
-        self, plan: Plan, fingerprint: str, *, host: str = "127.0.0.1", port: int = 0, timeout: float = 60.0
+        self,
+        plan: Plan,
+        fingerprint: str,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        timeout: float = 60.0,
+        credentials: Credentials | None = None,
     ) -> None:
         self.plan = plan
         self.timeout = timedelta(seconds=timeout)
-        self._store = TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=self.timeout)
-        self._store.set("agreement", json.dumps({"plan": asdict(plan), "model": fingerprint}))
-        self.address = f"{host}:{self._store.port}"
-        self._peer: Peer | None = None
-        self._worker = 0
+        self._of_workers: Credentials | None = None
+        if credentials is None:
+            credentials, self._of_workers = Credentials.generate()
+        credentials.check("secure side")
+        self._door = Door(host, port, credentials, write_agreement(plan, fingerprint))
+        self.address = f"{host}:{self._door.port}"
+        self._worker: Worker | None = None
+        self._turned = 0
+        self._turning = threading.Lock()
+        self._homes: dict[str, int] = {}  # conversation -> number of the worker that has it
+        self._own = threading.local()  # its `worker`: the number of the one that this thread last meant
+        weakref.finalize(self, self._door.close)
 
     def __repr__(self) -> str:
-        return f"RemoteParty({self.address}, worker={self._worker})"
+        return f"RemoteParty({self.address}, worker={self._turned})"
+
+    def save_worker_credentials(self, path: str | os.PathLike[str]) -> None:
+        """Write the workers' half of the pair to a new file, mode 0600.
+
+        Raises: ValueError if the pair was given, and the other half is elsewhere; FileExistsError.
+        """
+        if self._of_workers is None:
+            raise ValueError("credentials: they were given, and with them no worker's; whoever made the pair has these")
+        self._of_workers.save(path)
 
     def connect(self) -> None:
-        """Turn to the next worker, waiting for it to join. Raises PartyLostError if none does in time."""
-        self._worker += 1
-        self._peer = None
-        try:
-            self._store.wait([f"joined {self._worker}"], self.timeout)
-            self._peer = Peer(self._store, self._worker, _SECURE, self.timeout)
-        except RuntimeError as error:
-            self._worker -= 1
-            raise PartyLostError(f"no worker joined {self.address} within {self.timeout}") from error
+        """Turn to the next worker that has joined and lives, waiting for one.
+
+        Where several threads lost a worker, the first to call this turns to the next, and the others come along.
+
+        Raises: PartyLostError if none joins in time.
+        """
+        with self._turning:
+            lost = self._worker
+            if lost is not None and not lost.is_lost and self._meant() != lost.number:
+                self._own.worker = lost.number
+                return
+            if lost is not None:
+                lost.end()
+            channel = self._door.next(time.monotonic() + self.timeout.total_seconds())
+            if channel is None:
+                reason = f" (last sent away: {self._door.refusal})" if self._door.refusal else ""
+                raise PartyLostError(f"no worker joined {self.address} within {self.timeout}{reason}")
+            self._turned += 1
+            self._worker = Worker(channel, self._turned)
+            self._own.worker = self._turned
 
     def close(self) -> None:
-        """End the connection, and with it the worker."""
-        self._peer = None
+        """End the connection, and with it the worker; and those that wait. Nobody joins any more."""
+        if self._worker is not None:
+            self._worker.end()
+        self._door.close()
 
-    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]:
+    def begin(self, request: Request, rule: Rule) -> Callable[[], Mapping[str, Tensor]]:
         """Send a request; what is returned waits for the reply. Both raise PartyLostError; `connect` turns to the next
         worker then."""
-        if self._peer is None:
-            raise PartyLostError(f"{self._name(request)} is not connected")
-        header = {name: value for name, value in vars(request).items() if name != "tensors"}
-        peer, self._peer = self._peer, None  # an exchange that ends half-way leaves a connection nobody can use
-        with self._as_lost(request):
-            peer.send(header, request.tensors, self.timeout)
-        return lambda: self._end(request, peer)
+        worker, conversation = self._worker, request.conversation
+        name = f"{request.operation}, block {request.block}"
+        if request.operation == "close" and self._homes.pop(conversation, None) != self._turned:
+            return dict  # it went with its worker
+        if worker is None:
+            raise PartyLostError(f"{name}: worker 0 is not connected")
+        if request.operation == "open":
+            self._homes[conversation] = worker.number
+        home = self._own.worker = self._homes.get(conversation, worker.number)
+        if home != worker.number:
+            raise PartyLostError(f"{name}: worker {home}, which had this conversation, is not connected")
+        exchange = worker.begin(request, rule.expected(request), self.timeout.total_seconds())
+        return lambda: worker.finish(exchange, self.timeout.total_seconds())
 
-    def _end(self, request: Request, peer: Peer) -> Mapping[str, Tensor]:
-        with self._as_lost(request):
-            answer, tensors = peer.receive(self.timeout)
-        if "error" in answer:
-            raise PartyLostError(f"{self._name(request)} failed: {answer['error']!s:.200}")
-        self._peer = peer
-        return tensors
-
-    def _name(self, request: Request) -> str:
-        return f"{request.operation}, block {request.block}: worker {self._worker}"
-
-    @contextmanager
-    def _as_lost(self, request: Request) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            name = self._name(request)
-            raise PartyLostError(f"{name} died or did not answer within {self.timeout}: {error!s:.200}") from error
+    def _meant(self) -> int | None:
+        return getattr(self._own, "worker", None)
 
 
 def serve(
-    address: str, layers: Any, rotary: Any, head: Any, fingerprint: str, timeout: float = 60.0,
-    ranks: Ranks | None = None,
+    address: str, credentials: Credentials, layers: Any, rotary: Any, head: Any, fingerprint: str,
+    timeout: float = 60.0, ranks: Ranks | None = None,
 ) -> None:  # fmt: skip
     """Be the untrusted party of a secure process until that ends, or until a request fails.
 
     Args:
         address: HOST:PORT where it listens.
+        credentials: the workers' half of its pair.
         layers, rotary, head: the blocks, the rotary embedding, and final norm and head, as `UntrustedParty` takes them.
         fingerprint: of the model.
-        timeout: seconds to find the secure process.
+        timeout: seconds to find the secure process, and to be told what it wants.
         ranks: of which this is rank 0; None if there are no others. They `follow`.
 
-    Raises: ValueError if it expects another model; RuntimeError if it is not found; what a request raised, after the
-        secure side was told.
+    Raises: ValueError if it expects another model, and for the other half of the pair; ChannelError if it is not found,
+        or is another than the paired one; what a request raised, after the secure side was told.
     """
     ranks = Ranks() if ranks is None else ranks
-    host, port = address.rsplit(":", 1)
-    limit = timedelta(seconds=timeout)
-    store = TCPStore(host, int(port), is_master=False, timeout=limit)
-    agreement = json.loads(store.get("agreement"))
-    if agreement["model"] != fingerprint:
-        raise ValueError(f"model: the secure side expects {agreement['model'][:16]}, this is {fingerprint[:16]}")
-    plan = Plan(**agreement["plan"])
-    ranks.agree(plan)
-    party = UntrustedParty(layers, rotary, plan, head)
-    number = store.add("workers", 1)
-    store.set(f"joined {number}", "")
-    peer = Peer(store, number, _UNTRUSTED, _PATIENCE)
-    device = next(layers.parameters()).device
-    while True:
-        try:
-            header, tensors = peer.receive(_PATIENCE)
-        except RuntimeError:  # the secure process has ended
-            ranks.end()
-            return
-        try:
-            request = ranks.pass_on(Request(**header, tensors=tensors))
+    credentials.check("worker")
+    ranks.wait()
+    deadline = time.monotonic() + timeout
+    channel = dial(address, credentials, deadline)
+    number = 0
+    try:
+        plan, expected = read_agreement(channel.source(deadline))
+        if expected != fingerprint:
+            raise ValueError(f"model: the secure side expects {expected:.16}, this is {fingerprint:.16}")
+        party = UntrustedParty(layers, rotary, plan, head)
+        ranks.agree(plan)
+        if plan.verify:
+            sum_in_float32()
+        channel.send(write_reply(0, {}), deadline)
+        device = next(layers.parameters()).device
+        while True:
+            number += 1
+            request = ranks.pass_on(read_request(channel.source(PATIENCE), number))
             reply = ranks.gather(party.receive(_move(request, device)))
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
-            peer.send({"error": f"{type(error).__name__}: {error}"}, {}, limit)
-            raise  # it may have failed on one rank alone: nobody knows where the others are
-        peer.send({}, reply, limit)
+            channel.send(write_reply(number, reply), PATIENCE)
+    except ChannelClosedError:  # the secure process has ended
+        ranks.end()
+    except Exception as error:
+        # It may have failed on one rank alone: nobody knows where the others are.
+        with suppress(ChannelError):
+            channel.send(write_failure(number, error), time.monotonic() + timeout)
+        raise
+    finally:
+        channel.end()
 
 
 def follow(layers: Any, rotary: Any, head: Any, ranks: ParallelRanks) -> None:

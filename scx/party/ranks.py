@@ -87,8 +87,11 @@ class Ranks:
         """What `from_pretrained` must be told to load a model of this configuration."""
         return {}
 
+    def wait(self) -> None:
+        """Wait for the ranks that still load."""
+
     def agree(self, plan: Plan) -> None:
-        """Wait for the ranks that still load, and tell them the plan. For rank 0."""
+        """Tell the others, who have waited for one another, the plan. For rank 0."""
 
     def pass_on(self, request: Request) -> Request:
         """Give every rank its own heads of a request's tensors, which are on the CPU. For rank 0, which gets its own
@@ -120,18 +123,20 @@ class ParallelRanks(Ranks):
         plan = {f"model.{name}": style for name, style in (config.base_model_tp_plan or {}).items()}
         return {"distributed_config": DistributedConfig(tp_size=self._size, tp_plan=plan)}
 
+    def wait(self) -> None:
+        dist.monitored_barrier(self._group, timeout=_LOADING)
+
     def agree(self, plan: Plan) -> None:
         if plan.verify:
             raise ValueError(
                 "verify: what is inside a feed-forward lies divided over the ranks, and is not gathered to be checked; "
                 "start the worker as one rank"
             )
-        dist.monitored_barrier(self._group, timeout=_LOADING)
         self._tell(plan)
 
     def hear(self) -> Plan:
         """Wait for the plan. For all but rank 0."""
-        dist.monitored_barrier(self._group, timeout=_LOADING)
+        self.wait()
         plan: Plan = self._tell()
         return plan
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scx.architecture import ModelShape
-from scx.party.boundary import PartyLostError, Request
+from scx.party.boundary import INTEGERS, PartyLostError, Request
 from scx.party.plan import Plan, inner_products
 
 __all__ = ["ReplyRule"]
@@ -37,9 +37,9 @@ class ReplyRule:
                 f"{request.operation}, block {request.block}: expected {expected} from the untrusted side, got {got}"
             )
         for name, x in reply.items():
-            is_right = x.dtype == torch.int64 if name == "top_tokens" else x.is_floating_point()
+            is_right = x.dtype == torch.int64 if name in INTEGERS else x.is_floating_point()
             if not is_right:
-                kind = "int64" if name == "top_tokens" else "floating-point"
+                kind = "int64" if name in INTEGERS else "floating-point"
                 raise PartyLostError(
                     f"{request.operation}, block {request.block}: expected {kind} {name}, got {x.dtype}"
                 )

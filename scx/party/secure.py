@@ -5,7 +5,7 @@ heads, d head size.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,8 +208,8 @@ class SecureParty:
 
     def line(self, conversation: str, stage: str, cache: SplitCache | None = None) -> Line:
         """The boundary for one conversation and stage; with its cache, for a new step of its generation."""
-        while self._forgotten:
-            self.boundary.ask("close", conversation=self._forgotten.popleft(), stage=stage, tensors={})
+        for gone in self._take_forgotten():
+            self.boundary.ask("close", conversation=gone, stage=stage, tensors={})
         if cache is None:
             return Line(self.boundary, conversation, stage, verifier=self.verifier)
         cache.steps += 1
@@ -220,6 +220,13 @@ class SecureParty:
         """Close a conversation with the next request: its cache may go while another request is under way."""
         self._forgotten.append(conversation)
 
+    def _take_forgotten(self) -> Iterator[str]:
+        while self._forgotten:
+            try:
+                yield self._forgotten.popleft()
+            except IndexError:  # another thread took the last one
+                return
+
     def noise(self, session: Session, block: int, batch: int, rows: int) -> Noise | None:
         """One-time noise for rows that enter a start block; None where the settings ask for none."""
         projections = self.weights.qkv(block)
@@ -227,8 +234,7 @@ class SecureParty:
             return None
         norm = self.weights.attention_norm(block)
         rms = root_mean_square(norm) if isinstance(getattr(norm, "weight", None), Tensor) else self.shape.first_norm_rms
-        noise = session.take_noise(batch, rows, self.weights.dtype, self.device, layer=block, rms=rms)
-        return Noise.of(noise, projections, block)
+        return session.take_noise(batch, rows, self.device, layer=block, rms=rms).project(projections, block)
 
     def feature_key(self, session: Session, block: int, sequences: Tensor | None = None) -> FeatureKey:
         """The session's π_r of a block, for the given sequences of it."""

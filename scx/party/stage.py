@@ -54,8 +54,7 @@ class Stage:
 
     def _project_qkv(self, block: int, hidden: Tensor, key: Key, noise: Noise | None) -> Products[Key]:
         """Encode a block's attention input, (B, n, D); its q, k and v products come back."""
-        added = None if noise is None else noise.noise
-        rows = key.enter(hidden, self.party.weights.attention_norm(block), added)
+        rows = key.enter(hidden, self.party.weights.attention_norm(block), noise)
         return Products.read(self.line.ask("project_qkv", block, attention_input=rows), key, noise)
 
     def _restore(self, block: int, products: Products[Key], feature_key: FeatureKey) -> tuple[Tensor, Tensor, Tensor]:

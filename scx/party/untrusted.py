@@ -17,12 +17,12 @@ from scx.architecture import QKV
 from scx.calibration import measure_scale
 from scx.kvcache.layers import GrowingLayer, append
 from scx.party.attention import attend
-from scx.party.boundary import Request
+from scx.party.boundary import Request, Rule
 from scx.party.held import Held
 from scx.party.plan import Plan, inner_products
 from scx.projections import project_noisy, projection_dtype
 
-__all__ = ["UntrustedParty"]
+__all__ = ["UntrustedParty", "sum_in_float32"]
 
 _HEAD_ROWS = 256  # of which all logits lie in memory at once
 
@@ -62,7 +62,7 @@ class UntrustedParty:
         """Public ids of the conversations of which something is held."""
         return tuple(self._held)
 
-    def begin(self, request: Request) -> Callable[[], Mapping[str, Tensor]]:
+    def begin(self, request: Request, rule: Rule) -> Callable[[], Mapping[str, Tensor]]:
         """`receive`, as the boundary calls it: on an accelerator the reply is only queued by then."""
         reply = self.receive(request)
         return lambda: reply
@@ -263,6 +263,13 @@ _OPERATIONS: dict[str, Any] = {
         "encoded_keys", "run_middle", "score", "pass_on", "select",
     )
 }  # fmt: skip
+
+
+def sum_in_float32() -> None:
+    """Have this process's accelerator sum products as checks of them expect: in float32 to the end."""
+    products = torch.backends.cuda.matmul
+    products.allow_tf32 = False
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = False
 
 
 def _linear(module: Any, rows: Tensor) -> Tensor:

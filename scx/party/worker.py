@@ -1,4 +1,5 @@
-"""`torchrun --nproc-per-node N -m scx.party.worker --connect HOST:PORT --model PATH`: the untrusted party's processes.
+"""`torchrun --nproc-per-node N -m scx.party.worker --connect HOST:PORT --credentials FILE --model PATH`: the untrusted
+party's processes.
 
 N ranks share the heads between them, by transformers' tensor parallelism; N divides the numbers of query and of
 key/value heads. Rank 0 has the connection to the secure process. If one of them dies or fails, all end.
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scx.architecture import model_shape
+from scx.party.credentials import Credentials
 from scx.party.process import follow, serve
 from scx.party.ranks import ParallelRanks, check_ranks, hold_shares, join_ranks
 
@@ -21,6 +23,7 @@ __all__ = ["main"]
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scx.party.worker", description="The untrusted party of SCX.")
     parser.add_argument("--connect", required=True, metavar="HOST:PORT", help="where the secure process listens")
+    parser.add_argument("--credentials", required=True, metavar="FILE", help="the workers' half of the pair")
     parser.add_argument("--model", required=True, help="directory or hub id")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu", help="of several ranks each takes its own; default: %(default)s")
@@ -30,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_ranks(size, config)
         device = _own_device(options.device, size)
-    except ValueError as error:
+        credentials = Credentials.load(options.credentials)
+        credentials.check("worker")
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     with join_ranks(size, device) as ranks:
         placement = ranks.placement(config)
@@ -41,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(ranks, ParallelRanks) and ranks.rank:
             follow(*parts, ranks)
         else:
-            serve(options.connect, *parts, model_shape(model).fingerprint, ranks=ranks)
+            serve(options.connect, credentials, *parts, model_shape(model).fingerprint, ranks=ranks)
     return 0
 
 

@@ -50,6 +50,7 @@ def _inject_kernel(
     N,  # rows of x
     D,  # features
     eps,
+    noise_step, steps_per_unit,  # a power of two, and one over it
     # Strides
     stride_x_sequence, stride_x_row, stride_x_feature,
     stride_redundant_sequence, stride_redundant_row, stride_redundant_feature,
@@ -140,7 +141,11 @@ def _inject_kernel(
             x = narrow(normed.to(tl.float32) * weight, x.dtype)
         mask = in_rows[:, None] & in_columns
         if HAS_NOISE:
-            x = x.to(tl.float32) + _load_rows(noise_rows, part, stride_noise_feature, mask)
+            noise = _load_rows(noise_rows, part, stride_noise_feature, mask)
+            # Adding 1.5 * 2^52 rounds to integers, ties to even. Nothing else rounds before the sum is narrowed.
+            steps = x.to(tl.float64) * steps_per_unit + 6755399441055744.0
+            steps = steps + noise.to(tl.float64) - 6755399441055744.0
+            x = (steps * noise_step).to(tl.float32)
         tl.store(out_rows[:, None] + part[None, :] * stride_out_feature, narrow(x, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -225,6 +230,7 @@ def inject_permute(
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     noise: Tensor | None = None,
+    noise_step: float | None = None,
     out: Tensor | None = None,
     tile: dict[str, Any] | None = None,
     force_int64: bool = False,
@@ -236,7 +242,7 @@ def inject_permute(
         tile: overrides of `inject_tile`. force_int64: 64-bit column offsets even where 32 bits suffice.
     """
     check_rows(x, row_index, redundant)
-    check_inject(x, row_index, feature_index, norm_weight, noise)
+    check_inject(x, row_index, feature_index, norm_weight, noise, noise_step)
     check_dtype("x", x)
     batch, tokens, features = x.shape
     encoded = tokens if row_index is None else row_index.shape[1]
@@ -244,6 +250,7 @@ def inject_permute(
         noise = noise.expand(batch, encoded, features)
     if out is None:
         out = empty(x, (batch, encoded, features), x.dtype if noise is None else torch.float32)
+    step = 1.0 if noise_step is None else noise_step
     head_dim = 0 if feature_index is None else feature_index.shape[2]
     target, width = target_of(x.device), head_dim or features
     heuristic = inject_tile(width, x.dtype, norm_weight is not None, noise is not None, target)
@@ -255,7 +262,7 @@ def inject_permute(
         _inject_kernel,
         (batch * triton.cdiv(encoded, meta["BLOCK_M"]), columns),
         *(x, redundant, row_index, feature_index, norm_weight, noise, out),
-        *(encoded, tokens, features, eps),
+        *(encoded, tokens, features, eps, step, 1 / step),
         *(*x.stride(), *strides(redundant, 3), *strides(row_index, 2), *strides(feature_index, 3)),
         *(*strides(norm_weight, 1), *strides(noise, 3), *out.stride()),
         HAS_INDEX=row_index is not None,
