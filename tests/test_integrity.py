@@ -263,6 +263,7 @@ ALTERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "not finite": lambda x: x.index_fill(-1, torch.tensor([2]), torch.nan),
     "infinite": lambda x: x.index_fill(-1, torch.tensor([2]), torch.inf),
     "random": torch.randn_like,
+    "of a dtype with more rounding": torch.Tensor.bfloat16,
 }
 RETURNED = [
     ("project_qkv", "query_product"),
@@ -522,6 +523,8 @@ def test_vectors_stay_on_the_secure_side(prompt) -> None:
     for copied in (pickle.dumps, copy.deepcopy):
         with pytest.raises(TypeError, match="never pickled"):
             copied(verifier)
+        with pytest.raises(TypeError, match="never pickled"):
+            copied(sketches[0])
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ class Sketch:
 
     `vectors`, of each projection, (G', n): secret. `images` (G, D): Wᵀr. `bounds` (P, D): the largest |W|ᵀ|r| of a
     projection's groups, which are much alike. `bias` (G,): b @ r. `bias_bound` (P,): the largest |b| @ |r|. All in the
-    accumulation dtype of the weights.
+    accumulation dtype of the weights. `projections` (G,) int64: of which projection each group is.
     """
 
     vectors: tuple[Tensor, ...]
@@ -83,9 +83,13 @@ class Sketch:
     bounds: Tensor
     bias: Tensor
     bias_bound: Tensor
+    projections: Tensor
 
     def __repr__(self) -> str:
         return f"Sketch({self.images.shape[1]} features to {[r.numel() for r in self.vectors]})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a sketch holds secret vectors and is never pickled")
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> "Sketch":
@@ -93,12 +97,14 @@ class Sketch:
         found = [_images(*projection) for projection in zip(weights, biases, vectors, strict=True)]
         images, bounds, bias, bias_bound = (list(parts) for parts in zip(*found, strict=True))
         wide = ops.accumulation_dtype(weights[0].dtype)
+        owners = [torch.full((len(r),), place) for place, r in enumerate(vectors)]
         return cls(
             tuple(r.to(wide) for r in vectors),
             torch.cat(images).to(wide),
             torch.stack(bounds).to(wide),
             torch.cat(bias).to(wide),
             torch.stack(bias_bound).to(wide),
+            torch.cat(owners).to(vectors[0].device),
         )
 
     def compare(self, rows: Tensor, products: Sequence[Tensor]) -> Comparison:
@@ -107,7 +113,7 @@ class Sketch:
         Products are computed in the accumulation dtype, and rounded to their own at last.
         """
         wide, features = self.images.dtype, self.images.shape[1]
-        groups, size = [len(r) for r in self.vectors], max(r.shape[1] for r in self.vectors)
+        size = max(r.shape[1] for r in self.vectors)
         rows = rows.reshape(-1, features).to(wide)
         given = [
             (product.reshape(len(rows), -1).to(wide), r) for product, r in zip(products, self.vectors, strict=True)
@@ -117,13 +123,13 @@ class Sketch:
         roundings = 2 * features + 2 * size + 16
         # What underflows is off by less than the smallest normal number.
         least = size * max(torch.finfo(x.dtype).tiny for x in products) + roundings * size * torch.finfo(wide).tiny
-        bounds = _linear(rows.abs(), self.bounds, self.bias_bound) * gamma(roundings, wide) + least
-        tolerances = [bounds[:, i : i + 1].expand(-1, count) for i, count in enumerate(groups)]
-        for i, (z, r) in enumerate(given):
-            if products[i].dtype != wide:
-                rounding = unit_roundoff(products[i].dtype) * (1 + 2 * gamma(size + 2, wide))
-                tolerances[i] = tolerances[i] + _grouped(z.abs(), r.abs()) * rounding
-        return Comparison(error.abs(), torch.cat(tolerances, dim=1))
+        bounds = _linear(rows.abs(), self.bounds, self.bias_bound).mul_(gamma(roundings, wide)).add_(least)
+        tolerance = bounds.expand_as(error) if len(given) == 1 else bounds[:, self.projections]
+        narrow = products[0].dtype
+        if narrow != wide:
+            rounding = unit_roundoff(narrow) * (1 + 2 * gamma(size + 2, wide))
+            tolerance = tolerance + torch.cat([_grouped(z.abs(), r.abs()) for z, r in given], dim=1) * rounding
+        return Comparison(error.abs_(), tolerance)
 
 
 def _images(weight: Tensor, bias: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

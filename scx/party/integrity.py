@@ -11,7 +11,7 @@ and after a reply that was refused all are drawn anew.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ _SHARED_ROWS = {
 """Projections of a block that have their rows in common, by what is asked for."""
 _PRODUCTS = ("query_product", "key_product", "value_product")
 _ATTENTION_ROWS = 16
-_ROWS_AT_ONCE = 64
+_ROWS_AT_ONCE = 128
 
 _Found = tuple[str, Comparison]
 """What was checked, for messages, and what came of it."""
@@ -117,17 +117,23 @@ class Verifier:
             first_key: (B,) first token of each sequence that is no padding, or None.
         Raises: IntegrityError naming operation and block; ValueError naming a module that has come to be no plain one.
         """
+        # Another dtype would be forgiven its own rounding.
+        asked = {x.dtype for x in sent.values() if x.is_floating_point()}
+        if not {x.dtype for x in reply.values()} <= asked:
+            self._refuse(operation, block, f"reply is not in {' or '.join(map(str, asked))}, in which it was asked")
         for what, comparison in self._compare(operation, block, sent, reply, first_key):
             ratio = comparison.ratio
             if not ratio <= 1:  # nor if it is NaN
-                self._stream = self._draw()
-                self._sketches.clear()
-                raise IntegrityError(
-                    f"{operation}, block {block}: the untrusted side's {what} differs from what it was asked for by "
-                    f"{ratio:.3g} times what rounding explains; nothing of the reply was used"
-                )
+                self._refuse(operation, block, f"{what} is off by {ratio:.3g} times what rounding explains")
             self.largest_ratios[what] = max(ratio, self.largest_ratios.get(what, 0.0))
         return reply
+
+    def _refuse(self, operation: str, block: int, reason: str) -> NoReturn:
+        self._stream = self._draw()
+        self._sketches.clear()
+        raise IntegrityError(
+            f"{operation}, block {block}: the untrusted side's {reason}; nothing of the reply was used"
+        )
 
     def _compare(
         self, operation: str, block: int, sent: Mapping[str, Tensor], reply: dict[str, Tensor], first_key: Tensor | None
