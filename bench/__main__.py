@@ -29,6 +29,7 @@ SUITES = {
     "host time": "bench.host",
     "whole models": "bench.model",
     "operations": "bench.operations",
+    "the channel between two processes": "bench.channel",
     "first calls": "bench.first_call",
 }
 """Modules whose `jobs` are measured, by what they are about. A machine may lack a package that one needs."""

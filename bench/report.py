@@ -196,6 +196,16 @@ def boundary_table(content: Content) -> Table:
     return Table("Over the boundary", header, tuple(rows))
 
 
+def channel_table(content: Content) -> Table:
+    """A split prefill over what connects two processes."""
+    rows = []
+    for entry in of_suite(content, "channel"):
+        case = f"{entry['model']}, {entry['tokens']} tokens, {size_text(entry['boundary_bytes'])}"
+        for one in measured(entry):
+            rows.append((case, one["name"], time_text(one["ms"]["median"]), range_text(one["ratio"])))
+    return Table("Between two processes", ("prefill", "over", "time", "over plain TCP"), tuple(rows))
+
+
 def first_call_table(content: Content) -> Table:
     rows = [
         (entry["id"].split("/")[1], contestant["name"], time_text(contestant["ms"]["median"]))
@@ -229,7 +239,7 @@ def host_tables(content: Content) -> Iterator[Table]:
 def tables(content: Content, everything: bool = False) -> list[Table]:
     """The short tables, or all of them; those that have rows."""
     found = [headline_table(content), marks_table(content), *model_tables(content)]
-    found += [boundary_table(content), first_call_table(content), *host_tables(content)]
+    found += [boundary_table(content), channel_table(content), first_call_table(content), *host_tables(content)]
     if everything:
         found += [cost_table(content), *operation_tables(content)]
     return [table for table in found if table.rows]

@@ -1,26 +1,27 @@
-"""docs/formats.md once more, as code that knows nothing of this package: what tests hold its files and vectors against.
+"""docs/formats.md once more, as code that knows nothing of this package: what tests hold its vectors against.
 
-Python's own library alone, and for AES-256-GCM and a second opinion on ChaCha20 the `cryptography` package. It reads
-right files; what wrong ones must be refused for is the manifest's business.
+Python's own library alone, and the `cryptography` package for a second opinion on ChaCha20. Files are read by
+`tests.specified_files`.
 """
 
-import hashlib
 import hmac
-import json
 import struct
-from dataclasses import dataclass
-from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 MASK = 2**32 - 1
+ROUNDS = (8, 12, 20)
 
 
-def hkdf(secret: bytes, info: str, salt: bytes = b"") -> bytes:
-    """HKDF-SHA256 (RFC 5869), 32 bytes: one block of its expansion."""
+def hkdf(secret: bytes, info: str | bytes, salt: bytes = b"", size: int = 32) -> bytes:
+    """HKDF-SHA256 (RFC 5869)."""
     extracted = hmac.digest(salt or bytes(32), secret, "sha256")
-    return hmac.digest(extracted, info.encode() + b"\x01", "sha256")
+    words = info.encode() if isinstance(info, str) else info
+    block = output = b""
+    while len(output) < size:
+        block = hmac.digest(extracted, block + words + bytes([len(output) // 32 + 1]), "sha256")
+        output += block
+    return output[:size]
 
 
 def session_secret(master_key: bytes, session_id: bytes) -> bytes:
@@ -32,48 +33,20 @@ def session_key(secret: bytes, purpose: str, branch: bytes | None = None) -> byt
     return hkdf(secret, f"scx session key v1, {holder}\0{purpose}", branch or b"")
 
 
-@dataclass(frozen=True)
-class File:
-    metadata: dict[str, str]
-    tensors: dict[str, tuple[str, list[int], bytes]]
-    """Name -> dtype, shape, bytes."""
-
-    def numbers(self, name: str) -> list[int]:
-        """An int64 tensor's elements."""
-        return [number for (number,) in struct.iter_unpack("<q", self.tensors[name][2])]
+def branch_secret(secret: bytes, branch: bytes) -> bytes:
+    return hkdf(secret, "scx branch v1", branch)
 
 
-def split(data: bytes) -> tuple[dict[str, str], dict[str, tuple[str, list[int], bytes]], int]:
-    """Metadata, tensors and the length of the header of a safetensors file."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    metadata = header.pop("__metadata__", {})
-    tensors = {}
-    for name, entry in header.items():
-        first, end = entry["data_offsets"]
-        tensors[name] = entry["dtype"], entry["shape"], data[start + first : start + end]
-    return metadata, tensors, start
+def stream_key(secret: bytes, purpose: str) -> bytes:
+    return hkdf(secret, f"scx keystream v2\0{purpose}")
 
 
-def file_key(metadata: dict[str, str], key: bytes | None, passphrase: str | None) -> bytes:
-    salt = bytes.fromhex(metadata["salt"])
-    if passphrase is not None:
-        n, r, p = map(int, metadata["kdf"].removeprefix("scrypt ").split(" "))
-        key = hashlib.scrypt(passphrase.encode(), salt=salt, n=n, r=r, p=p, maxmem=2**29, dklen=32)
-    assert key is not None
-    return hkdf(key, f"scx container v1, {metadata['protection']}\0{metadata['kind']}", salt)
+def file_key(secret: bytes, salt: bytes, protection: str, kind: str) -> bytes:
+    return hkdf(secret, f"scx container v1, {protection}\0{kind}", salt)
 
 
-def read(path: Path, *, key: bytes | None = None, passphrase: str | None = None) -> File:
-    """A right file of either protection."""
-    data = path.read_bytes()
-    metadata, tensors, start = split(data)
-    own = file_key(metadata, key, passphrase)
-    if metadata["protection"] == "encrypted":
-        plain = AESGCM(own).decrypt(bytes(12), data[start:], data[:start])
-        return File(metadata, split(plain)[1])
-    assert hmac.compare_digest(data[-32:], hmac.digest(own, data[:-32], "sha256"))
-    return File(metadata, tensors)
+def stream(secret: bytes, purpose: str, layer: int, sequence: int, step: int, size: int) -> bytes:
+    return chacha20_stream(stream_key(secret, purpose), (0, layer, sequence, step), size)
 
 
 def chacha_block(key: bytes, words: tuple[int, ...], rounds: int) -> bytes:
@@ -102,15 +75,27 @@ def chacha20_stream(key: bytes, words: tuple[int, ...], size: int) -> bytes:
 
 
 def counter_words(number: int, layer: int, head: int, is_value: bool, row_bytes: int) -> tuple[int, int, int, int]:
-    """Words 12 to 15 of the first block of a head's row."""
+    """Words 12 to 15 of the first block of a head's row. Raises ValueError beyond the limits of a field."""
     blocks = -(-row_bytes // 64)
+    if not (0 <= number < 2**60 and 0 <= layer < 2**16 and 0 <= head < 2**16 and 1 <= blocks <= 16):
+        raise ValueError("a field of the counter is beyond its limit")
     return number % 2**28 * blocks, number // 2**28, head << 16 | layer, blocks - 1 | is_value << 4
 
 
 def row_keystream(key: bytes, number: int, layer: int, head: int, is_value: bool, row_bytes: int, rounds: int) -> bytes:
+    """Raises ValueError for a number of rounds or a place that there is not."""
     first, *rest = counter_words(number, layer, head, is_value, row_bytes)
+    if rounds not in ROUNDS:
+        raise ValueError(f"rounds: expected one of {ROUNDS}")
     blocks = [chacha_block(key, (first + block, *rest), rounds) for block in range(-(-row_bytes // 64))]
     return b"".join(blocks)[:row_bytes]
+
+
+def write_number(epoch: int, sequence: int, count: int) -> int:
+    """Raises ValueError beyond the limits of a field."""
+    if not (0 <= epoch < 2**12 and 0 <= sequence < 2**16 - 1 and 0 <= count < 2**31):
+        raise ValueError("a field of the write number is beyond its limit")
+    return epoch << 48 | sequence << 32 | count
 
 
 def xor(a: bytes, b: bytes) -> bytes:
@@ -121,9 +106,9 @@ def feature_permutations(
     secret: bytes, layer: int, sequence: int, heads: int, head_dim: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Of K and of V, one for each head: feature j of a stored row is feature index[j] of the plain one."""
-    key = hkdf(secret, "scx keystream v2\0feature permutations of K and V")
-    stream = chacha20_stream(key, (0, layer, sequence, 0), 8 * 2 * heads * head_dim)
-    drawn = [number for (number,) in struct.iter_unpack("<q", stream)]
+    purpose, size = "feature permutations of K and V", 8 * 2 * heads * head_dim
+    bits = stream(secret, purpose, layer, sequence, 0, size)
+    drawn = [number for (number,) in struct.iter_unpack("<q", bits)]
     groups = [drawn[start : start + head_dim] for start in range(0, len(drawn), head_dim)]
     orders = [sorted(range(head_dim), key=group.__getitem__) for group in groups]
     return orders[:heads], orders[heads:]

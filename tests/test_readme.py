@@ -1,5 +1,6 @@
 """The documents' examples run as they stand, and what README says exists."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 from parity import as_users_run
 from transformers import LlamaForCausalLM
+
+from scx.commands.audit.report import Finding
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -78,6 +81,22 @@ def test_tests_behind_figures_exist() -> None:
         names = re.findall(r"def (test_\w+)", (ROOT / file).read_text())
         for word in words.strip('"').split(" or "):
             assert [name for name in names if word in name], f"{file}: no test has {word} in its name"
+
+
+def test_figures_of_the_audit_are_its_results() -> None:
+    """Every count and area in a line of a table that names the command is one of those in its result file."""
+    written = json.loads((ROOT / "bench" / "results" / "audit-cpu.json").read_text())
+    figures = {x.figure for x in (Finding(**finding) for finding in written["findings"])}
+    counts = {figure[: figure.rindex(" ")] for figure in figures if " of " in figure}
+    quoted = [
+        count
+        for page in (README, ROOT / "SECURITY.md")
+        for line in page.read_text().splitlines()
+        if line.startswith("|") and "`python -m scx audit`" in line
+        for count in re.findall(r"AUC [\d.]+ to [\d.]+|[\d,]+ of [\d,]*\d", line)
+    ]
+    assert len(quoted) > 3
+    assert set(quoted) <= figures | counts
 
 
 def test_readme_is_short() -> None:

@@ -1,5 +1,6 @@
 """Two processes: the same tokens, clear errors when a worker dies or is late, and no token lost."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from scx import SCXKeyGenerator, encode_llama, restore_conversation
 from scx.models.llama import model_shape
 from scx.party import PartyLostError
 from scx.party.boundary import Request
+from scx.party.channel import Channel, ChannelError
 from scx.party.process import RemoteParty
 from scx.party.replies import ReplyRule
 from scx.party.secure import split_plan
@@ -155,6 +157,39 @@ def test_threads_share_a_worker(prompt) -> None:
         assert [x.result(SECONDS) for x in made] == [(tokens, 1) for tokens in expected]
         assert repr(remote).endswith("worker=2)")
         remote.close()
+
+
+@torch.no_grad()
+def test_a_fork_leaves_the_connection_alone(prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a copy of the cipher's state: it sends nothing, and its end ends nothing of its parent's."""
+    model, remote = split_model()
+    ids = prompt(PROMPT).cpu()
+    expected = tiny_model(layers=4).cpu().generate(ids, max_new_tokens=NEW, do_sample=False)
+    with running(honest(remote.address)):
+        remote.connect()
+        out = model(ids[:, :-1])
+        with monkeypatch.context() as forked:
+            forked.setattr("os.getpid", lambda: -1)
+            for work in (lambda: model(ids), lambda: model(ids[:, -1:], past_key_values=out.past_key_values)):
+                with pytest.raises(PartyLostError, match="belongs to the process that this one was forked from"):
+                    work()
+            with pytest.raises(PartyLostError, match="connect: the connection"):
+                remote.connect()
+        answer = model.generate(ids, past_key_values=out.past_key_values, max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(answer, expected)
+        remote.close()
+
+
+def test_a_channel_of_another_process_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = Channel(socket.create_connection(server.getsockname()), WORKER)
+        far, _ = server.accept()
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        with pytest.raises(ChannelError, match="forked"):
+            near.send([memoryview(b"anything")], time.monotonic() + SECONDS)
+        far.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            far.recv(1)
 
 
 def replied(**tensors: Tensor) -> dict[str, Tensor]:

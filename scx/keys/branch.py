@@ -7,7 +7,6 @@ or load one file never draw the same one-time key.
 """
 
 import itertools
-import os
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,29 +23,9 @@ from scx.keys.passes import PassKeys, draw_redundant, streams_of
 from scx.keys.settings import KeySettings
 from scx.keystream import KeyStream, Secret, derive
 
-__all__ = ["Branch", "Life", "Writes", "this_life"]
+__all__ = ["Branch", "Writes"]
 
 _NOISE_ROWS_AHEAD = 32
-
-Life = tuple[object, int]
-"""A process between two forks."""
-
-_since_fork = object()
-
-
-def this_life() -> Life:
-    """The life of this process. A child has another than its parent, and than whoever had its number before."""
-    # The number tells a child even where whoever forked it ran no handlers.
-    return _since_fork, os.getpid()
-
-
-def _begin_life() -> None:
-    global _since_fork
-    _since_fork = object()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_life)
 
 
 class Writes(NamedTuple):

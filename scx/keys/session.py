@@ -17,11 +17,12 @@ import scx_kernels as ops
 from scx.architecture import ModelShape
 from scx.devices import upload
 from scx.encoding import FeatureKey, Noise, TokenKeys, inverse
-from scx.keys.branch import Branch, Life, Writes, this_life
+from scx.keys.branch import Branch, Writes
 from scx.keys.passes import streams_of
 from scx.keys.settings import BRANCH_BYTES, KeySettings, public_bytes
 from scx.keys.sharing import SharedKeys
 from scx.keystream import KeyStream, Secret, derive
+from scx.life import Life, this_life
 
 __all__ = ["Session"]
 

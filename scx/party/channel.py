@@ -13,8 +13,9 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from scx.life import this_life
 from scx.party.credentials import Credentials
 from scx.party.messages import Fill, quote
 
@@ -25,7 +26,7 @@ __all__ = ["PATIENCE", "Channel", "ChannelClosedError", "ChannelError", "dial"]
 PATIENCE = math.inf
 """The deadline of a wait that only the other end's own end ends."""
 
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**18
 _POLL_SECONDS = 3600.0
 _RETRY_SECONDS = 0.2
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
@@ -41,7 +42,11 @@ class ChannelClosedError(ChannelError):
 
 
 class Channel:
-    """One end of a connection. One thread at a time sends and receives; any may `end` it.
+    """One end of a connection. One thread at a time sends and receives; any may `end` it. It is the process's that made
+    it: a fork has a copy of the cipher's state, and two messages would go under one keystream.
+
+    TLS works on memory, between the socket and which nothing passes but what is read and written here: so no read of
+    its own, of records that bring nothing, outlasts a deadline.
 
     Args:
         sock: connected. It is the channel's from now on.
@@ -51,7 +56,13 @@ class Channel:
     """
 
     def __init__(self, sock: socket.socket, credentials: Credentials) -> None:
+        self._socket = sock
+        self._life = this_life()
         self._credentials = credentials
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = credentials.open(self._incoming, self._outgoing)
+        self._received = memoryview(bytearray(_CHUNK_BYTES))
+        weakref.finalize(self, sock.close)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -59,74 +70,103 @@ class Channel:
             for name, value in _KEEPALIVE.items():
                 if hasattr(socket, name):
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-            self._socket = credentials.wrap(sock)
         except OSError as error:
-            sock.close()
-            raise ChannelClosedError(quote(str(error))) from error
-        weakref.finalize(self, self._socket.close)
+            raise _closed(error) from error
 
     def handshake(self, deadline: float) -> None:
         """Show the own certificate and see the other's. Raises ChannelError unless that is the one expected.
 
         The end that connected knows only with the first message that its own certificate was taken.
         """
-        self._repeat(self._socket.do_handshake, deadline)
-        if not self._credentials.expects(self._socket.getpeercert(binary_form=True)):
+        self._repeat(self._tls.do_handshake, deadline)
+        if not self._credentials.expects(self._tls.getpeercert(binary_form=True)):
             raise ChannelError("another certificate than that of the paired party")
 
     def send(self, parts: Iterable[memoryview], deadline: float) -> None:
         """Send buffers of bytes, one behind the other. Raises ChannelError if they are not taken in time."""
         for part in parts:
             while part:
-                part = part[self._repeat(partial(self._socket.send, part[:_CHUNK_BYTES]), deadline) :]
+                part = part[self._repeat(partial(self._tls.write, part[:_CHUNK_BYTES]), deadline) :]
 
     def source(self, deadline: float) -> Fill:
         """What fills buffers with the bytes that come. It raises ChannelError if they do not come in time."""
 
         def fill(buffer: memoryview) -> None:
             while buffer:
-                count = self._repeat(partial(self._socket.recv_into, buffer[:_CHUNK_BYTES]), deadline)
-                if not count:
-                    raise ChannelClosedError("it closed the connection")
+                read = partial(self._tls.read, min(len(buffer), _CHUNK_BYTES), buffer)
+                count: Any = self._repeat(read, deadline)  # a number, where there is a buffer
                 buffer = buffer[count:]
 
         return fill
 
     def is_quiet(self) -> bool:
         """Whether the other end is there and has nothing to say, as one that waits for its turn."""
+        if self._tls.pending() or self._incoming.pending:
+            return False
         try:
             self._socket.recv(1)
-        except ssl.SSLWantReadError:
+        except BlockingIOError:
             return True
         except OSError:
             return False
         return False
 
     def end(self) -> None:
-        """End the connection, and with it every wait for it in any thread."""
+        """End the connection, and with it every wait for it in any thread; in a forked process, let go of it."""
+        if self._life != this_life():
+            self._socket.close()
+            return
         with suppress(OSError):  # it has ended already
-            # Not SSLSocket's own shutdown, which opens the socket to reads that are not deciphered.
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _repeat(self, step: Callable[[], Result], deadline: float) -> Result:
-        """What `step` returns as soon as the connection is ready for it."""
+        """What a step of TLS returns, as soon as the bytes for it are there; what it has to say is sent."""
+        if self._life != this_life():
+            raise ChannelError("the connection belongs to the process that this one was forked from")
+        while True:
+            try:
+                result = step()
+            except ssl.SSLWantReadError:
+                self._flush(deadline)
+                self._receive(deadline)
+            except ssl.SSLZeroReturnError as error:
+                raise ChannelClosedError("it closed the connection") from error
+            except ssl.SSLError as error:
+                with suppress(ChannelError):  # the other end may be gone, and is told why this one goes
+                    self._flush(deadline)
+                raise ChannelError(f"the connection broke ({quote(str(error))})") from error
+            else:
+                self._flush(deadline)
+                return result
+
+    def _flush(self, deadline: float) -> None:
+        while self._outgoing.pending:
+            left = memoryview(self._outgoing.read())
+            while left:
+                left = left[self._wait(partial(self._socket.send, left), select.POLLOUT, deadline) :]
+
+    def _receive(self, deadline: float) -> None:
+        count = self._wait(partial(self._socket.recv_into, self._received), select.POLLIN, deadline)
+        if not count:
+            raise ChannelClosedError("it closed the connection")
+        self._incoming.write(self._received[:count])
+
+    def _wait(self, call: Callable[[], int], event: int, deadline: float) -> int:
+        """What a call of the socket returns, as soon as it is ready for it."""
         while (left := deadline - time.monotonic()) > 0:
             try:
-                return step()
-            except ssl.SSLWantReadError:
-                self._wait(select.POLLIN, left)
-            except ssl.SSLWantWriteError:
-                self._wait(select.POLLOUT, left)
-            except (ConnectionError, ssl.SSLEOFError) as error:
-                raise ChannelClosedError(f"the connection is gone ({quote(str(error))})") from error
+                return call()
+            except BlockingIOError:
+                ready = select.poll()
+                ready.register(self._socket, event)
+                ready.poll(1000 * min(left, _POLL_SECONDS))
             except OSError as error:
-                raise ChannelError(f"the connection broke ({quote(str(error))})") from error
+                raise _closed(error) from error
         raise ChannelError("it was late")
 
-    def _wait(self, event: int, seconds: float) -> None:
-        ready = select.poll()
-        ready.register(self._socket, event)
-        ready.poll(1000 * min(seconds, _POLL_SECONDS))
+
+def _closed(error: OSError) -> ChannelClosedError:
+    return ChannelClosedError(f"the connection is gone ({quote(str(error))})")
 
 
 def dial(address: str, credentials: Credentials, deadline: float) -> Channel:

@@ -12,7 +12,6 @@ import stat
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from socket import socket
 from typing import Any, BinaryIO, Literal
 
 from cryptography import x509
@@ -100,10 +99,9 @@ class Credentials:
             raise ValueError(f"credentials: {path} does not hold a key, its certificate and that of the other party")
         return cls(*held)
 
-    def wrap(self, sock: socket) -> ssl.SSLSocket:
-        """This party's end of a TLS connection over a connected socket, before the handshake."""
-        is_server = self.role == "secure side"
-        return self._context.wrap_socket(sock, server_side=is_server, do_handshake_on_connect=False)
+    def open(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> ssl.SSLObject:
+        """This party's end of a TLS connection, before the handshake."""
+        return self._context.wrap_bio(incoming, outgoing, server_side=self.role == "secure side")
 
     def expects(self, certificate: bytes | None) -> bool:
         """Whether this is the other party's certificate, in DER."""

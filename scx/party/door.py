@@ -10,6 +10,7 @@ from collections import deque
 from contextlib import suppress
 from threading import Condition, Thread
 
+from scx.life import this_life
 from scx.party.channel import Channel, ChannelClosedError, ChannelError
 from scx.party.credentials import Credentials
 from scx.party.messages import MessageError, read_reply
@@ -49,6 +50,7 @@ class Door:
         self._strangers: dict[Channel, None] = {}
         self._waiting: deque[Channel] = deque()
         self._changed = Condition()
+        self._life = this_life()
         self._is_open = True
         self.refusal = ""
         """Why somebody who came last was sent away."""
@@ -69,7 +71,10 @@ class Door:
         return None
 
     def close(self) -> None:
-        """Listen no more, and let go whoever has come."""
+        """Listen no more, and let go whoever has come. A forked process leaves them to the one that listens."""
+        if self._life != this_life():
+            self._listener.close()
+            return
         with self._changed:
             self._is_open = False
             come = [*self._strangers, *self._waiting]

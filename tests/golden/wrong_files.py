@@ -104,6 +104,16 @@ def named_twice(file: bytes) -> bytes:
     return Parts.of(file).pack(text.replace('"layers.0.values"', '"layers.0.keys"').encode())
 
 
+def said_twice(member: str) -> Change:
+    """A member of the header's JSON, written as it stands there, is there once more."""
+
+    def change(file: bytes) -> bytes:
+        text = json.dumps(Parts.of(file).header, separators=(",", ":"))
+        return Parts.of(file).pack(text.replace(member, f"{member},{member}", 1).encode())
+
+    return change
+
+
 def with_more(name: str, size: int) -> Change:
     """One more tensor of bytes behind the others, and its data."""
 
@@ -132,6 +142,15 @@ def with_payload_of_zeros(size: int) -> Change:
     def change(file: bytes) -> bytes:
         described = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
         return Parts(Parts.of(file).header | {"payload": described}, bytes(size)).pack()
+
+    return change
+
+
+def layers_altered(layer: int, kind: str) -> Change:
+    def change(file: bytes) -> bytes:
+        layers = json.loads(Parts.of(file).header["__metadata__"]["layers"])
+        layers[layer] = {"kind": kind}
+        return metadata(layers=json.dumps(layers))(file)
 
     return change
 
@@ -194,6 +213,12 @@ WRONG = (
     Wrong("header-deep", SESSION, "format", "the header nests 3,000 arrays", packed(b"[" * 3000)),
     Wrong("metadata-missing", SESSION, "format", "no __metadata__", header(lambda h: {"payload": h["payload"]})),
     Wrong("metadata-number", SESSION, "format", "a word of the metadata is a number", metadata(batch_size=2)),
+    Wrong("metadata-twice", SESSION, "format", "a second __metadata__ behind the first",
+          lambda f: Parts.of(f).pack(json.dumps(Parts.of(f).header).encode()[:-1] + b',"__metadata__":{}}')),
+    Wrong("metadata-word-twice", SESSION, "format", "a word of the metadata is there twice",
+          said_twice('"batch_size":"2"')),
+    Wrong("header-not-a-number", SESSION, "format", "a shape of NaN",
+          header(lambda h: h["payload"].update(shape=[float("nan")]))),
     Wrong("format-foreign", SESSION, "format", "another format's name", metadata(format="scx")),
     Wrong("salt-missing", SESSION, "format", "no salt", metadata(salt=None)),
     Wrong("salt-short", SESSION, "format", "a salt of 31 bytes", metadata(salt="00" * 31)),
@@ -218,6 +243,17 @@ WRONG = (
     Wrong("offsets-not-dense", CACHE, "format", "tensors are not described in their order",
           header(lambda h: dict(sorted(h.items(), reverse=True)))),
     Wrong("name-twice", CACHE, "format", "two tensors of one name", named_twice),
+    Wrong("entry-field-twice", CACHE, "format", "a tensor's dtype is there twice", said_twice('"dtype":"BF16"')),
+    Wrong("offsets-fraction", CACHE, "format", "an offset with a fraction of zero",
+          entry("layers.0.keys", data_offsets=[0.0, 320])),
+    Wrong("offsets-truth", CACHE, "format", "an offset that is a truth value",
+          entry("layers.0.keys", data_offsets=[False, 320])),
+    Wrong("shape-overflow", CACHE, "format", "sizes whose product is 2^64, of no bytes",
+          entry("layers.0.keys", shape=[2**32, 2**32], data_offsets=[0, 0])),
+    Wrong("shape-not-the-sessions", CACHE, "format", "K of 4 heads of 4 features",
+          entry("layers.0.keys", shape=[2, 4, 5, 4])),
+    Wrong("dtype-not-a-caches", CACHE, "format", "K of I16", entry("layers.0.keys", dtype="I16")),
+    Wrong("layers-altered", CACHE, "format", "the header says that a sealed layer is none", layers_altered(1, "full")),
     Wrong("shape-larger", CACHE, "format", "a shape of more bytes than its place",
           entry("layers.0.keys", shape=[2, 2, 6, 8])),
     Wrong("shape-negative", CACHE, "format", "a negative size", entry("layers.0.keys", shape=[-2, -2, 5, 8])),
@@ -317,4 +353,25 @@ WRONG = (
           written=tensor("positions", lambda x: x[:, 1:])),
     Wrong("written-position-dtype", SHARE, "format", "positions that are no int64",
           written=tensor("token_position", Tensor.int)),
+    Wrong("written-secret-and-more", SESSION, "format", "a tensor beside the secret",
+          written=lambda t, m: t.update(more=torch.ones(1))),
+    Wrong("written-batch-size-sign", SESSION, "format", "a number with a sign",
+          written=lambda t, m: m.update(batch_size="+2")),
+    Wrong("written-newest-save-digits", SESSION, "format", "a number in digits of another script",
+          written=lambda t, m: m.update(newest_save="٣")),
+    Wrong("written-setting-twice", SESSION, "format", "a setting is there twice",
+          written=lambda t, m: m.update(settings='{"alp":true,' + m["settings"][1:])),
+    Wrong("written-noise-infinite", SESSION, "format", "noise of no finite scale",
+          written=settings_word(noise_scale=float("inf"))),
+    Wrong("written-start-layer-truth", SESSION, "format", "a layer that is a truth value",
+          written=settings_word(start_layers=[False])),
+    Wrong("written-length-large", CACHE, "format", "2^31 tokens seen",
+          written=layers_word(2, length=2**31)),
+    Wrong("written-layers-twice", CACHE, "format", "a layer's kind is there twice",
+          written=lambda t, m: m.update(layers='[{"kind":"full",' + m["layers"][2:])),
+    Wrong("written-blocks-text", SHARE, "format", "blocks are a text of two letters",
+          written=lambda t, m: m.update(blocks='"12"')),
+    Wrong("written-block-large", SHARE, "format", "block 2^16", written=lambda t, m: m.update(blocks="[1, 65536]")),
+    Wrong("written-shared-and-more", SHARE, "format", "a third tensor",
+          written=lambda t, m: t.update(more=torch.ones(1))),
 )  # fmt: skip
