@@ -72,6 +72,15 @@ class FeatureKey(Hidden):
         query, output = (index.repeat_interleave(groups, dim=1) for index in (key, value_inverse))
         return cls(*(upload(x, device) for x in (query, key, value, output, key_inverse, value_inverse)))
 
+    @classmethod
+    def identity(
+        cls, batch: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> "FeatureKey":
+        """The key that leaves every feature where it is."""
+        plain = torch.arange(head_dim, device=device)
+        query, kv = (plain.expand(batch, heads, head_dim) for heads in (num_heads, num_kv_heads))
+        return cls(query, kv, kv, query, kv, kv)
+
     @guarded
     def select(self, sequences: Tensor) -> "FeatureKey":
         """The keys of the given sequences, (B',) int64."""

@@ -212,6 +212,11 @@ class SCXKeyGenerator:
         draws = stream.bits("calibration tokens", [(0, 0, 0)], CALIBRATION_TOKENS, torch.int64)
         return pick_tokens(draws, tokens)
 
+    def integrity_stream(self) -> KeyStream:
+        """Random streams for checks of the untrusted side, below a fresh nonce: no two of them, of one generator or of
+        several with one master key, have anything in common."""
+        return KeyStream(derive(self._master_key, "scx integrity v1", secrets.token_bytes(SESSION_ID_BYTES)))
+
     def open_session(self, shape: ModelShape, batch_size: int, session_id: bytes | None = None) -> Session:
         """Open a session for `batch_size` sequences on a model of this shape.
 

@@ -28,7 +28,7 @@ from scx.party.exchange import Worker
 from scx.party.messages import read_agreement, read_request, write_agreement, write_failure, write_reply
 from scx.party.plan import Plan
 from scx.party.ranks import ParallelRanks, Ranks
-from scx.party.untrusted import UntrustedParty
+from scx.party.untrusted import UntrustedParty, sum_in_float32
 
 __all__ = ["RemoteParty", "follow", "serve"]
 
@@ -172,6 +172,8 @@ def serve(
             raise ValueError(f"model: the secure side expects {expected:.16}, this is {fingerprint:.16}")
         party = UntrustedParty(layers, rotary, plan, head)
         ranks.agree(plan)
+        if plan.verify:
+            sum_in_float32()
         channel.send(write_reply(0, {}), deadline)
         device = next(layers.parameters()).device
         while True:

@@ -134,6 +134,11 @@ class ParallelRanks(Ranks):
         dist.monitored_barrier(self._group, timeout=_LOADING)
 
     def agree(self, plan: Plan) -> None:
+        if plan.verify:
+            raise ValueError(
+                "verify: what is inside a feed-forward lies divided over the ranks, and is not gathered to be checked; "
+                "start the worker as one rank"
+            )
         self._tell(bytes(write_agreement(plan, "")[0]))
 
     def hear(self) -> Plan:
