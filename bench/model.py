@@ -161,7 +161,7 @@ def _append_encoded(cache: EncodedCache, layer: int, k: Tensor, v: Tensor) -> No
     slots = slots._replace(tokens=tokens)
     written = slice(slots.offset, slots.offset + tokens)
     if slots.sealing is not None:
-        own = slots.sealing._replace(writes=slots.sealing.writes[:, written])
+        own = slots.sealing.replace(writes=slots.sealing.writes[:, written])
         k, v = ops.seal(k, own, is_value=False), ops.seal(v, own, is_value=True)
     slots.keys[:, :, written], slots.values[:, :, written] = k, v
     cache.take_in(layer, slots)

@@ -5,7 +5,7 @@ gated feed-forward, residual.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,9 @@ __all__ = [
     "is_hooked",
     "is_plain_linear",
     "is_plain_rms_norm",
+    "keep_checkpoint",
     "keep_query_rows",
+    "kept_checkpoint",
     "kept_query_rows",
     "model_shape",
     "root_mean_square",
@@ -238,6 +240,16 @@ def keep_query_rows(decoder: Decoder, rows: Tensor) -> None:
 def kept_query_rows(module: nn.Module) -> Tensor | None:
     """What `keep_query_rows` kept."""
     return vars(module).get("_scx_query_rows")
+
+
+def keep_checkpoint(decoder: Decoder, read: Callable[[str, Tensor], Tensor]) -> None:
+    """Keep how the blocks' parameters without data are read: `read` takes a dotted name and what it is like."""
+    decoder._scx_checkpoint = read
+
+
+def kept_checkpoint(decoder: Decoder) -> Callable[[str, Tensor], Tensor] | None:
+    """What `keep_checkpoint` kept."""
+    return vars(decoder).get("_scx_checkpoint")
 
 
 def _fingerprint(decoder: Decoder) -> str:

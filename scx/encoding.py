@@ -6,7 +6,7 @@ rows, T = S + R, D features, H query heads, G key/value heads, d head size, L la
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import scx_kernels as ops
 from scx.architecture import is_plain_rms_norm
 from scx.devices import upload
 from scx.projections import noise_images
+from scx_kernels.hidden import Hidden, guarded
 
 __all__ = [
     "ENCODINGS",
@@ -42,20 +43,24 @@ def inverse(permutation: Tensor) -> Tensor:
     return torch.empty_like(permutation).scatter_(-1, permutation, places)
 
 
-@dataclass(frozen=True, repr=False)
-class FeatureKey:
+class FeatureKey(Hidden):
     """π_r of one layer: int64 index arrays.
 
     `query` (B, H, d) repeats `key` (B, G, d) over each group; `output` (B, H, d) undoes `value` (B, G, d) on the
     attention output; `key_inverse` and `value_inverse` (B, G, d) decode a cache.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    key_inverse: Tensor
-    value_inverse: Tensor
+    __slots__ = ("key", "key_inverse", "output", "query", "value", "value_inverse")
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, key_inverse: Tensor, value_inverse: Tensor
+    ) -> None:
+        self.query = query
+        self.key = key
+        self.value = value
+        self.output = output
+        self.key_inverse = key_inverse
+        self.value_inverse = value_inverse
 
     def __repr__(self) -> str:
         return f"FeatureKey(batch={self.key.shape[0]}, heads={self.key.shape[1]}, head_dim={self.key.shape[2]})"
@@ -67,9 +72,19 @@ class FeatureKey:
         query, output = (index.repeat_interleave(groups, dim=1) for index in (key, value_inverse))
         return cls(*(upload(x, device) for x in (query, key, value, output, key_inverse, value_inverse)))
 
+    @classmethod
+    def identity(
+        cls, batch: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> "FeatureKey":
+        """The key that leaves every feature where it is."""
+        plain = torch.arange(head_dim, device=device)
+        query, kv = (plain.expand(batch, heads, head_dim) for heads in (num_heads, num_kv_heads))
+        return cls(query, kv, kv, query, kv, kv)
+
+    @guarded
     def select(self, sequences: Tensor) -> "FeatureKey":
         """The keys of the given sequences, (B',) int64."""
-        return FeatureKey(*(getattr(self, f.name).index_select(0, sequences) for f in fields(self)))
+        return FeatureKey(**{name: getattr(self, name).index_select(0, sequences) for name in FeatureKey.__slots__})
 
     def encode(
         self, products: Sequence[Tensor], cos: Tensor, sin: Tensor, position: Tensor | None = None, **options: Any
@@ -84,17 +99,18 @@ class FeatureKey:
         q, k, v = products
         return ops.qkv_decode_encode(q, k, v, position, cos, sin, self.query, self.key, self.value, **options)
 
+    @guarded
     def encode_cache(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Encoded K and V (B, G, N, d) from plain ones, rotated and in token order."""
         return ops.permute_features(keys, self.key), ops.permute_features(values, self.value)
 
+    @guarded
     def decode_cache(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Plain K and V (B, G, N, d) from encoded ones."""
         return ops.permute_features(keys, self.key_inverse), ops.permute_features(values, self.value_inverse)
 
 
-@dataclass(frozen=True, repr=False)
-class RowKey:
+class RowKey(Hidden):
     """π_l and r of one encoding of rows. Without index arrays it is the identity: a lone token has no order to hide.
 
     Rows come in token order, or from the residual stream, which lies under an encoding of its own (`ResidualKey`):
@@ -102,10 +118,19 @@ class RowKey:
     `position` (B, S) is where each token lies here, `back` (B, T) where each row of the residual stream does.
     """
 
-    entry: Tensor | None = None
-    position: Tensor | None = None
-    redundant: Tensor | None = None
-    back: Tensor | None = None
+    __slots__ = ("back", "entry", "position", "redundant")
+
+    def __init__(
+        self,
+        entry: Tensor | None = None,
+        position: Tensor | None = None,
+        redundant: Tensor | None = None,
+        back: Tensor | None = None,
+    ) -> None:
+        self.entry = entry
+        self.position = position
+        self.redundant = redundant
+        self.back = back
 
     def __repr__(self) -> str:
         return "RowKey(identity)" if self.entry is None else f"RowKey(rows={self.entry.shape[1]})"
@@ -148,34 +173,44 @@ class RowKey:
         return ops.strip_restore(rows, self.back, residual)
 
 
-@dataclass(frozen=True, repr=False)
 class CrossingKey(RowKey):
     """The key of rows that cross a boundary, from token order and back."""
+
+    __slots__ = ()
 
     entry: Tensor
     position: Tensor
 
 
-@dataclass(frozen=True, repr=False)
-class LayerKeys:
+_IDENTITY = RowKey()
+
+
+class LayerKeys(Hidden):
     """The row keys of one layer in one forward pass, by the names of ENCODINGS."""
 
-    attention: RowKey = RowKey()
-    output: RowKey = RowKey()
-    feed_forward: RowKey = RowKey()
+    __slots__ = ("attention", "feed_forward", "output")
+
+    def __init__(
+        self, attention: RowKey = _IDENTITY, output: RowKey = _IDENTITY, feed_forward: RowKey = _IDENTITY
+    ) -> None:
+        self.attention = attention
+        self.output = output
+        self.feed_forward = feed_forward
 
     def __repr__(self) -> str:
         return f"LayerKeys({self.attention!r})"
 
 
-@dataclass(frozen=True, repr=False)
-class ResidualKey:
+class ResidualKey(Hidden):
     """The encoding of the residual stream in one forward pass: `entry` (B, T) from token order, `position` (B, S) of
     each token, and the vocabulary's tokens `decoys` (B, R) whose embeddings start as its redundant rows."""
 
-    entry: Tensor
-    position: Tensor
-    decoys: Tensor
+    __slots__ = ("decoys", "entry", "position")
+
+    def __init__(self, entry: Tensor, position: Tensor, decoys: Tensor) -> None:
+        self.entry = entry
+        self.position = position
+        self.decoys = decoys
 
     def __repr__(self) -> str:
         return f"ResidualKey(rows={self.entry.shape[1]})"
@@ -210,19 +245,28 @@ class ResidualKey:
         return ops.strip_restore(rows, self.position)
 
 
-@dataclass(frozen=True, repr=False)
-class TokenKeys:
+class TokenKeys(Hidden):
     """The row keys of all layers in one forward pass, stacked by encoding (E, in the order of ENCODINGS) and layer.
 
     `entry` (E, L, B, T), `back` (2, L, B, T) of output and feed-forward, `position` (L, B, S) of attention, and per
     encoding `redundant` (L, B, R, D) or None.
     """
 
-    residual: ResidualKey
-    entry: Tensor
-    back: Tensor
-    position: Tensor
-    redundant: tuple[Tensor | None, ...]
+    __slots__ = ("back", "entry", "position", "redundant", "residual")
+
+    def __init__(
+        self,
+        residual: ResidualKey,
+        entry: Tensor,
+        back: Tensor,
+        position: Tensor,
+        redundant: tuple[Tensor | None, ...],
+    ) -> None:
+        self.residual = residual
+        self.entry = entry
+        self.back = back
+        self.position = position
+        self.redundant = redundant
 
     def __repr__(self) -> str:
         return f"TokenKeys(layers={self.entry.shape[1]})"
@@ -255,7 +299,7 @@ class TokenKeys:
 
     def to(self, device: torch.device) -> "TokenKeys":
         """The keys on `device`, whose stream does not wait for the host."""
-        residual = ResidualKey(*(upload(getattr(self.residual, f.name), device) for f in fields(ResidualKey)))
+        residual = ResidualKey(**{name: upload(getattr(self.residual, name), device) for name in ResidualKey.__slots__})
         entry, back, position = (upload(x.contiguous(), device) for x in (self.entry, self.back, self.position))
         redundant = tuple(None if x is None else upload(x, device) for x in self.redundant)
         return TokenKeys(residual, entry, back, position, redundant)
@@ -279,8 +323,7 @@ def noise_step(scale: float) -> float:
     return math.ldexp(1.0, math.frexp(scale)[1] - 25)
 
 
-@dataclass(frozen=True, repr=False)
-class Noise:
+class Noise(Hidden):
     """One-time noise of a block's input: `steps` (B, T, D) int32, each of the public size `step`, a power of two.
 
     Rows are rounded to the same grid (`scx_kernels.inject_permute`), so that their sum with noise is the sum of every
@@ -288,9 +331,12 @@ class Noise:
     and v, where somebody has asked for them (`project`).
     """
 
-    steps: Tensor
-    step: float
-    images: tuple[Tensor, ...] = ()
+    __slots__ = ("images", "step", "steps")
+
+    def __init__(self, steps: Tensor, step: float, images: tuple[Tensor, ...] = ()) -> None:
+        self.steps = steps
+        self.step = step
+        self.images = images
 
     def __repr__(self) -> str:
         return f"Noise(batch={self.steps.shape[0]}, rows={self.steps.shape[1]})"
@@ -304,7 +350,7 @@ class Noise:
 
         Raises: ValueError for a projection that is not linear.
         """
-        return replace(self, images=noise_images(projections, self.values(), layer))
+        return Noise(self.steps, self.step, noise_images(projections, self.values(), layer))
 
 
 @dataclass(frozen=True)

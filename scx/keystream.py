@@ -14,6 +14,7 @@ import math
 import secrets
 import struct
 from collections.abc import Callable, Sequence
+from hmac import compare_digest
 
 import torch
 from cryptography.hazmat.primitives import hashes
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import scx_kernels as ops
 from scx.devices import CPU, upload
+from scx_kernels.hidden import Hidden, WipedBytes, guarded
 from scx_kernels.operations import is_accelerator
 
 __all__ = ["KEY_BYTES", "LARGEST_NORMAL", "KeyStream", "Secret", "StreamId", "derive"]
@@ -36,28 +38,53 @@ StreamId = tuple[int, int, int]
 """(layer, sequence, step): which stream of a purpose is meant."""
 
 
-class Secret:
-    """32 secret bytes that show themselves only when asked to."""
+class Secret(Hidden):
+    """32 secret bytes, in memory that is overwritten by `wipe`, or when nobody has it any more. Two are equal if their
+    bytes are, which takes the same time wherever they differ.
 
-    __slots__ = ("_value",)
+    Args:
+        value: 32 bytes, which are copied; drawn from the operating system if not given.
+        name: of the argument that they came by, for errors.
 
-    def __init__(self, value: bytes | None = None, name: str = "master_key") -> None:
+    Raises: TypeError, ValueError for anything but 32 bytes.
+    """
+
+    __slots__ = ("_memory",)
+
+    @guarded
+    def __init__(self, value: bytes | bytearray | memoryview | None = None, name: str = "master_key") -> None:
         if value is None:
             value = secrets.token_bytes(KEY_BYTES)
-        if not isinstance(value, (bytes, bytearray)):
+        if not isinstance(value, (bytes, bytearray, memoryview)):
             raise TypeError(f"{name}: expected {KEY_BYTES} bytes, got {type(value).__name__}")
         if len(value) != KEY_BYTES:
             raise ValueError(f"{name}: expected {KEY_BYTES} bytes, got {len(value)}")
-        self._value = bytes(value)
+        self._memory: memoryview | None = memoryview(WipedBytes(value))
 
-    def reveal(self) -> bytes:
-        return self._value
+    def reveal(self) -> memoryview:
+        """The bytes where they lie, to be read only; `bytes(...)` of them is a copy, which nothing wipes.
+
+        Raises: RuntimeError once they are wiped.
+        """
+        if self._memory is None:
+            raise RuntimeError("this secret was wiped: its session or key generator was closed")
+        return self._memory.toreadonly()
+
+    def wipe(self) -> None:
+        """Overwrite the bytes with zeros, under every view of them; nothing is revealed from then on."""
+        if self._memory is not None:
+            self._memory[:] = bytes(KEY_BYTES)
+            self._memory = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret) or self._memory is None or other._memory is None:
+            return self is other
+        return compare_digest(self._memory, other._memory)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Secret({KEY_BYTES} bytes)"
-
-    def __reduce__(self) -> str:
-        raise TypeError("a secret is never pickled")
+        return "Secret(wiped)" if self._memory is None else f"Secret({KEY_BYTES} bytes)"
 
     def __deepcopy__(self, memo: dict) -> "Secret":
         return self
@@ -67,11 +94,10 @@ class Secret:
 @torch.compiler.disable
 def derive(secret: Secret, label: str, salt: bytes = b"") -> Secret:
     """The secret named by (label, salt) below `secret`, by HKDF-SHA256 (RFC 5869, `label` as its info)."""
-    key = HKDF(hashes.SHA256(), KEY_BYTES, salt=salt, info=label.encode()).derive(secret.reveal())
-    return Secret(key, label)
+    return Secret(HKDF(hashes.SHA256(), KEY_BYTES, salt=salt, info=label.encode()).derive(secret.reveal()), label)
 
 
-class KeyStream:
+class KeyStream(Hidden):
     """The random streams below one secret."""
 
     __slots__ = ("_purpose_keys", "_secret")
@@ -83,16 +109,19 @@ class KeyStream:
     def __repr__(self) -> str:
         return "KeyStream()"
 
-    def __reduce__(self) -> str:
-        raise TypeError("a key stream is never pickled")
+    def wipe(self) -> None:
+        """Wipe the secret and all that was derived from it here."""
+        for secret in (self._secret, *self._purpose_keys.values()):
+            secret.wipe()
 
-    def _key(self, purpose: str) -> bytes:
+    def _key(self, purpose: str) -> memoryview:
         key = self._purpose_keys.get(purpose)
         if key is None:
             key = self._purpose_keys[purpose] = derive(self._secret, f"scx keystream v2\0{purpose}")
         return key.reveal()
 
     @torch.compiler.disable
+    @guarded
     def bits(
         self, purpose: str, streams: Sequence[StreamId], count: int, dtype: torch.dtype, device: torch.device = CPU
     ) -> Tensor:
@@ -123,6 +152,7 @@ class KeyStream:
             cipher.update_into(zeros, view[row * width : (row + 1) * width])
         return torch.frombuffer(drawn, dtype=dtype).view(len(streams), count)
 
+    @guarded
     def permutations(
         self, purpose: str, streams: Sequence[StreamId], size: int, count: int = 1, device: torch.device = CPU
     ) -> Tensor:
@@ -133,6 +163,7 @@ class KeyStream:
         draws = self.bits(purpose, streams, size * count, torch.int64, device)
         return draws.view(len(streams), count, size).argsort(dim=-1)
 
+    @guarded
     def normal(self, purpose: str, streams: Sequence[StreamId], count: int, device: torch.device = CPU) -> Tensor:
         """(len(streams), count) float32 on `device`, standard normal by inverse transform of 32-bit uniform numbers."""
         draws = self.bits(purpose, streams, count, torch.int32, device)
@@ -144,6 +175,7 @@ class KeyStream:
         none is larger than 9.2."""
         return self._from_tails(lambda tail: torch.special.ndtri(tail.mul_(0.5)), purpose, streams, count, device)
 
+    @guarded
     def laplace(self, purpose: str, streams: Sequence[StreamId], count: int, device: torch.device = CPU) -> Tensor:
         """(len(streams), count) float64 on `device`, Laplace(0, 1): neighbours up to 26 are at most 2^-25 apart, and
         none is larger than 44.4."""

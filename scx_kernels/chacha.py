@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from scx_kernels.hidden import WipedBytes, guarded
+
 try:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
@@ -28,21 +30,24 @@ _CONSTANTS = struct.unpack("<4i", b"expand 32-byte k")
 _CHUNK = 4096
 
 
-def key_words(key: bytes, device: torch.device | None = None) -> Tensor:
+@guarded
+def key_words(key: bytes | bytearray | memoryview, device: torch.device | None = None) -> Tensor:
     """32 bytes -> (8,) int32 little-endian words, what every operation here takes as a key.
+
+    On a CPU they are overwritten when no tensor is left that shares their memory.
 
     Raises: TypeError, ValueError for anything but 32 bytes.
     """
-    if not isinstance(key, (bytes, bytearray)):
+    if not isinstance(key, (bytes, bytearray, memoryview)):
         raise TypeError(f"key: expected 32 bytes, got {type(key).__name__}")
     if len(key) != 32:
         raise ValueError(f"key: expected 32 bytes, got {len(key)}")
-    return torch.tensor(struct.unpack("<8i", key), dtype=torch.int32, device=device)
+    return torch.frombuffer(WipedBytes(key), dtype=torch.int32).to(device or "cpu")
 
 
-def key_bytes(key: Tensor) -> bytes:
-    """(8,) int32 -> 32 bytes."""
-    return struct.pack("<8i", *key.tolist())
+def key_bytes(key: Tensor) -> memoryview:
+    """The 32 bytes of an (8,) int32 key on a CPU, where they lie."""
+    return memoryview((ctypes.c_char * 32).from_address(key.data_ptr())).cast("B")
 
 
 def _rotate_(x: Tensor, bits: int) -> Tensor:
@@ -88,7 +93,7 @@ def chacha_blocks(key: Tensor, words: Tensor, rounds: int = 20) -> Tensor:
     return out
 
 
-def cipher_memory(key: bytes, words: Sequence[int], source: int, target: int, size: int) -> None:
+def cipher_memory(key: memoryview, words: Sequence[int], source: int, target: int, size: int) -> None:
     """`size` bytes at address target = those at source XOR keystream of 20 rounds, by the library. May be in place.
 
     Word 12 counts up from words[0] and does not carry into word 13: the caller keeps it from wrapping. Addresses, not

@@ -7,6 +7,7 @@ computes is the secure side: it holds the key, so it may hold what the key gives
 import torch
 from torch import Tensor
 
+from scx_kernels.hidden import Hidden
 from scx_kernels.sealing import BIT_DTYPES, WRITE_LIMIT, Sealing, blocks_of, check_values, cipher_in_place, keystream
 
 __all__ = ["KeptKeystream"]
@@ -19,7 +20,7 @@ _ROWS_AHEAD = 16
 _Rows = tuple[Tensor, list[Tensor]]
 
 
-class KeptKeystream:
+class KeptKeystream(Hidden):
     """The keystream of the rows of one layer's cache, found by their write numbers.
 
     It is key material: whoever has it reads these rows. It belongs beside the key, and is never copied, printed or
@@ -30,6 +31,8 @@ class KeptKeystream:
     done to the cache in the meantime, keystream is that of its rows or is made anew.
     """
 
+    __slots__ = ("_end", "_first", "_made", "_source", "_words", "_writes")
+
     def __init__(self) -> None:
         self._source: tuple[Tensor, tuple[int, ...]] | None = None  # what keystream depends on beside numbers
         self._writes: Tensor  # (B, capacity) int64
@@ -39,8 +42,13 @@ class KeptKeystream:
     def __repr__(self) -> str:
         return f"KeptKeystream(rows={self._end - self._first})"
 
-    def __reduce__(self) -> str:
-        raise TypeError("kept keystream is key material; it is never copied or pickled")
+    def wipe(self) -> None:
+        """Overwrite what is kept; it is made anew where it is asked for."""
+        for words in getattr(self, "_words", ()):
+            words.zero_()
+        self._source, self._first, self._end, self._made = None, 0, 0, 0
+
+    __del__ = wipe
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +92,7 @@ class KeptKeystream:
             if same:
                 new = _with_rows_ahead(new, self._writes.shape[1] - start - rows)
             made = start + same + new.shape[1]
-            own = sealing._replace(writes=new.contiguous(), kept=None)
+            own = sealing.replace(writes=new.contiguous(), kept=None)
             _fill([words[:, :, start + same : made] for words in self._words], own, elsewhere)
             self._writes[:, start + same : made] = own.writes
         self._source, self._first, self._end, self._made = source, start, start + rows, made
@@ -167,7 +175,7 @@ def _fill(target: list[Tensor], own: Sealing, kept: _Rows | None) -> None:
         return
     numbers, place = own.writes[~is_kept].unique(return_inverse=True)
     made = [x.new_empty(1, x.shape[1], len(numbers), x.shape[3]) for x in target]
-    _make(made, own._replace(writes=numbers[None]))
+    _make(made, own.replace(writes=numbers[None]))
     sequence, row = is_kept.logical_not().nonzero(as_tuple=True)
     for to, source in zip(target, made, strict=True):
         to[sequence, :, row] = source[0][:, place].transpose(0, 1)

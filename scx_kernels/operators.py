@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, is_autocast_enabled
 
 from scx_kernels.dispatch import is_served_at_once, is_traced, takes_triton
+from scx_kernels.hidden import clear_locals
 from scx_kernels.sealing import Sealing
 
 __all__ = ["OPERATORS", "Operator", "checked", "operation", "spelled"]
@@ -69,8 +70,7 @@ def spelled(options: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Sealing):
-            key, writes, *numbers = value[:5]
-            found |= {f"{name}_key": key, f"{name}_writes": writes, f"{name}_numbers": numbers}
+            found |= {f"{name}_key": value.key, f"{name}_writes": value.writes, f"{name}_numbers": value.numbers}
         elif name != "sealing":
             found[name] = value
     return found
@@ -180,15 +180,20 @@ def operation(original: _Function, operator: Operator | None = None) -> Callable
     def decorate(on_kernels: Callable) -> _Function:
         @wraps(original)
         def call(*args: Any, **options: Any) -> Any:
-            if is_autocast_enabled("cuda") or is_autocast_enabled("cpu"):
-                with _without_autocast():
-                    return call(*args, **options)
-            # Launchers take more than this; the reference raises for what nobody knows.
-            if not names.issuperset(options):
-                return original(*args, **options)
-            if args and is_served_at_once(args[0]):
-                return on_kernels(*args, **options) if operator is None else operator.launcher(*args, **options)
-            return on_kernels(*args, **options) if takes_triton(args, options) else original(*args, **options)
+            try:  # as in `guarded`, without another call
+                if is_autocast_enabled("cuda") or is_autocast_enabled("cpu"):
+                    with _without_autocast():
+                        return call(*args, **options)
+                # Launchers take more than this; the reference raises for what nobody knows.
+                if not names.issuperset(options):
+                    return original(*args, **options)
+                if args and is_served_at_once(args[0]):
+                    return on_kernels(*args, **options) if operator is None else operator.launcher(*args, **options)
+                return on_kernels(*args, **options) if takes_triton(args, options) else original(*args, **options)
+            except BaseException as error:
+                del args, options
+                clear_locals(error)
+                raise
 
         return cast(_Function, call)
 

@@ -353,7 +353,7 @@ def qkv_decode_encode(
         slots = offsets[:, None] + torch.arange(k.shape[2], device=k.device)
     if sealing is not None:
         writes = sealing.writes[:, offset : offset + k.shape[2]] if slots is None else sealing.writes.gather(1, slots)
-        own = sealing._replace(writes=writes)
+        own = sealing.replace(writes=writes)
         k, v = seal(k, own, is_value=False), seal(v, own, is_value=True)
     if keys is None or values is None:
         return q, k, v

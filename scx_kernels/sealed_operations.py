@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scx_kernels import sealing as reference
 from scx_kernels.dispatch import chosen_backend, is_accelerator
+from scx_kernels.hidden import guarded
 from scx_kernels.operators import Operator, operation
 from scx_kernels.sealing import Sealing, check_out, check_sealing, check_streams
 
@@ -69,6 +70,7 @@ def reseal(x: Tensor, old: Sealing, new: Sealing, *, is_value: bool, out: Tensor
     return out
 
 
+@guarded
 @wraps(reference.random_bits)
 def random_bits(key: Tensor, streams: Tensor, count: int, *, rounds: int = 20) -> Tensor:
     chosen = chosen_backend()

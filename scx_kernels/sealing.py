@@ -35,12 +35,13 @@ they are; `gather` and `scatter` of 16-bit floats on the CPU do not. Where those
 """
 
 import threading
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from scx_kernels.chacha import BLOCK_BYTES, HAS_LIBRARY, ROUNDS, chacha_blocks, cipher_memory, key_bytes, key_words
+from scx_kernels.hidden import Hidden
 
 __all__ = [
     "BIT_DTYPES",
@@ -85,7 +86,7 @@ class Kept(Protocol):
         """Keep the keystream of these rows, and of no others."""
 
 
-class Sealing(NamedTuple):
+class Sealing(Hidden):
     """How the rows of one layer's cache are sealed. K and V share it.
 
     Attributes:
@@ -99,16 +100,30 @@ class Sealing(NamedTuple):
             Kernels never see it.
     """
 
-    key: Tensor
-    writes: Tensor
-    layer: int
-    rounds: int = 20
-    first_head: int = 0
-    kept: Kept | None = None
+    __slots__ = ("first_head", "kept", "key", "layer", "rounds", "writes")
+
+    def __init__(
+        self, key: Tensor, writes: Tensor, layer: int, rounds: int = 20, first_head: int = 0, kept: Kept | None = None
+    ) -> None:
+        self.key = key
+        self.writes = writes
+        self.layer = layer
+        self.rounds = rounds
+        self.first_head = first_head
+        self.kept = kept
 
     def at(self, writes: Tensor) -> "Sealing":
         """How other rows of the same tensor are sealed, those with these write numbers (B, N)."""
         return Sealing(self.key, writes, self.layer, self.rounds, self.first_head, self.kept)
+
+    def replace(self, **changed: Any) -> "Sealing":
+        """The same with other attributes."""
+        return Sealing(**{name: getattr(self, name) for name in Sealing.__slots__} | changed)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Layer, rounds and first head."""
+        return [self.layer, self.rounds, self.first_head]
 
     def __repr__(self) -> str:
         return f"Sealing(layer={self.layer}, rounds={self.rounds}, writes={tuple(self.writes.shape)})"
@@ -171,10 +186,11 @@ def check_sealing(x: Tensor, sealing: Sealing, name: str = "sealing") -> None:
     """
     if x.dim() != 4 or x.dtype not in BIT_DTYPES:
         raise ValueError(f"x: expected (B, G, N, d) float32, float16 or bfloat16, got {tuple(x.shape)} {x.dtype}")
-    (batch, groups, tokens, size), (key, writes, layer, rounds, first_head) = x.shape, sealing[:5]
+    (batch, groups, tokens, size), (layer, rounds, first_head) = x.shape, sealing.numbers
     if not 0 < blocks_of(size, x.element_size()) <= _MAX_BLOCKS:
         raise ValueError(f"x: expected a head of 4 to 1024 bytes, got {size} features of {x.dtype}")
-    check_key(key, x.device, f"{name}.key")
+    check_key(sealing.key, x.device, f"{name}.key")
+    writes = sealing.writes
     if writes.dtype != torch.int64:
         raise TypeError(f"{name}.writes: expected int64, got {writes.dtype}")
     if writes.shape != (batch, tokens) or writes.device != x.device:
@@ -268,7 +284,14 @@ def _by_library(x: Tensor, rounds: int) -> bool:
 
 
 def _cipher_run(
-    key: bytes, sealing: Sealing, number: int, blocks: int, word15: int, source: list[int], target: list[int], size: int
+    key: memoryview,
+    sealing: Sealing,
+    number: int,
+    blocks: int,
+    word15: int,
+    source: list[int],
+    target: list[int],
+    size: int,
 ) -> None:
     """Seal `size` bytes, rows from write number `number` on, of every head: its addresses, head after head."""
     count = (number & (1 << COUNT_BITS) - 1) * blocks

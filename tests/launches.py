@@ -226,7 +226,7 @@ def test_layers_of_a_sealed_cache_share_a_plan(driver: Recording) -> None:
     place = attention_step._step_kernel.arg_names.index("layer")
     for layer in (1, 5, 300):
         driver.seen.clear()
-        launcher(*args, **{**options, "sealing": options["sealing"]._replace(layer=layer)})
+        launcher(*args, **{**options, "sealing": options["sealing"].replace(layer=layer)})
         assert driver.seen[0][2][place] == layer
     assert len(plans._plans) == 1
 
@@ -236,7 +236,7 @@ def test_a_layer_beyond_the_counters_is_refused_also_where_there_is_a_plan(layer
     launcher, args, options = step_sealed()
     launcher(*args, **options)
     with pytest.raises(ValueError, match="layer: expected"):
-        launcher(*args, **{**options, "sealing": options["sealing"]._replace(layer=layer)})
+        launcher(*args, **{**options, "sealing": options["sealing"].replace(layer=layer)})
 
 
 def test_slots_beyond_a_cache_are_refused_also_where_there_is_a_plan() -> None:

@@ -35,13 +35,13 @@ def check_refusals(seal) -> None:
     x = torch.zeros(1, 2, 3, 64, device=DEVICE)
     good = sealed_by(torch.zeros(1, 3, dtype=torch.int64))
     bad = [
-        (TypeError, "sealing.key", x, good._replace(key=good.key.long())),
-        (ValueError, "sealing.key", x, good._replace(key=good.key[:7])),
-        (TypeError, "sealing.writes", x, good._replace(writes=good.writes.int())),
-        (ValueError, "sealing.writes", x, good._replace(writes=good.writes[:, :2])),
-        (ValueError, "sealing.layer", x, good._replace(layer=2**16)),
-        (ValueError, "sealing.first_head", x, good._replace(first_head=2**16 - 1)),
-        (ValueError, "sealing.rounds", x, good._replace(rounds=10)),
+        (TypeError, "sealing.key", x, good.replace(key=good.key.long())),
+        (ValueError, "sealing.key", x, good.replace(key=good.key[:7])),
+        (TypeError, "sealing.writes", x, good.replace(writes=good.writes.int())),
+        (ValueError, "sealing.writes", x, good.replace(writes=good.writes[:, :2])),
+        (ValueError, "sealing.layer", x, good.replace(layer=2**16)),
+        (ValueError, "sealing.first_head", x, good.replace(first_head=2**16 - 1)),
+        (ValueError, "sealing.rounds", x, good.replace(rounds=10)),
         (ValueError, "x: ", x[0], good),
         (ValueError, "x: ", x.double(), good),
         (ValueError, "x: .*1024 bytes", x.new_zeros(1, 2, 3, 257), good),

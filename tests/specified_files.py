@@ -175,10 +175,14 @@ def secret_of(kdf: str, key: bytes | None, passphrase: str | None, salt: bytes) 
 def unpack(plain: bytes) -> Tensors:
     """The tensors of a safetensors file, which may describe them in any order."""
     header, start = split_header(plain)
-    header.pop("__metadata__", None)
-    ordered = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
-    return {name: (dtype, shape, plain[start + a : start + b]) for name, (dtype, shape, a, b) in
-            entries_of(ordered).items()}  # fmt: skip
+    metadata = header.pop("__metadata__", {})
+    need(isinstance(metadata, dict) and all(isinstance(word, str) for word in metadata.values()))
+    for entry in header.values():
+        need(isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list))
+        need(all(type(offset) is int for offset in entry["data_offsets"]))
+    entries = entries_of(dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])))
+    need(len(plain) == start + max((end for *_, end in entries.values()), default=0))
+    return {name: (dtype, shape, plain[start + a : start + b]) for name, (dtype, shape, a, b) in entries.items()}
 
 
 def read_session(

@@ -69,6 +69,7 @@ SHARES = {
     "links": [ALL],
     "decoys": 5 * [MOST],
     "noise": [(0.05, 0.9), (0.0, 0.5)],
+    "low-bits": [(0.0, 0.0)],
     "generated": 3 * [MOST],
     "features": [(0.99, 1.0), NOTHING, (0.99, 1.0), (0.0, 0.2)],
 }

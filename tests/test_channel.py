@@ -286,9 +286,9 @@ def test_a_worker_refuses_another_secure_side() -> None:
 # Workers and their turns
 
 
-def join(remote: RemoteParty, credentials: Credentials = WORKER) -> Channel:
+def join(remote: "RemoteParty | Middle") -> Channel:
     """A worker that has agreed and waits for its turn."""
-    channel = dial(remote.address, credentials, soon())
+    channel = dial(remote.address, WORKER, soon())
     read_agreement(channel.source(soon()))
     channel.send(write_reply(0, {}), soon())
     return channel
@@ -479,6 +479,19 @@ def test_in_the_middle(prompt, kind: str, target: str) -> None:
         remote.close()
 
 
+@pytest.mark.parametrize("target", ["worker", "secure"])
+def test_in_the_middle_of_the_handshake(target: str) -> None:
+    """An altered handshake makes no worker, whichever side it came from."""
+    _, remote = split_model()
+    middle = Middle(remote, target, lambda record, _: flipped(record, 8 * (len(record) - 20)))
+    middle.is_on = True
+    with running(middle.stand), pytest.raises(ChannelError):
+        join(middle)
+    assert middle.change is None
+    assert not remote._door._waiting
+    remote.close()
+
+
 @torch.no_grad()
 def test_in_the_middle_nothing_is_read(prompt) -> None:
     """Somebody who passes everything on unchanged sees no word of a header and no piece of a tensor."""
@@ -487,6 +500,12 @@ def test_in_the_middle_nothing_is_read(prompt) -> None:
     with running(middle.stand), running(honest(middle.address)), record_transcript(model) as transcript:
         remote.connect()
         check_tokens(model, prompt)
+        with reach(remote) as again:
+            again.sendall(middle.seen["worker"])
+            with suppress(ConnectionError):
+                while again.recv(2**16):
+                    pass
+        assert not remote._door._waiting, "what was recorded makes no second worker"
         remote.close()
     seen = b"".join(middle.seen.values())
     assert len(seen) > transcript.nbytes()

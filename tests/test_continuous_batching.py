@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from scx import SCXKeyGenerator, encode_llama, encoded_llama
+from scx.audit import find_feature_order, undo_feature_order
 
 SETTINGS = {"permuted": {}, "redundant rows and noise": {"redundant_num": 4, "alp": True}}
 pytestmark = pytest.mark.slow  # pages are run by a thread that polls
@@ -88,8 +89,9 @@ def test_generate_with_a_paged_cache(llama, prompt, settings) -> None:
         assert run() == plain
 
 
-def test_pages_hold_encoded_rows(llama, prompt, monkeypatch) -> None:
-    """What is stored is a plain row under a permutation of its features, in every layer and head."""
+@pytest.fixture
+def stored_values(monkeypatch) -> list[torch.Tensor]:
+    """V as it goes into pages, layer by layer and pass by pass."""
     seen: list[torch.Tensor] = []
     update = PagedAttentionCache.update
 
@@ -98,6 +100,12 @@ def test_pages_hold_encoded_rows(llama, prompt, monkeypatch) -> None:
         return update(self, key_states, value_states, *args, **kwargs)
 
     monkeypatch.setattr(PagedAttentionCache, "update", watched)
+    return seen
+
+
+def test_pages_hold_encoded_rows(llama, prompt, stored_values) -> None:
+    """What is stored is a plain row under a permutation of its features, in every layer and head."""
+    seen = stored_values
     prompts = [prompt(9)[0].tolist()]
     in_batches(llama, prompts)
     plain, layers = list(seen), llama.config.num_hidden_layers
@@ -107,6 +115,25 @@ def test_pages_hold_encoded_rows(llama, prompt, monkeypatch) -> None:
     for stored, row in zip(seen[-layers:], plain[-layers:], strict=True):
         torch.testing.assert_close(stored.sort(-1).values, row.sort(-1).values, rtol=1e-4, atol=1e-4)
         assert not (stored - row).abs().amax(dim=-1).lt(1e-3).any()
+
+
+def test_a_tenant_opens_anothers_rows(llama, prompt, stored_values) -> None:
+    """Requests that share pages share one feature permutation: who knows his own rows, and reads the pages, finds it,
+    and all rows are plain to him."""
+    prompts = [prompt(length, seed=length)[0].tolist() for length in (9, 13)]
+    in_batches(llama, prompts)
+    layers = llama.config.num_hidden_layers
+    plain = stored_values[:layers]
+    stored_values.clear()
+    encode_llama(llama, keys_for(llama, redundant_num=4, alp=True))
+    in_batches(llama, prompts)
+    for stored, rows in zip(stored_values[:layers], plain, strict=True):
+        assert stored.shape[2] == 9 + 13
+        own, anothers = stored[0].split((9, 13), dim=1)
+        known, truth = rows[0].split((9, 13), dim=1)
+        assert (anothers - truth).abs().mean() > 0.1
+        opened = undo_feature_order(anothers, find_feature_order(known, own))
+        torch.testing.assert_close(opened, truth, rtol=1e-3, atol=1e-3)
 
 
 def test_sealed_pages_are_refused_where_they_are_asked_for(llama, prompt) -> None:

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 
+from scx import FileRefusedError
 from scx.files import header as headers
 from scx.files import keyfile
 from scx.party import messages
 from tests.fuzzing.targets import CASES, FILES, TARGETS, check
+from tests.golden.given import KEY, MASTER, SESSION_ID
+from tests.specified_files import Refused
+from tests.vectors.make import open_file
 
 few = settings(
     derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
@@ -36,6 +40,33 @@ def test_right_bytes_are_read() -> None:
     """So a refusal above comes from what is hostile."""
     for name, file in (("keys", "session"), ("cache", "cache"), ("shared keys", "shared-keys")):
         assert check(name, FILES[file]) == "read"
+
+
+OPENED: dict[str, dict[str, Any]] = {
+    "keys": {"kind": "session", "key": KEY.hex()},
+    "cache": {"kind": "cache", "masterKey": MASTER.hex(), "session": SESSION_ID.hex(), "newestSave": 0},
+    "shared keys": {"kind": "shared keys", "key": KEY.hex()},
+}
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_the_specification_reads_and_refuses_the_same(name) -> None:
+    """For the same reason, whatever was done to the file and by whom."""
+
+    def reason(error: type[Any], read: Callable[[], Any]) -> str:
+        try:
+            read()
+        except error as refusal:
+            return refusal.reason
+        return "read"
+
+    @settings(few, max_examples=60)
+    @given(TARGETS[name].given)
+    def run(data: bytes) -> None:
+        own = reason(FileRefusedError, lambda: TARGETS[name].read(data))
+        assert own == reason(Refused, lambda: open_file(OPENED[name], data))
+
+    run()
 
 
 def without_checks(name: str, described: Any, start: int) -> headers.Entry:

@@ -207,6 +207,6 @@ def test_cache_beyond_two_to_the_31(place: str) -> None:
     del unlocked
     own = ops.Sealing(ops.key_words(bytes(range(32)), DEVICE), ops.WriteCounter().take(batch, keys, DEVICE), 1, 8)
     sealed = ops.seal(k, own, is_value=False)
-    ends = own._replace(writes=own.writes[:, -5:])
+    ends = own.replace(writes=own.writes[:, -5:])
     with ops.backend("reference"):
         assert_same_bits(sealed[:, :, -5:], ops.seal(k[:, :, -5:].contiguous(), ends, is_value=False))

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import Tensor
-from workers import Bytes, acting, running, split_model
+from workers import Bytes, acting, honest, running, split_model
 
 from scx.party import PartyLostError
 from scx.party.boundary import MESSAGES, Request
@@ -155,6 +156,28 @@ def lose(secure: tuple, prompt, answer: Callable[[Channel, int, Reply], None], s
 def test_lies(secure, prompt, lie: str) -> None:
     """Wrong shapes, numbers, names, headers and lengths, by name."""
     lose(secure, prompt, lambda channel, number, reply: raw(channel, LIES[lie](number, reply)))
+
+
+@torch.no_grad()
+def test_who_is_found_out_later_goes_too(prompt) -> None:
+    """A reply of the right form, whose tokens are no tokens: the next worker takes the conversation's place."""
+    model, remote = split_model(prefill_top_k=3)
+    ids = prompt(9).cpu()
+
+    def lie(channel: Channel, number: int, request: Request, reply: Reply) -> None:
+        if "top_tokens" in reply:
+            reply["top_tokens"] = reply["top_tokens"] + 211
+        channel.send(write_reply(number, reply), PATIENCE)
+
+    with running(acting(remote.address, lie)):
+        remote.connect()
+        with pytest.raises(PartyLostError, match=r"block 3: expected tokens 0\.\.210"):
+            model(ids)
+        with running(honest(remote.address)):
+            remote.connect()
+            assert repr(remote).endswith("worker=2)")
+            assert model(ids).logits.argmax(-1)[0, -1] == tiny_model(layers=4).cpu()(ids).logits.argmax(-1)[0, -1]
+            remote.close()
 
 
 def test_its_words_are_escaped(secure, prompt) -> None:

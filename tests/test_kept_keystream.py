@@ -117,7 +117,7 @@ def test_seal_and_reseal_take_what_is_kept(made: Made) -> None:
     x = torch.randn(2, GROUPS, 9, 16)
     own = sealed_by(WriteCounter().take(2, 9))
     expected = [ops.seal(x, own, is_value=is_value) for is_value in (False, True)]
-    with_kept = own._replace(kept=KeptKeystream())
+    with_kept = own.replace(kept=KeptKeystream())
     with_kept.kept.cover(own, GROUPS, 16, x.dtype)
     made.take()
     for is_value, stored in enumerate(expected):
@@ -142,14 +142,14 @@ def test_nothing_else_is_found() -> None:
     assert store.find(own, GROUPS, 16, torch.float32, is_value=False) is None
     store.cover(own, GROUPS, 16, torch.float32)
     others = (
-        own._replace(key=KEY.clone()),
-        own._replace(layer=4),
-        own._replace(rounds=12),
-        own._replace(first_head=1),
-        own._replace(writes=own.writes.flip(1)),
-        own._replace(writes=own.writes[:, 1:4]),
-        own._replace(writes=own.writes[:1]),
-        own._replace(writes=torch.cat((own.writes, own.writes[:, -1:] + 1), 1)),
+        own.replace(key=KEY.clone()),
+        own.replace(layer=4),
+        own.replace(rounds=12),
+        own.replace(first_head=1),
+        own.replace(writes=own.writes.flip(1)),
+        own.replace(writes=own.writes[:, 1:4]),
+        own.replace(writes=own.writes[:1]),
+        own.replace(writes=torch.cat((own.writes, own.writes[:, -1:] + 1), 1)),
     )
     for other in others:
         assert store.find(other, GROUPS, 16, torch.float32, is_value=False) is None
@@ -461,9 +461,9 @@ def test_operators_take_a_sealing_that_keeps(made: Made) -> None:
     k, v = ops.seal(k, own, is_value=False), ops.seal(v, own, is_value=True)
     with ops.backend("triton"):
         expected = ops.attention_step(q, k, v, softmax_scale=0.3, sealing=own)
-        got = ops.attention_step(q, k, v, softmax_scale=0.3, sealing=own._replace(kept=store))
+        got = ops.attention_step(q, k, v, softmax_scale=0.3, sealing=own.replace(kept=store))
         assert torch.equal(got, expected)
-        resealed = ops.reseal(k, own._replace(kept=store), own._replace(layer=9, kept=store), is_value=False)
+        resealed = ops.reseal(k, own.replace(kept=store), own.replace(layer=9, kept=store), is_value=False)
     assert torch.equal(
-        resealed.view(torch.int32), ops.reseal(k, own, own._replace(layer=9), is_value=False).view(torch.int32)
+        resealed.view(torch.int32), ops.reseal(k, own, own.replace(layer=9), is_value=False).view(torch.int32)
     )

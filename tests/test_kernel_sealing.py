@@ -185,7 +185,7 @@ def test_reseal_is_unseal_and_seal(dtype, rounds):
 
 def test_public_names_take_the_kernels():
     x, own = randn(1, 2, 3, 32), sealed_by(scattered(1, 3))
-    new = own._replace(layer=6)
+    new = own.replace(layer=6)
     expected = sealing.seal(x, own, is_value=True)
     with backend("triton"):
         assert_same_bits(seal(x, own, is_value=True), expected)

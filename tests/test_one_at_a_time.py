@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import scx_kernels as ops
-from scx import SCXKeyGenerator, decode_kvcache, encode_llama, encoded_llama, split_kvcache_dynamic
+from scx import SCXKeyGenerator, decode_kvcache, encode_llama, encoded_llama, save_kvcache, split_kvcache_dynamic
 from scx.encoding import Noise
 from scx.kvcache import EncodedCache, SealedLayer
 from scx.kvcache.conversation import Claim
@@ -71,6 +71,21 @@ WHOLE: dict[str, Callable[[Any, Any, Tensor], Any]] = {
 
 
 class TestInBetween:
+    @torch.no_grad()
+    @by_settings
+    def test_a_cache_in_a_pass_is_not_saved(self, llama, prompt, settings, tmp_path) -> None:
+        found: list[BaseException | None] = []
+        with encoded_llama(llama, SCXKeyGenerator.for_model(llama, **settings)):
+            cache = llama(prompt(9)).past_key_values
+            hook = llama.model.layers[1].self_attn.q_proj.register_forward_hook(
+                lambda *_: found.append(in_thread(lambda: save_kvcache(tmp_path / "cache", cache, cache.session)))
+            )
+            llama(prompt(1), past_key_values=cache)
+            hook.remove()
+            assert "has not ended" in str(found[0])
+            assert not list(tmp_path.iterdir())
+            assert save_kvcache(tmp_path / "cache", cache, cache.session) == 1
+
     @torch.no_grad()
     @by_settings
     @pytest.mark.parametrize("run", [in_thread, directly])

@@ -276,7 +276,7 @@ def storage(dtype: torch.dtype, real: tuple[int, int, int], rounds: int, old_rou
         launcher = partial(seals.seal, tile=tile)
         return partial(run_kernel, launcher, x, own, is_value=True, out=out), partial(_same, expected)
     old = sealed_by(1, count, old_rounds)
-    old = old._replace(key=old.key.flip(0).contiguous())
+    old = old.replace(key=old.key.flip(0).contiguous())
     stored = sealing.seal(x, old, is_value=True)
     launcher = partial(seals.reseal, tile=tile)
     return partial(run_kernel, launcher, stored, old, own, is_value=True, out=out), partial(_same, expected)

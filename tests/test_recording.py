@@ -61,7 +61,7 @@ class TestPrograms:
 def test_a_compiler_sees_no_key(prompt, encoding, monkeypatch, caplog) -> None:
     """It guards on values that it finds, and prints its guards: no secret is among them, and none is a constant."""
     revealed, reveal = set(), Secret.reveal
-    monkeypatch.setattr(Secret, "reveal", lambda secret: revealed.add(value := reveal(secret)) or value)
+    monkeypatch.setattr(Secret, "reveal", lambda secret: revealed.add(bytes(reveal(secret))) or reveal(secret))
     model, ids = tiny_model(layers=1), prompt(6)
     plain = model(ids).logits
     encode_llama(model, SCXKeyGenerator.for_model(model, redundant_num=2, alp=True, cache_encoding=encoding))

@@ -250,7 +250,7 @@ def test_a_sealed_cache_is_unlocked_as_patterns(dtype):
     k, v = (randn(2, 2, 30, 64, dtype=dtype) for _ in range(2))
     own, position = sealed_by(2, 30), permutations(2, 30)[:, :20]
     stored, _ = sealed(k, v, own)
-    moved = own._replace(writes=own.writes.gather(1, position))
+    moved = own.replace(writes=own.writes.gather(1, position))
     for function in (reference.unlock, partial(run_kernel, unlock.unlock)):
         got = function(stored, position)
         assert_same_bits(sealing.unseal(got, moved, is_value=False), function(k, position))
@@ -296,7 +296,7 @@ def test_operators_with_a_seal_are_registered_soundly():
 def test_a_seal_that_does_not_fit_is_named(module):
     q, k, v = (randn(1, 1, n, 16) for n in (1, 4, 4))
     own = sealed_by(1, 4)
-    for name, bad in (("writes", own._replace(writes=own.writes[:, :3])), ("rounds", own._replace(rounds=9))):
+    for name, bad in (("writes", own.replace(writes=own.writes[:, :3])), ("rounds", own.replace(rounds=9))):
         with pytest.raises(ValueError, match=f"sealing.{name}"):
             module.attention_step(q, k, v, softmax_scale=0.2, sealing=bad)
         with pytest.raises(ValueError, match=f"sealing.{name}"):

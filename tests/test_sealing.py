@@ -166,7 +166,7 @@ def test_bad_arguments_are_named(function):
     x, good = torch.zeros(1, 2, 3, 64), Sealing(key_words(KEY), torch.zeros(1, 3, dtype=torch.int64), 0)
     for writes in (good.writes - 1, good.writes + 2**60):  # of a CPU's tensors: an accelerator would be waited for
         with pytest.raises(ValueError, match="sealing.writes"):
-            function(x, good._replace(writes=writes), is_value=True)
+            function(x, good.replace(writes=writes), is_value=True)
 
 
 def test_bad_keys_numbers_and_streams_are_named():

@@ -270,7 +270,8 @@ def test_untrusted_party_reaches_no_key(llama, prompt, crossings: str, reuse: bo
 
     held = {x.untyped_storage().data_ptr() for x in found if isinstance(x, Tensor)}
     secret = [cache.layers[0].keys, cache.layers[0].values, *cache.values.values(), *cache.columns.values()]
-    secret += list(vars(cache.session.feature_key(1, torch.device("cpu"))).values())
+    feature_key = cache.session.feature_key(1, torch.device("cpu"))
+    secret += [getattr(feature_key, name) for name in FeatureKey.__slots__]
     assert not held & {x.untyped_storage().data_ptr() for x in secret}
 
     from_secure = reachable(cache)

@@ -1,10 +1,12 @@
 """Two processes: the same tokens, clear errors when a worker dies or is late, and no token lost."""
 
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 
@@ -12,12 +14,14 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor
+from transformers import PreTrainedModel
 from workers import SECONDS, WORKER, acting, honest, running, split_model
 
 from scx import SCXKeyGenerator, encode_llama, restore_conversation
 from scx.models.llama import model_shape
 from scx.party import PartyLostError
 from scx.party.boundary import Request
+from scx.party.channel import Channel, ChannelError
 from scx.party.process import RemoteParty
 from scx.party.replies import ReplyRule
 from scx.party.secure import split_plan
@@ -155,6 +159,53 @@ def test_threads_share_a_worker(prompt) -> None:
         assert [x.result(SECONDS) for x in made] == [(tokens, 1) for tokens in expected]
         assert repr(remote).endswith("worker=2)")
         remote.close()
+
+
+@torch.no_grad()
+def test_threads_in_one_process(prompt) -> None:
+    """Conversations in threads at once are the plain model's where both parties are here, too."""
+    prompts, plain = [prompt(PROMPT + n).cpu() for n in range(6)], tiny_model(layers=4).cpu()
+    model = tiny_model(layers=4).cpu()
+    encode_llama(model, SCXKeyGenerator.for_model(model, redundant_num=3, alp=True), "cpu")
+
+    def answer(llama: PreTrainedModel, ids: Tensor) -> list[int]:
+        return llama.generate(ids, max_new_tokens=NEW, do_sample=False)[0].tolist()
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        assert list(threads.map(partial(answer, model), prompts)) == [answer(plain, ids) for ids in prompts]
+
+
+@torch.no_grad()
+def test_a_fork_leaves_the_connection_alone(prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a copy of the cipher's state: it sends nothing, and its end ends nothing of its parent's."""
+    model, remote = split_model()
+    ids = prompt(PROMPT).cpu()
+    expected = tiny_model(layers=4).cpu().generate(ids, max_new_tokens=NEW, do_sample=False)
+    with running(honest(remote.address)):
+        remote.connect()
+        out = model(ids[:, :-1])
+        with monkeypatch.context() as forked:
+            forked.setattr("os.getpid", lambda: -1)
+            for work in (lambda: model(ids), lambda: model(ids[:, -1:], past_key_values=out.past_key_values)):
+                with pytest.raises(PartyLostError, match="belongs to the process that this one was forked from"):
+                    work()
+            with pytest.raises(PartyLostError, match="connect: the connection"):
+                remote.connect()
+        answer = model.generate(ids, past_key_values=out.past_key_values, max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(answer, expected)
+        remote.close()
+
+
+def test_a_channel_of_another_process_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = Channel(socket.create_connection(server.getsockname()), WORKER)
+        far, _ = server.accept()
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        with pytest.raises(ChannelError, match="forked"):
+            near.send([memoryview(b"anything")], time.monotonic() + SECONDS)
+        far.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            far.recv(1)
 
 
 def replied(**tensors: Tensor) -> dict[str, Tensor]:

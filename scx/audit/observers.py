@@ -66,7 +66,8 @@ def rows_heard(model: PreTrainedModel, transcript: Transcript) -> Heard:
     untrusted side makes of it.
 
     Args:
-        model: the weights. transcript: of one prefill, in either scheme.
+        model: the weights. transcript: of one prefill, in either scheme, without `verify`, which has rows enter the
+            feed-forward behind its norm.
     """
     layers: Any = model.base_model.layers
     heard = Heard([], [], [], [])

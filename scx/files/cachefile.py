@@ -22,7 +22,9 @@ from scx.files.refusal import FileRefusedError, malformed
 from scx.keys import Session, public_bytes
 from scx.keys.settings import BRANCH_BYTES
 from scx.kvcache import EncodedCache, GrowingLayer, SealedLayer, SealedSlidingLayer
+from scx.kvcache.conversation import working_on
 from scx.kvcache.layers import fill
+from scx_kernels.hidden import guarded
 
 __all__ = ["load_kvcache", "save_kvcache"]
 
@@ -42,6 +44,7 @@ _LAYERS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
 """Kind of a layer in a file -> its class, and what else the file says of it."""
 
 
+@guarded
 def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Session) -> int:
     """Write an encoded cache, as it is stored, into an authenticated file that `load_kvcache` reads.
 
@@ -65,26 +68,23 @@ def save_kvcache(path: str | os.PathLike[str], cache: EncodedCache, session: Ses
         raise ValueError("cache: this is one part of a split cache; merge the parts first")
     if len(cache.layers) != session.shape.num_layers:
         raise ValueError(f"cache: {len(cache.layers)} of the model's {session.shape.num_layers} layers have filled it")
-    cache.attached(session).check_stored("cache")
+    with working_on("cache", cache):  # what is described here is never written over, and can be written out later
+        cache.attached(session).check_stored("cache")
+        layers = [_describe(index, layer) for index, layer in enumerate(cache.layers)]
+        tensors = _tensors(cache)
     number = session.newest_save + 1
     metadata = {
         "session": session.id,
         "model": session.shape.fingerprint,
         "number": str(number),
-        "layers": json.dumps([_describe(index, layer) for index, layer in enumerate(cache.layers)]),
+        "layers": json.dumps(layers),
     }
-    tensors = {}
-    for index, layer in enumerate(cache.layers):
-        tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
-        if isinstance(layer, SealedLayer):
-            tensors[f"layers.{index}.writes"] = layer.writes
-    if cache.sequences is not None:
-        tensors["sequences"] = cache.sequences
     write_container(path, tensors, metadata, kind=_KIND, key=session.derive_key(_PURPOSE), encrypt=False)
     session.newest_save = max(session.newest_save, number)
     return number
 
 
+@guarded
 @outside_inference_mode()
 def load_kvcache(
     path: str | os.PathLike[str],
@@ -142,6 +142,18 @@ def _most_bytes(session: Session) -> int:
     shape = session.shape
     token = shape.num_layers * (2 * shape.num_kv_heads * shape.head_dim * 4 + 8)  # K, V and a write number
     return session.batch_size * (shape.max_tokens * token + 8) + TAG_BYTES
+
+
+def _tensors(cache: EncodedCache) -> dict[str, Tensor]:
+    """What a cache holds, by the names that it has in a file."""
+    tensors = {}
+    for index, layer in enumerate(cache.layers):
+        tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
+        if isinstance(layer, SealedLayer):
+            tensors[f"layers.{index}.writes"] = layer.writes
+    if cache.sequences is not None:
+        tensors["sequences"] = cache.sequences
+    return tensors
 
 
 def _check_session(session: Session) -> None:

@@ -41,6 +41,7 @@ from scx.files.disk import atomic_file, destination, open_regular
 from scx.files.header import Entry, Header, describe, pack_header, read_header, truncated
 from scx.files.refusal import FileRefusedError
 from scx.keystream import Secret, derive
+from scx_kernels.hidden import guarded
 
 __all__ = ["Container", "EarlyCheck", "is_number", "read_container", "write_container"]
 
@@ -77,6 +78,7 @@ class Container:
         return f"Container(metadata={sorted(self.metadata)}, tensors={sorted(self.tensors)})"
 
 
+@guarded
 def write_container(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -118,6 +120,7 @@ def write_container(
         write(file, {**own, **metadata}, tensors, file_key)
 
 
+@guarded
 def read_container(
     path: str | os.PathLike[str],
     *,

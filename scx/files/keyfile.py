@@ -22,6 +22,7 @@ from scx.files.refusal import FileRefusedError, malformed
 from scx.keys import CIPHER_ROUNDS, KeySettings, Session
 from scx.keys.settings import NOISE_DISTRIBUTIONS, SESSION_ID_BYTES
 from scx.keystream import KEY_BYTES, Secret
+from scx_kernels.hidden import WipedBytes, guarded
 
 __all__ = ["load_keys", "save_keys"]
 
@@ -33,6 +34,7 @@ _SHAPE = [f.name for f in fields(ModelShape) if f.name != "max_tokens"]
 _SETTINGS = [f.name for f in fields(KeySettings)]
 
 
+@guarded
 def save_keys(
     path: str | os.PathLike[str],
     session: Session,
@@ -63,10 +65,11 @@ def save_keys(
         "shape": json.dumps({name: getattr(session.shape, name) for name in _SHAPE}),
         "settings": json.dumps(asdict(session.settings)),
     }
-    secret = torch.frombuffer(bytearray(session._secret.reveal()), dtype=torch.uint8)
+    secret = torch.frombuffer(WipedBytes(session._secret.reveal()), dtype=torch.uint8)
     write_container(path, {"secret": secret}, metadata, kind=_KIND, passphrase=passphrase, key=key)
 
 
+@guarded
 def load_keys(
     path: str | os.PathLike[str],
     *,
@@ -99,8 +102,11 @@ def load_keys(
     secret = container.tensors.get("secret")
     if len(container.tensors) != 1 or secret is None or secret.dtype != torch.uint8 or secret.shape != (KEY_BYTES,):
         raise FileRefusedError("format", f"the payload: expected the tensor secret of {KEY_BYTES} bytes")
-    with malformed("the header describes no session"):
-        return _restore(Secret(secret.numpy().tobytes()), container.metadata, expected)
+    try:
+        with malformed("the header describes no session"):
+            return _restore(Secret(secret.numpy().data, "secret"), container.metadata, expected)
+    finally:
+        secret.zero_()
 
 
 def _shape_of(model: PreTrainedModel | ModelShape) -> ModelShape:

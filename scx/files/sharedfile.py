@@ -11,6 +11,7 @@ from scx.files.header import read_json
 from scx.files.refusal import FileRefusedError, malformed
 from scx.keys.sharing import SharedKeys
 from scx.keystream import Secret
+from scx_kernels.hidden import guarded
 
 __all__ = ["load_shared_keys", "save_shared_keys"]
 
@@ -19,6 +20,7 @@ _MAX_BYTES = 2**26
 _MAX_BLOCKS = 2**16
 
 
+@guarded
 def save_shared_keys(
     path: str | os.PathLike[str],
     shared: SharedKeys,
@@ -43,6 +45,7 @@ def save_shared_keys(
     write_container(path, tensors, metadata, kind=_KIND, passphrase=passphrase, key=key)
 
 
+@guarded
 def load_shared_keys(
     path: str | os.PathLike[str],
     *,

@@ -7,10 +7,9 @@ or load one file never draw the same one-time key.
 """
 
 import itertools
-import os
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,30 +22,11 @@ from scx.encoding import ENCODINGS, FeatureKey, Noise, RedundantScale, ResidualK
 from scx.keys.passes import PassKeys, draw_redundant, streams_of
 from scx.keys.settings import KeySettings
 from scx.keystream import KeyStream, Secret, derive
+from scx_kernels.hidden import guarded
 
-__all__ = ["Branch", "Life", "Writes", "this_life"]
+__all__ = ["Branch", "Writes"]
 
 _NOISE_ROWS_AHEAD = 32
-
-Life = tuple[object, int]
-"""A process between two forks."""
-
-_since_fork = object()
-
-
-def this_life() -> Life:
-    """The life of this process. A child has another than its parent, and than whoever had its number before."""
-    # The number tells a child even where whoever forked it ran no handlers.
-    return _since_fork, os.getpid()
-
-
-def _begin_life() -> None:
-    global _since_fork
-    _since_fork = object()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_life)
 
 
 class Writes(NamedTuple):
@@ -83,6 +63,17 @@ class Branch:
     def __repr__(self) -> str:
         return f"Branch({self.name})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a branch holds one-time keys and is never pickled or copied")
+
+    def wipe(self) -> None:
+        """Wipe the branch's secrets, and the noise that was drawn ahead."""
+        self.stream.wipe()
+        for _, ahead, _ in self._noise_ahead.values():
+            ahead.wipe()
+        self._noise_ahead.clear()
+
+    @guarded
     def draw_token_keys(
         self,
         tokens: int,
@@ -134,6 +125,7 @@ class Branch:
 
         return TokenKeys.compose(row_index, residual_index, decoys, tuple(map(redundant, ENCODINGS)))
 
+    @guarded
     def draw_feature_key(self, layer: int, batch: int, device: torch.device) -> FeatureKey:
         """Feature permutations of one layer to be used once."""
         heads, size = self._shape.num_kv_heads, self._shape.head_dim
@@ -156,6 +148,7 @@ class Branch:
         """
         return Writes(self.name, self._writes.take(batch, tokens, device))
 
+    @guarded
     def take_noise(
         self,
         batch: int,

@@ -22,6 +22,7 @@ from scx.keys.settings import (
     check_positive,
 )
 from scx.keystream import KeyStream, Secret, derive
+from scx_kernels.hidden import guarded
 
 __all__ = ["SCXKeyGenerator", "check_generator"]
 
@@ -39,7 +40,8 @@ class SCXKeyGenerator:
         decode_start_layers: first layers whose keys stay on the secure side, such as [0]; default: the first
             `protected_layers`.
         decode_end_layers: last layers whose keys stay on the secure side; default: the last `protected_layers`.
-        master_key: 32 bytes; drawn from the operating system if not given.
+        master_key: 32 bytes, which are copied; drawn from the operating system if not given. What the caller's own
+            variables hold is the caller's to wipe.
         noise_scale: scale of the noise in units of the root mean square of the normalised rows it is added to
             (the paper's range is 5 to 10), at most 40. It cancels in float32 but for rounding, which grows with it: by
             about 2e-6 of the largest logit for each unit. Where a few weights of the norm are so large that they alone
@@ -56,6 +58,7 @@ class SCXKeyGenerator:
     Raises: TypeError, ValueError naming the argument.
     """
 
+    @guarded
     def __init__(
         self,
         seq_len: int,
@@ -105,6 +108,7 @@ class SCXKeyGenerator:
         self._opened: set[bytes] = set()
 
     @classmethod
+    @guarded
     def for_model(cls, model: PreTrainedModel, **options: Any) -> "SCXKeyGenerator":
         """A generator with the sizes of `model`; `options` are the other arguments of the constructor."""
         shape = model_shape(model)
@@ -112,6 +116,7 @@ class SCXKeyGenerator:
         return cls(hidden_dim=shape.hidden_size, qk_hidden_dim=shape.head_dim, **options)
 
     @classmethod
+    @guarded
     def for_config(cls, config: PreTrainedConfig, **options: Any) -> "SCXKeyGenerator":
         """A generator with the sizes that a model of this configuration will have; `options` as in `for_model`."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -119,6 +124,7 @@ class SCXKeyGenerator:
         return cls(hidden_dim=config.hidden_size, qk_hidden_dim=head_dim, **options)
 
     @classmethod
+    @guarded
     def for_session(cls, session: Session, **options: Any) -> "SCXKeyGenerator":
         """A generator with the sizes and settings of a session and, unless `options` say otherwise, a fresh master key.
 
@@ -150,11 +156,15 @@ class SCXKeyGenerator:
             f"redundant_num={self.redundant_num}, alp={self.alp})"
         )
 
-    def __reduce__(self) -> str:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("SCXKeyGenerator holds the master key and is never pickled")
 
     def __deepcopy__(self, memo: dict) -> "SCXKeyGenerator":
         return self
+
+    def close(self) -> None:
+        """Wipe the master key. Sessions that are open go on; to open another one raises RuntimeError."""
+        self._master_key.wipe()
 
     def protected(self, shape: ModelShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(start layers, end layers) whose keys never leave the secure side, for a model of this shape."""
@@ -202,6 +212,11 @@ class SCXKeyGenerator:
         draws = stream.bits("calibration tokens", [(0, 0, 0)], CALIBRATION_TOKENS, torch.int64)
         return pick_tokens(draws, tokens)
 
+    def integrity_stream(self) -> KeyStream:
+        """Random streams for checks of the untrusted side, below a fresh nonce: no two of them, of one generator or of
+        several with one master key, have anything in common."""
+        return KeyStream(derive(self._master_key, "scx integrity v1", secrets.token_bytes(SESSION_ID_BYTES)))
+
     def open_session(self, shape: ModelShape, batch_size: int, session_id: bytes | None = None) -> Session:
         """Open a session for `batch_size` sequences on a model of this shape.
 
@@ -209,7 +224,8 @@ class SCXKeyGenerator:
             session_id: 16 public bytes; drawn from the operating system if not given. The same master key and id
                 give the same keys of the cache on any machine, so one generator opens an id once.
 
-        Raises: ValueError if the id has the wrong length or was opened before.
+        Raises: ValueError if the id has the wrong length or was opened before; RuntimeError once the generator is
+            closed.
         """
         if session_id is None:
             session_id = secrets.token_bytes(SESSION_ID_BYTES)

@@ -1,6 +1,7 @@
 """Row keys of one pass: drawn layer by layer where rows cross a boundary, each once."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from scx.devices import upload
 from scx.encoding import CrossingKey, RedundantScale, inverse
 from scx.keystream import LARGEST_NORMAL, KeyStream, StreamId
+from scx_kernels.hidden import guarded
 
 __all__ = ["PassKeys", "draw_redundant", "streams_of"]
 
@@ -17,6 +19,7 @@ def streams_of(layers: Iterable[int], batch: int, step: int) -> list[StreamId]:
     return [(layer, sequence, step) for layer in layers for sequence in range(batch)]
 
 
+@guarded
 def draw_redundant(
     stream: KeyStream, encoding: str, streams: list[StreamId], count: int, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -52,6 +55,9 @@ class PassKeys:
         self._dtype = dtype
         self._device = device
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a pass's keys are never pickled or copied")
+
     def __repr__(self) -> str:
         return f"PassKeys(batch={self._batch}, tokens={self._tokens})"
 
@@ -60,12 +66,14 @@ class PassKeys:
         """Encoded rows T of a sequence."""
         return self._tokens + self._redundant_num
 
+    @guarded
     def permutation(self, layer: int, purpose: str) -> tuple[Tensor, Tensor]:
         """A row permutation (B, T) and its inverse (B, T), int64."""
         streams = streams_of([layer], self._batch, self._step)
         index = self._stream.permutations(f"row permutation, {purpose}", streams, self.rows)[:, 0]
         return upload(index.contiguous(), self._device), upload(inverse(index), self._device)
 
+    @guarded
     def draw(self, layer: int, encoding: str, like: str | None = None) -> CrossingKey:
         """The key of one of ENCODINGS in a layer, or of another name with redundant rows to the scale of `like`."""
         entry, place = self.permutation(layer, encoding)

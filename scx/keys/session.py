@@ -17,11 +17,13 @@ import scx_kernels as ops
 from scx.architecture import ModelShape
 from scx.devices import upload
 from scx.encoding import FeatureKey, Noise, TokenKeys, inverse
-from scx.keys.branch import Branch, Life, Writes, this_life
+from scx.keys.branch import Branch, Writes
 from scx.keys.passes import streams_of
 from scx.keys.settings import BRANCH_BYTES, KeySettings, public_bytes
 from scx.keys.sharing import SharedKeys
 from scx.keystream import KeyStream, Secret, derive
+from scx.life import Life, this_life
+from scx_kernels.hidden import Hidden, HiddenTensor, guarded
 
 __all__ = ["Session"]
 
@@ -56,23 +58,47 @@ class Session:
         self.newest_save = 0
         self.keep_keystream = True
         self.shared_keys: SharedKeys | None = None  # of its prefill, where that crossed a boundary
+        self._is_closed = False
         self._secret = secret
         self._stream = KeyStream(secret)
         self._branches: dict[Life, Branch] = {}
         self._begin_branch(secrets.token_bytes(BRANCH_BYTES) if branch is None else branch)
         self._feature_keys: dict[torch.device, list[FeatureKey]] = {}
-        self._cipher_keys: dict[tuple[str, torch.device], Tensor] = {}
+        self._cipher_keys: dict[tuple[str, torch.device], HiddenTensor] = {}
         # Of a layer of a cache, by the layer's object: not in it, since caches are copied, pickled and handed on.
         self._kept: weakref.WeakKeyDictionary[object, ops.KeptKeystream] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Session(id={self.id}, batch_size={self.batch_size})"
 
-    def __reduce__(self) -> str:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a session holds keys and is never pickled")
 
     def __deepcopy__(self, memo: dict) -> "Session":
         return self
+
+    def close(self) -> None:
+        """Wipe the session's keys, in memory and on devices. Whatever needs one of them is refused from then on, with
+        RuntimeError; what it gave out, such as a feature key, is wiped with them. No pass of it may be under way.
+
+        Of a session that nobody has any more, what lies on a CPU is wiped without it, but for feature permutations.
+        """
+        self._is_closed = True
+        held: list[Hidden] = [key for keys in self._feature_keys.values() for key in keys]
+        held += [self._stream, *self._cipher_keys.values(), *self._kept.values()]
+        held += [] if self.shared_keys is None else [self.shared_keys]
+        for keys in held:
+            keys.wipe()
+        for branch in self._branches.values():
+            branch.wipe()
+        self._feature_keys.clear()
+        self._cipher_keys.clear()
+        self._kept.clear()
+        self.shared_keys = None
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"session {self.id} was closed, and its keys are wiped")
 
     @property
     def protected_layers(self) -> tuple[int, ...]:
@@ -93,8 +119,10 @@ class Session:
                 that go on from the same cache would encrypt different values under the same position, so a cipher that
                 must not repeat takes the writer's `session.branch`, and the reader finds it beside the data.
 
-        Raises: ValueError for an empty purpose or a branch that is not 16 bytes in hexadecimal.
+        Raises: ValueError for an empty purpose or a branch that is not 16 bytes in hexadecimal; RuntimeError once the
+            session is closed.
         """
+        self._check_open()
         if not purpose:
             raise ValueError("purpose: expected a name, got an empty one")
         salt = b"" if branch is None else public_bytes("branch", branch, BRANCH_BYTES)
@@ -118,7 +146,9 @@ class Session:
             keys = self._feature_keys[device] = self._draw_feature_keys(device)
         return keys[layer]
 
+    @guarded
     def _draw_feature_keys(self, device: torch.device) -> list[FeatureKey]:
+        self._check_open()
         shape, streams = self.shape, streams_of(range(self.shape.num_layers), self.batch_size, 0)
         heads, size = shape.num_kv_heads, shape.head_dim
         drawn = self._stream.permutations("feature permutations of K and V", streams, size, 2 * heads, device)
@@ -134,17 +164,18 @@ class Session:
         Args:
             owner: the object that holds the rows. On a CPU their keystream may be kept here for as long as it lives.
         """
-        key = self._cipher_keys.get((branch, writes.device))
-        if key is None:
-            key = self._draw_cipher_key(branch, writes.device)
+        held = self._cipher_keys.get((branch, writes.device))
+        if held is None:
+            held = self._draw_cipher_key(branch, writes.device)
         kept = None if owner is None else self._kept_keystream(owner, writes.device)
-        return ops.Sealing(key, writes, layer, self.settings.cipher_rounds, kept=kept)
+        return ops.Sealing(held.value, writes, layer, self.settings.cipher_rounds, kept=kept)
 
     @torch.compiler.disable
-    def _draw_cipher_key(self, branch: str, device: torch.device) -> Tensor:
-        words = upload(ops.key_words(self.derive_key("sealed cache", branch=branch).reveal()), device)
-        self._cipher_keys[branch, device] = words
-        return words
+    @guarded
+    def _draw_cipher_key(self, branch: str, device: torch.device) -> HiddenTensor:
+        words = ops.key_words(self.derive_key("sealed cache", branch=branch).reveal())
+        key = self._cipher_keys[branch, device] = HiddenTensor(upload(words, device))
+        return key
 
     def _kept_keystream(self, owner: object, device: torch.device) -> ops.KeptKeystream | None:
         if device.type != "cpu" or not self.keep_keystream:
@@ -163,6 +194,7 @@ class Session:
     @property
     def one_time(self) -> Branch:
         """The one-time keys of this session in this process."""
+        self._check_open()
         # A forked process has copies of its parent's counters; it goes on in a branch of its own.
         return self._branches.get(this_life()) or self._begin_branch(secrets.token_bytes(BRANCH_BYTES))
 

@@ -49,6 +49,7 @@ from scx.models.request import GIVEN_TO_ATTENTION, Admitted
 from scx.models.step import Step
 from scx.models.swap import encode_class, restore_class
 from scx.projections import project_quiet
+from scx_kernels.hidden import guarded
 
 __all__ = ["EncodedAttention", "EncodedDecoderLayer", "FusedEncoding", "FusedModel", "fuse"]
 
@@ -321,6 +322,7 @@ class FusedModel(EncodedModel):
 
     _scx: FusedEncoding
 
+    @guarded
     def _serve(
         self, request: Admitted, *, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool,
         **kwargs: Any,

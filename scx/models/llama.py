@@ -57,6 +57,7 @@ def encode_llama(
     crossings: str = "few",
     reuse_feature_keys: bool = False,
     prefill_top_k: int | None = None,
+    verify: bool = False,
     untrusted: RemoteParty | None = None,
 ) -> PreTrainedModel:
     """Change a Llama-like model in place so that it runs under SCX with the keys of `key_generator`.
@@ -83,6 +84,9 @@ def encode_llama(
             return the k largest of each row; only the secure side knows which rows are tokens. The others are -inf:
             greedy generation, and sampling with a `top_k` of at most k, are the plain model's, and `generate` refuses
             what may choose or weigh others. None: the head is on the secure side, as it always is for generated tokens.
+        verify: in the split placement, and with `crossings="paper"`, check what the untrusted side computes, up to
+            rounding; what is found raises `scx.party.IntegrityError`. docs/split.md says what is checked how far. Every
+            weight of the blocks is read once, here, and again when it has changed.
         untrusted: in the split placement, an untrusted party in another process; this one's blocks are not used then,
             and need not be here (`scx.party.loading.load_secure_model`). Where they are, they must stay as they are.
             Where they are not, that party measures the scale of real rows, before the first prefill.
@@ -99,11 +103,13 @@ def encode_llama(
     secure, plan = named_device(secure_device), None
     needed = [name for name, _ in decoder.layers.named_parameters()]
     if secure is not None:
-        plan = split_plan(key_generator, shape, crossings, reuse_feature_keys, prefill_top_k)
+        plan = split_plan(key_generator, shape, crossings, reuse_feature_keys, prefill_top_k, verify)
         if prefill_top_k is not None:
             causal_lm(model, decoder)
         if untrusted is not None:
             needed = secure_parameters(decoder.layers, plan)
+    elif verify:
+        raise ValueError("verify: in the fused placement there is no untrusted side; give a secure_device")
     _check_data(decoder, needed)
     check_forwards(decoder)
     is_whole = all(has_data(decoder.layers, name) for name, _ in decoder.layers.named_parameters())

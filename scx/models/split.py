@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from scx.architecture import Decoder, ModelShape
+from scx.architecture import Decoder, ModelShape, kept_checkpoint
 from scx.devices import CPU, outside_inference_mode, upload
 from scx.encoding import RedundantScale
 from scx.keys import SCXKeyGenerator
@@ -31,6 +31,7 @@ from scx.models.swap import encode_class
 from scx.party.boundary import Boundary, Receiver, Transcript
 from scx.party.cache import ConversationPart, SplitCache
 from scx.party.generation import Generation
+from scx.party.integrity import Verifier
 from scx.party.live import Mirror, Watch
 from scx.party.plan import Plan
 from scx.party.prefill import Prefill, TopLogits
@@ -38,6 +39,7 @@ from scx.party.process import RemoteParty
 from scx.party.replies import ReplyRule
 from scx.party.secure import Rope, SecureParty
 from scx.party.untrusted import UntrustedParty
+from scx_kernels.hidden import guarded
 
 __all__ = ["SplitModel", "causal_lm", "divide", "record_transcript", "restore_conversation", "secure_device"]
 
@@ -160,6 +162,7 @@ class SplitModel(EncodedModel):
     norm: nn.Module
 
     @torch.compiler.disable  # what crosses a boundary is no part of a graph
+    @guarded
     def _serve(
         self, request: Admitted, *, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool,
         **kwargs: Any,
@@ -221,6 +224,7 @@ class SplitModel(EncodedModel):
             tokens = encoding.generator.calibration_tokens(encoding.redundant_tokens(self.embed_tokens))
             encoding.party.calibrate(self._embed(tokens, None))
 
+    @guarded
     def restore(self, cache: SplitCache) -> None:
         """Begin a conversation again with the party that is there now, from what the secure side knows."""
         if cache.history is None:
@@ -335,6 +339,9 @@ def divide(
     causal = None if plan.prefill_top_k is None else causal_lm(model, decoder)
     untrusted, watch = None, None
     receiver: Receiver
+    verifier = Verifier(blocks, generator.integrity_stream, device, kept_checkpoint(decoder)) if plan.verify else None
+    if verifier is not None:
+        verifier.prepare()
     if remote is None:
         untrusted_device = _one_device(blocks)
         rotary = copy.deepcopy(decoder.rotary_emb).to(untrusted_device)
@@ -349,9 +356,10 @@ def divide(
     outer = [(*place, _device_of(getattr(*place), untrusted_device)) for place in _outer_modules(model, decoder)]
     for holder, name, _ in outer:
         getattr(holder, name).to(device)
-    boundary = Boundary(receiver, ReplyRule(plan, shape), device, untrusted_device)
+    rule = ReplyRule(plan, shape, blocks[0].mlp.gate_proj.out_features if plan.verify else 0)
+    boundary = Boundary(receiver, rule, device, untrusted_device)
     scale = None if scale is None else scale.to(CPU)  # where redundant rows are drawn
-    party = SecureParty(blocks, plan, shape, scale, boundary)
+    party = SecureParty(blocks, plan, shape, scale, boundary, verifier)
     decoder._scx = SplitEncoding(generator, shape, scale, party, blocks, outer, causal, untrusted, watch)
     decoder._scx.expect_rotary(decoder.rotary_emb)
     encode_class(decoder, SplitModel)

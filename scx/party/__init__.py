@@ -4,6 +4,7 @@ from scx.files import load_shared_keys, save_shared_keys
 from scx.keys import SharedKeys
 from scx.party.boundary import MESSAGES, Boundary, PartyLostError, Transcript
 from scx.party.cache import SplitCache
+from scx.party.integrity import IntegrityError
 from scx.party.plan import Plan
 from scx.party.secure import SecureParty
 from scx.party.untrusted import UntrustedParty
@@ -11,6 +12,7 @@ from scx.party.untrusted import UntrustedParty
 __all__ = [
     "MESSAGES",
     "Boundary",
+    "IntegrityError",
     "PartyLostError",
     "Plan",
     "SecureParty",

@@ -24,6 +24,7 @@ STAGES = ("calibration", "prefill", "key sharing", "generation")
 _PRODUCTS = ("query_product", "key_product", "value_product")
 _SCORES = ("scores", "value")
 _TOP = ("top_logits", "top_tokens")
+_INNER = ("gate_product", "up_product", "activation")
 
 MESSAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "calibrate": (("embeddings",), ("attention_scale", "output_scale", "feed_forward_scale")),
@@ -31,7 +32,7 @@ MESSAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "project_qkv": (("attention_input",), _PRODUCTS),
     "attend": (("query", "key", "value"), ("attention",)),
     "project_output": (("attention_rows",), ("output",)),
-    "feed_forward": (("feed_forward_input",), ("feed_forward",)),
+    "feed_forward": (("feed_forward_input",), ("feed_forward", *_INNER)),
     "enter": (("feed_forward_input",), (*_PRODUCTS, "hidden", *_TOP)),
     "advance": (("attention_rows",), (*_PRODUCTS, "hidden", *_TOP)),
     "head": (("head_input",), _TOP),

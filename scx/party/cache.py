@@ -64,8 +64,8 @@ class SplitCache(ConversationCache):
         """Turn an empty plain cache, in place, into that of a session; its other holders see the same object."""
         adopted: Any = cache
         adopted.__class__ = cls
-        start = party.plan.start_blocks
-        layers = [GrowingLayer() if i in start else AbsentLayer() for i in range(party.plan.num_layers)]
+        kept = party.plan.kept_blocks
+        layers = [GrowingLayer() if i in kept else AbsentLayer() for i in range(party.plan.num_layers)]
         Cache.__init__(adopted, layers=layers)
         adopted.session, adopted.session_id, adopted.party = session, session.id, party
         adopted.tokens = adopted.steps = adopted.prefill_rows = 0

@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from scx.life import this_life
 from scx.party.credentials import Credentials
 from scx.party.messages import Fill, quote
 
@@ -41,7 +42,8 @@ class ChannelClosedError(ChannelError):
 
 
 class Channel:
-    """One end of a connection. One thread at a time sends and receives; any may `end` it.
+    """One end of a connection. One thread at a time sends and receives; any may `end` it. It is the process's that made
+    it: a fork has a copy of the cipher's state, and two messages would go under one keystream.
 
     TLS works on memory, between the socket and which nothing passes but what is read and written here: so no read of
     its own, of records that bring nothing, outlasts a deadline.
@@ -55,6 +57,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, credentials: Credentials) -> None:
         self._socket = sock
+        self._life = this_life()
         self._credentials = credentials
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = credentials.open(self._incoming, self._outgoing)
@@ -109,12 +112,17 @@ class Channel:
         return False
 
     def end(self) -> None:
-        """End the connection, and with it every wait for it in any thread."""
+        """End the connection, and with it every wait for it in any thread; in a forked process, let go of it."""
+        if self._life != this_life():
+            self._socket.close()
+            return
         with suppress(OSError):  # it has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _repeat(self, step: Callable[[], Result], deadline: float) -> Result:
         """What a step of TLS returns, as soon as the bytes for it are there; what it has to say is sent."""
+        if self._life != this_life():
+            raise ChannelError("the connection belongs to the process that this one was forked from")
         while True:
             try:
                 result = step()

@@ -10,13 +10,14 @@ from collections import deque
 from contextlib import suppress
 from threading import Condition, Thread
 
+from scx.life import this_life
 from scx.party.channel import Channel, ChannelClosedError, ChannelError
 from scx.party.credentials import Credentials
 from scx.party.messages import MessageError, read_reply
 
 __all__ = ["Door"]
 
-_MAX_STRANGERS = 64
+_MAX_COMING = 64
 _MAX_WAITING = 64
 _ADMISSION_SECONDS = 30.0
 _RECOVERY_SECONDS = 0.1
@@ -41,14 +42,15 @@ class Door:
         seconds: float = _ADMISSION_SECONDS,
     ) -> None:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        self._listener = socket.create_server(address[:2], family=family, backlog=_MAX_STRANGERS)
+        self._listener = socket.create_server(address[:2], family=family, backlog=_MAX_COMING)
         self.port: int = self._listener.getsockname()[1]
         self._credentials = credentials
         self._agreement = agreement
         self._seconds = seconds
-        self._strangers: dict[Channel, None] = {}
+        self._coming: dict[Channel, bool] = {}  # whether they have shown the certificate
         self._waiting: deque[Channel] = deque()
         self._changed = Condition()
+        self._life = this_life()
         self._is_open = True
         self.refusal = ""
         """Why somebody who came last was sent away."""
@@ -69,10 +71,13 @@ class Door:
         return None
 
     def close(self) -> None:
-        """Listen no more, and let go whoever has come."""
+        """Listen no more, and let go whoever has come. A forked process leaves them to the one that listens."""
+        if self._life != this_life():
+            self._listener.close()
+            return
         with self._changed:
             self._is_open = False
-            come = [*self._strangers, *self._waiting]
+            come = [*self._coming, *self._waiting]
             self._waiting.clear()
             self._changed.notify_all()
         for channel in come:
@@ -91,17 +96,20 @@ class Door:
                 time.sleep(_RECOVERY_SECONDS)
                 continue
             with self._changed:
-                if len(self._strangers) == _MAX_STRANGERS:
-                    first = next(iter(self._strangers))
-                    del self._strangers[first]
+                self._coming[channel] = False
+                if len(self._coming) > _MAX_COMING:
+                    first = next((x for x, is_known in self._coming.items() if not is_known), channel)
                     first.end()
-                self._strangers[channel] = None
+                    del self._coming[first]
             Thread(target=self._admit, args=(channel,), daemon=True).start()
 
     def _admit(self, channel: Channel) -> None:
         deadline = time.monotonic() + self._seconds
         try:
             channel.handshake(deadline)
+            with self._changed:
+                if channel in self._coming:
+                    self._coming[channel] = True
             channel.send(self._agreement, deadline)
             read_reply(channel.source(deadline), 0, {})
         except (ChannelError, MessageError) as error:
@@ -110,7 +118,7 @@ class Door:
         else:
             self._queue(channel)
         with self._changed:
-            self._strangers.pop(channel, None)
+            self._coming.pop(channel, None)
 
     def _queue(self, channel: Channel) -> None:
         with self._changed:

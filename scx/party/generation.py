@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 import scx_kernels as ops
-from scx.encoding import FeatureKey, RowKey
+from scx.encoding import FeatureKey, Noise, RowKey
 from scx.kvcache.layers import append
+from scx.party.attention import attend
 from scx.party.cache import SplitCache
 from scx.party.secure import Rope, SecureParty
 from scx.party.stage import Stage
@@ -36,13 +37,41 @@ class Generation(Stage):
         self.party.share(self.cache)
         self.line = self.party.line(self.session.id, "generation", self.cache)
         try:
-            hidden = self._run_few(hidden) if self.plan.few else self._run_paper(hidden)
+            hidden = self._run(hidden)
         except BaseException:
             self.cache.truncate(past)
             raise
         self.cache.tokens = past + tokens
         self.cache.note_layers()
         return hidden
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        if self.plan.verify:
+            return self._run_verified(hidden)
+        return self._run_few(hidden) if self.plan.few else self._run_paper(hidden)
+
+    def _run_verified(self, hidden: Tensor) -> Tensor:
+        """As the paper's, but that the secure side attends to the blocks whose keys it keeps: for a few tokens that is
+        no more work than a check of who else does."""
+        for block in self.plan.start_blocks:
+            hidden = self._run_block(block, hidden, self.noise[block])
+        if self.plan.middle_blocks:
+            hidden = self.line.ask("run_middle", hidden=hidden, positions=self.rope.positions)["hidden"]
+        for block in self.plan.end_blocks:
+            hidden = self._run_block(block, hidden, None)
+        return hidden
+
+    def _run_block(self, block: int, hidden: Tensor, noise: Noise | None) -> Tensor:
+        products = self._project_qkv(block, hidden, _IN_ORDER, noise)
+        q, k, v = self._restore(block, products, self._plain_key(len(hidden)))
+        k, v, _ = append(self.cache.layers[block], k, v)
+        attended = attend(self.party.weights.attention(block), q, k, v, self.cache.first_key)
+        hidden = hidden + self._project_output(block, attended.transpose(1, 2).flatten(2))
+        return self._feed_forward(block, hidden, _IN_ORDER)
+
+    def _plain_key(self, batch: int) -> FeatureKey:
+        shape = self.party.shape
+        return FeatureKey.identity(batch, shape.num_heads, shape.num_kv_heads, shape.head_dim, self.party.device)
 
     def _run_paper(self, hidden: Tensor) -> Tensor:
         for block in self.plan.start_blocks:

@@ -5,7 +5,7 @@ module itself, by a copy when it is made anew, and by a watch where it looks at 
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scx.architecture import is_hooked
 
-__all__ = ["Mirror", "Watch", "accelerated"]
+__all__ = ["Followed", "Mirror", "Watch", "accelerated"]
 
 _SAMPLE = 64
 _NUMBERS = ("scaling", "variance_epsilon", "sliding_window", "attention_scaling")
@@ -60,12 +60,53 @@ class _Look:
         )
 
 
+class Followed:
+    """What was made of modules, by name, and is made anew when they are others or have changed.
+
+    Args:
+        by_numbers: whether `renew` compares some numbers of every weight, where making anew costs too much.
+    """
+
+    def __init__(self, by_numbers: bool = False) -> None:
+        self._by_numbers = by_numbers
+        self._made: dict[str, tuple[list[Any], _Look, list[Tensor], Any]] = {}
+
+    def of(self, name: str, modules: Sequence[Any], make: Callable[[], Any]) -> Any:
+        """What `make` gives, now or earlier.
+
+        Args:
+            name: by which it is kept.
+            modules: of which it is made.
+        """
+        known = self._made.get(name)
+        if known is None or any(x is not y for x, y in zip(known[0], modules, strict=True)) or not known[1].holds():
+            look = _Look([part for module in modules for part in module.modules()])
+            known = self._made[name] = ([*modules], look, self._samples(modules), make())
+        return known[3]
+
+    def renew(self) -> None:
+        """Have all of it made anew when it is next asked for, or by numbers that of which these are others."""
+        if not self._by_numbers:
+            self._made.clear()
+            return
+        for name, (modules, _, samples, _) in [*self._made.items()]:
+            if any(not torch.equal(x, y) for x, y in zip(self._samples(modules), samples, strict=True)):
+                del self._made[name]
+
+    def clear(self) -> None:
+        """Have all of it made anew when it is next asked for."""
+        self._made.clear()
+
+    def _samples(self, modules: Sequence[Any]) -> list[Tensor]:
+        return [_sample(module) for module in modules] if self._by_numbers else []
+
+
 class Mirror:
     """Modules on one device: those that are there, and copies of others, which follow them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies: dict[str, tuple[nn.Module, _Look, nn.Module]] = {}
+        self._copies = Followed()
 
     def of(self, name: str, module: Any) -> Any:
         """The module, or its copy, made anew if the module is another or has changed.
@@ -80,16 +121,14 @@ class Mirror:
 
     def copy_of(self, name: str, module: Any) -> Any:
         """A copy of the module, also if that is there."""
-        known = self._copies.get(name)
-        if known is None or known[0] is not module or not known[1].holds():
-            look = _Look([*module.modules()])
-            copied = copy.deepcopy(module)._apply(lambda x: x if x.is_meta else x.to(self._device))
-            known = self._copies[name] = (module, look, copied)
-        return known[2]
+        return self._copies.of(name, [module], lambda: self._copy(module))
 
     def renew(self) -> None:
         """Have every copy made anew when it is next asked for."""
-        self._copies.clear()
+        self._copies.renew()
+
+    def _copy(self, module: Any) -> Any:
+        return copy.deepcopy(module)._apply(lambda x: x if x.is_meta else x.to(self._device))
 
 
 def _sample(module: nn.Module) -> Tensor:

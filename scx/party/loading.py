@@ -17,6 +17,7 @@ from scx.architecture import (
     FINGERPRINT_ROWS,
     SUPPORTED,
     SUPPORTED_NAMES,
+    keep_checkpoint,
     keep_query_rows,
     kept_query_rows,
     model_shape,
@@ -124,7 +125,11 @@ class _Checkpoint:
 
 
 def load_secure_model(
-    path: str | os.PathLike[str], key_generator: SCXKeyGenerator, *, dtype: torch.dtype = torch.float32
+    path: str | os.PathLike[str],
+    key_generator: SCXKeyGenerator,
+    *,
+    dtype: torch.dtype = torch.float32,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Load what the secure side of the split placement computes with, and nothing else.
 
@@ -137,6 +142,8 @@ def load_secure_model(
         path: a directory or hub id of Llama, Mistral, Qwen2 or Qwen3 with a language model's head, as safetensors.
         key_generator: says which blocks are protected, and whether there is noise.
         dtype: of the weights; the worker's must be the same.
+        verify: whether it is to be encoded with `verify=True`. Norms before feed-forwards are loaded then, and
+            `encode_llama` reads every other weight of the blocks once, one by one, and keeps none.
 
     Returns: the model, on the CPU, in evaluation mode, with the checkpoint's generation settings.
     Raises: TypeError, ValueError naming the argument, for another model or generator, and for a checkpoint that is not
@@ -150,7 +157,10 @@ def load_secure_model(
     _fill_common(model, checkpoint)
     shape = model_shape(model)
     check_generator(key_generator, shape)
-    _fill(model, checkpoint, _secure_names(model, split_plan(key_generator, shape, "few", False)))
+    _fill(model, checkpoint, _secure_names(model, split_plan(key_generator, shape, "paper", False, verify=verify)))
+    if verify:
+        prefix = _block_prefix(model)
+        keep_checkpoint(model.base_model, lambda name, like: checkpoint.read(prefix + name, like))
     return model
 
 
@@ -174,7 +184,7 @@ def _empty_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
 def _fill_common(model: PreTrainedModel, checkpoint: _Checkpoint) -> None:
     """Load what every secure side holds, and what the fingerprint covers besides."""
     decoder = model.base_model
-    inside = f"{model.base_model_prefix}.layers."
+    inside = _block_prefix(model)
     outer = [name for name, _ in model.named_parameters(remove_duplicate=False) if not name.startswith(inside)]
     absent = {name for name in outer if name not in checkpoint}
     _fill(model, checkpoint, [name for name in outer if name not in absent])
@@ -186,8 +196,12 @@ def _fill_common(model: PreTrainedModel, checkpoint: _Checkpoint) -> None:
     keep_query_rows(decoder, checkpoint.read(name, model.get_parameter(name), FINGERPRINT_ROWS))
 
 
+def _block_prefix(model: PreTrainedModel) -> str:
+    return f"{model.base_model_prefix}.layers."
+
+
 def _secure_names(model: PreTrainedModel, plan: Plan) -> list[str]:
-    prefix = f"{model.base_model_prefix}.layers."
+    prefix = _block_prefix(model)
     return [prefix + name for name in secure_parameters(model.base_model.layers, plan)]
 
 

@@ -19,7 +19,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -29,8 +29,8 @@ from scx.party.boundary import INTEGERS, MESSAGES, STAGES, Request
 from scx.party.plan import Plan
 
 __all__ = [
-    "Fill", "MessageError", "quote", "read_agreement", "read_reply", "read_request", "write_agreement",
-    "write_failure", "write_reply", "write_request",
+    "Fill", "Kinds", "MessageError", "quote", "read_agreement", "read_reply", "read_request", "read_request_header",
+    "source_of", "write_agreement", "write_failure", "write_reply", "write_request",
 ]  # fmt: skip
 
 Fill = Callable[[memoryview], None]
@@ -44,7 +44,8 @@ _MAX_DIMENSIONS, _MAX_SIZE = 4, 2**40
 _MAX_TEXT = 200
 _DTYPES = {str(x): x for x in (torch.float32, torch.float16, torch.bfloat16, torch.int64)}
 
-_Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtypes and shapes of tensors, by name."""
 
 
 class MessageError(ValueError):
@@ -54,6 +55,19 @@ class MessageError(ValueError):
 def quote(text: str) -> str:
     """What somebody else wrote, as one short line without control characters."""
     return text[:_MAX_TEXT].encode("unicode_escape").decode("ascii")[:_MAX_TEXT]
+
+
+def source_of(data: bytes) -> Fill:
+    """What fills buffers with these bytes, and raises MessageError behind the last one."""
+    left = memoryview(data)
+
+    def fill(buffer: memoryview) -> None:
+        nonlocal left
+        if len(buffer) > len(left):
+            raise MessageError("it is cut off")
+        buffer[:], left = left[: len(buffer)], left[len(buffer) :]
+
+    return fill
 
 
 def write_agreement(plan: Plan, fingerprint: str) -> list[memoryview]:
@@ -92,6 +106,13 @@ def read_agreement(fill: Fill) -> tuple[Plan, str]:
 def read_request(fill: Fill, number: int) -> Request:
     """The request of that number: an operation's own tensors, of the right kind of numbers, of any sizes up to 16 GiB
     together."""
+    request, kinds = read_request_header(fill, number)
+    shapes = {name: shape for name, (_, shape) in kinds.items()}
+    return replace(request, tensors=_read_tensors(fill, kinds, shapes))
+
+
+def read_request_header(fill: Fill, number: int) -> tuple[Request, Kinds]:
+    """A request without its tensors, and their dtypes and shapes by name."""
     told = {x.name: x.type for x in fields(Request) if x.name != "tensors"}
     header, kinds, body_bytes = _read_header(fill, {"number": int, **told})
     _check_number(header.pop("number"), number)
@@ -102,7 +123,7 @@ def read_request(fill: Fill, number: int) -> Request:
         raise MessageError(f"{operation}: tensors {_names(kinds)} do not cross")
     if body_bytes > MAX_REQUEST_BYTES:
         raise MessageError(f"a request of {body_bytes} bytes, expected at most {MAX_REQUEST_BYTES}")
-    return Request(**header, tensors=_read_tensors(fill, kinds, {name: shape for name, (_, shape) in kinds.items()}))
+    return Request(**header, tensors={}), kinds
 
 
 def read_reply(fill: Fill, number: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -141,7 +162,7 @@ def _bytes_of(x: Tensor) -> memoryview:
 
 def _read_header(
     fill: Fill, expected: Mapping[str, Any], optional: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], _Kinds, int]:
+) -> tuple[dict[str, Any], Kinds, int]:
     """What a header tells, the tensors that it describes, and how many bytes these take."""
     lengths = bytearray(_LENGTHS.size)
     fill(memoryview(lengths))
@@ -162,7 +183,7 @@ def _read_header(
     return header, kinds, body_bytes
 
 
-def _read_tensors(fill: Fill, kinds: _Kinds, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _read_tensors(fill: Fill, kinds: Kinds, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     got = {name: shape for name, (_, shape) in kinds.items()}
     if got != shapes:
         raise MessageError(f"expected tensors {_names(shapes)}, got {_names(got)}")

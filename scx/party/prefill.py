@@ -1,6 +1,6 @@
 """Stage 1: the prompt, block by block, as the secure side leads it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,10 +60,10 @@ class Prefill(Stage):
         has these come from the untrusted side."""
         batch, tokens, _ = hidden.shape
         party = self.party
-        party.weights.renew()
+        party.renew()
         self.keys = self.session.one_time.open_pass(tokens, batch, party.scale, hidden.dtype, party.device)
         self.noise = party.noise(self.session, 0, batch, self.keys.rows)
-        self.line = party.line(self.session.id, "prefill")
+        self.line = replace(party.line(self.session.id, "prefill"), first_key=self.first_key)
         padding = {} if self.first_key is None else {"first_key": self.first_key}
         self.line.ask("open", -1, **padding)
         run = self._run_few if self.plan.few else self._run_paper
@@ -139,7 +139,7 @@ class Prefill(Stage):
         if cache is None or plain is None:
             self.token_position.append(products.rows.position)
             return
-        if block in self.plan.start_blocks:
+        if block in self.plan.kept_blocks:
             append(cache.layers[block], *plain)
         else:
             cache.values[block] = plain[1]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scx.life import this_life
 from scx.party.boundary import PartyLostError, Request, Rule
 from scx.party.channel import PATIENCE, ChannelClosedError, ChannelError, dial
 from scx.party.credentials import Credentials
@@ -27,7 +28,7 @@ from scx.party.exchange import Worker
 from scx.party.messages import read_agreement, read_request, write_agreement, write_failure, write_reply
 from scx.party.plan import Plan
 from scx.party.ranks import ParallelRanks, Ranks
-from scx.party.untrusted import UntrustedParty
+from scx.party.untrusted import UntrustedParty, sum_in_float32
 
 __all__ = ["RemoteParty", "follow", "serve"]
 
@@ -64,6 +65,7 @@ class RemoteParty:
         credentials.check("secure side")
         self._door = Door(host, port, credentials, write_agreement(plan, fingerprint))
         self.address = f"{host}:{self._door.port}"
+        self._life = this_life()
         self._worker: Worker | None = None
         self._turned = 0
         self._turning = threading.Lock()
@@ -88,8 +90,9 @@ class RemoteParty:
 
         Where several threads lost a worker, the first to call this turns to the next, and the others come along.
 
-        Raises: PartyLostError if none joins in time.
+        Raises: PartyLostError if none joins in time, and in a process that was forked from this object's.
         """
+        self._check_life("connect")
         with self._turning:
             lost = self._worker
             if lost is not None and not lost.is_lost and self._meant() != lost.number:
@@ -116,6 +119,7 @@ class RemoteParty:
         worker then."""
         worker, conversation = self._worker, request.conversation
         name = f"{request.operation}, block {request.block}"
+        self._check_life(name)
         if request.operation == "close" and self._homes.pop(conversation, None) != self._turned:
             return dict  # it went with its worker
         if worker is None:
@@ -127,6 +131,13 @@ class RemoteParty:
             raise PartyLostError(f"{name}: worker {home}, which had this conversation, is not connected")
         exchange = worker.begin(request, rule.expected(request), self.timeout.total_seconds())
         return lambda: worker.finish(exchange, self.timeout.total_seconds())
+
+    def _check_life(self, name: str) -> None:
+        if self._life != this_life():
+            raise PartyLostError(
+                f"{name}: the connection at {self.address} belongs to the process that this one was forked from; it "
+                "needs a RemoteParty of its own"
+            )
 
     def _meant(self) -> int | None:
         return getattr(self._own, "worker", None)
@@ -161,6 +172,8 @@ def serve(
             raise ValueError(f"model: the secure side expects {expected:.16}, this is {fingerprint:.16}")
         party = UntrustedParty(layers, rotary, plan, head)
         ranks.agree(plan)
+        if plan.verify:
+            sum_in_float32()
         channel.send(write_reply(0, {}), deadline)
         device = next(layers.parameters()).device
         while True:

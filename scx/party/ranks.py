@@ -20,6 +20,13 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from scx.party.boundary import Request
+from scx.party.messages import (
+    read_agreement,
+    read_request_header,
+    source_of,
+    write_agreement,
+    write_request,
+)
 from scx.party.plan import Plan
 
 __all__ = ["HEADS", "ParallelRanks", "Ranks", "check_ranks", "hold_shares", "join_heads", "join_ranks", "share_heads"]
@@ -127,38 +134,44 @@ class ParallelRanks(Ranks):
         dist.monitored_barrier(self._group, timeout=_LOADING)
 
     def agree(self, plan: Plan) -> None:
-        self._tell(plan)
+        if plan.verify:
+            raise ValueError(
+                "verify: what is inside a feed-forward lies divided over the ranks, and is not gathered to be checked; "
+                "start the worker as one rank"
+            )
+        self._tell(bytes(write_agreement(plan, "")[0]))
 
     def hear(self) -> Plan:
         """Wait for the plan. For all but rank 0."""
         self.wait()
-        plan: Plan = self._tell()
-        return plan
+        return read_agreement(source_of(self._tell()))[0]
 
     def pass_on(self, request: Request) -> Request:
-        kinds = {name: (x.dtype, tuple(x.shape)) for name, x in request.tensors.items()}
-        self._tell((replace(request, tensors={}), kinds))
+        self._tell(bytes(write_request(0, request)[0]))
         return replace(request, tensors={name: self._send(name, x) for name, x in request.tensors.items()})
 
     def take(self) -> Request | None:
         """Wait for the next request; None when there are no more. For all but rank 0."""
         told = self._tell()
-        if told is None:
+        if not told:
             return None
-        request, kinds = told
+        request, kinds = read_request_header(source_of(told), 0)
         return replace(request, tensors={name: self._receive(name, *kind) for name, kind in kinds.items()})
 
     def gather(self, reply: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._gather(name, x) if name in HEADS else x for name, x in reply.items()}
 
     def end(self) -> None:
-        self._tell(None)
+        self._tell(b"")
 
-    def _tell(self, what: Any = None) -> Any:
-        """Rank 0's object, on every rank."""
-        told = [what]
-        dist.broadcast_object_list(told, src=0, group=self._group)
-        return told[0]
+    def _tell(self, what: bytes = b"") -> bytes:
+        """Rank 0's words, on every rank."""
+        length = torch.tensor(len(what))
+        dist.broadcast(length, src=0, group=self._group)
+        told = torch.tensor(bytearray(what) or bytearray(int(length)), dtype=torch.uint8)
+        if told.numel():
+            dist.broadcast(told, src=0, group=self._group)
+        return told.numpy().tobytes()
 
     def _send(self, name: str, x: Tensor) -> Tensor:
         if name not in HEADS:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scx.architecture import ModelShape
 from scx.party.boundary import INTEGERS, PartyLostError, Request
-from scx.party.plan import Plan
+from scx.party.plan import Plan, inner_products
 
 __all__ = ["ReplyRule"]
 
@@ -19,11 +19,13 @@ class ReplyRule:
 
     Args:
         plan, shape: the agreement, and the model's sizes.
+        inner_size: features inside a feed-forward, F; for a plan with `verify`.
     """
 
-    def __init__(self, plan: Plan, shape: ModelShape) -> None:
+    def __init__(self, plan: Plan, shape: ModelShape, inner_size: int = 0) -> None:
         self.plan = plan
         self.shape = shape
+        self.inner_size = inner_size
         self.vocab_size = shape.vocab_size  # logits of the head, which may be given another size
 
     def check(self, request: Request, reply: Mapping[str, Tensor]) -> None:
@@ -66,7 +68,8 @@ class ReplyRule:
         if request.operation == "project_output":
             return {"output": (*rows, shape.hidden_size)}
         if request.operation == "feed_forward":
-            return {"feed_forward": (*rows, shape.hidden_size)}
+            inner = inner_products(tensors["feed_forward_input"].dtype) if plan.verify else ()
+            return {"feed_forward": (*rows, shape.hidden_size), **dict.fromkeys(inner, (*rows, self.inner_size))}
         if request.operation in ("enter", "advance") and request.block + 1 < plan.num_layers:
             return self._products(rows)
         if request.operation == "head" or (request.operation in ("enter", "advance") and plan.prefill_top_k):

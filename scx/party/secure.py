@@ -18,9 +18,11 @@ from scx.encoding import ENCODINGS, FeatureKey, Noise, RedundantScale
 from scx.keys import ModelShape, SCXKeyGenerator, Session, SharedKeys
 from scx.party.boundary import Boundary, Pending
 from scx.party.cache import SplitCache
+from scx.party.integrity import Verifier
 from scx.party.live import Mirror
 from scx.party.plan import Plan
 from scx.projections import projection_dtype
+from scx_kernels.hidden import guarded
 
 __all__ = ["Line", "Rope", "SecureParty", "secure_parameters", "split_plan"]
 
@@ -36,7 +38,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Line:
-    """The boundary as one conversation sees it in one stage."""
+    """The boundary as one conversation sees it in one stage, and who checks what comes back, if somebody does."""
 
     boundary: Boundary
     conversation: str
@@ -44,6 +46,8 @@ class Line:
     step: int = 0
     past: int = 0
     key_rows: int = 0
+    verifier: Verifier | None = None
+    first_key: Tensor | None = None
 
     def ask(self, operation: str, block: int = -1, **tensors: Tensor) -> dict[str, Tensor]:
         """Send named tensors to the untrusted side; what comes back, by name."""
@@ -51,7 +55,7 @@ class Line:
 
     def begin(self, operation: str, block: int = -1, **tensors: Tensor) -> Pending:
         """Send named tensors to the untrusted side, and go on while it works."""
-        return self.boundary.begin(
+        pending = self.boundary.begin(
             operation,
             conversation=self.conversation,
             stage=self.stage,
@@ -61,6 +65,10 @@ class Line:
             key_rows=self.key_rows,
             tensors=tensors,
         )
+        verifier = self.verifier
+        if verifier is None:
+            return pending
+        return Pending(lambda: verifier.check(operation, block, tensors, pending.wait(), self.first_key))
 
 
 def split_plan(
@@ -69,6 +77,7 @@ def split_plan(
     crossings: str,
     reuse_feature_keys: bool,
     prefill_top_k: int | None = None,
+    verify: bool = False,
 ) -> Plan:
     """The agreement of the parties. Raises ValueError for settings that it cannot keep."""
     start, end = generator.protected(shape)
@@ -79,7 +88,9 @@ def split_plan(
         )
     if generator.sealed(shape):
         raise ValueError("cache_encoding: 'sealed' belongs to the fused placement; expected 'permuted'")
-    plan = Plan(shape.num_layers, len(start), len(end), crossings, reuse_feature_keys, generator.alp, prefill_top_k)
+    plan = Plan(
+        shape.num_layers, len(start), len(end), crossings, reuse_feature_keys, generator.alp, prefill_top_k, verify
+    )
     if prefill_top_k is not None and prefill_top_k > shape.vocab_size:
         raise ValueError(f"prefill_top_k: expected at most {shape.vocab_size}, the vocabulary, got {prefill_top_k}")
     return plan
@@ -92,6 +103,8 @@ def secure_parameters(layers: Any, plan: Plan) -> list[str]:
         modules = ["input_layernorm", *(f"self_attn.{x}" for x in ("q_norm", "k_norm") if hasattr(layer.self_attn, x))]
         if block in plan.protected_blocks:
             modules.append("self_attn.o_proj")
+        if plan.verify:
+            modules.append("post_attention_layernorm")
         for module in modules:
             names += [f"{block}.{module}.{name}" for name, _ in layer.get_submodule(module).named_parameters()]
         if plan.noisy and block in plan.start_blocks:
@@ -125,6 +138,10 @@ class SecureWeights:
         """The norm before a block's attention."""
         return self._here(block, "input_layernorm")
 
+    def feed_forward_norm(self, block: int) -> Any:
+        """The norm before a block's feed-forward."""
+        return self._here(block, "post_attention_layernorm")
+
     def head_norms(self, block: int) -> dict[str, Any]:
         """The norms of a block's heads, if it has any, as arguments of `qkv_decode_encode`."""
         norms = head_norms(self._blocks[block].self_attn)
@@ -134,9 +151,13 @@ class SecureWeights:
         """A protected block's output projection."""
         return self._here(block, "self_attn.o_proj")
 
+    def attention(self, block: int) -> Any:
+        """A block's attention, for the numbers that it attends with; its weights may be elsewhere."""
+        return self._blocks[block].self_attn
+
     def window(self, block: int) -> int | None:
         """How many keys a query of this block sees at most; None for all."""
-        return sliding_window(self._blocks[block].self_attn)
+        return sliding_window(self.attention(block))
 
     def qkv(self, block: int) -> list[Any] | None:
         """A block's q, k and v projections, if their input is under noise."""
@@ -151,21 +172,30 @@ class SecureParty:
         plan: the agreement with the untrusted side.
         shape, scale: of the model; `scale` of real rows, on the CPU, where there are redundant ones and it is known.
         boundary: the only way to the untrusted side.
+        verifier: checks what comes back; for a plan with `verify`.
     """
 
     def __init__(
-        self, blocks: Sequence[Any], plan: Plan, shape: ModelShape, scale: RedundantScale | None, boundary: Boundary
-    ) -> None:
+        self, blocks: Sequence[Any], plan: Plan, shape: ModelShape, scale: RedundantScale | None, boundary: Boundary,
+        verifier: Verifier | None = None,
+    ) -> None:  # fmt: skip
         self.plan = plan
         self.shape = shape
         self.scale = scale
         self.boundary = boundary
+        self.verifier = verifier
         self.device, self.untrusted_device = boundary.secure_device, boundary.untrusted_device
         self.weights = SecureWeights(blocks, plan, self.device)
         self._forgotten: deque[str] = deque()
 
     def __repr__(self) -> str:
         return f"SecureParty({self.plan!r})"
+
+    def renew(self) -> None:
+        """Look again at the blocks, before a prefill."""
+        self.weights.renew()
+        if self.verifier is not None:
+            self.verifier.renew()
 
     def calibrate(self, embeddings: Tensor) -> None:
         """Let the untrusted side measure the scale of real rows on the embeddings of random tokens, (1, n, D).
@@ -182,9 +212,10 @@ class SecureParty:
         for gone in self._take_forgotten():
             self.boundary.ask("close", conversation=gone, stage=stage, tensors={})
         if cache is None:
-            return Line(self.boundary, conversation, stage)
+            return Line(self.boundary, conversation, stage, verifier=self.verifier)
         cache.steps += 1
-        return Line(self.boundary, conversation, stage, cache.steps, cache.tokens, cache.key_rows)
+        place = cache.steps, cache.tokens, cache.key_rows
+        return Line(self.boundary, conversation, stage, *place, self.verifier, cache.first_key)
 
     def forget(self, conversation: str) -> None:
         """Close a conversation with the next request: its cache may go while another request is under way."""
@@ -211,6 +242,7 @@ class SecureParty:
         key = session.feature_key(block, self.device)
         return key if sequences is None else key.select(sequences)
 
+    @guarded
     def share(self, cache: SplitCache, shared: SharedKeys | None = None) -> None:
         """Stage 2, if it was not done: token permutations of the middle blocks, and the end blocks' encoded keys."""
         if cache.is_shared or not cache.tokens:

@@ -71,6 +71,8 @@ class Stage:
         )
 
     def _feed_forward(self, block: int, hidden: Tensor, key: RowKey) -> Tensor:
-        """Encode rows (B, n, D); their norm and feed-forward come back, and are added to them."""
-        reply = self.line.ask("feed_forward", block, feed_forward_input=key.enter(hidden))
+        """Encode rows (B, n, D); their norm and feed-forward come back, and are added to them. To be verified, they are
+        normalised here."""
+        norm = self.party.weights.feed_forward_norm(block) if self.plan.verify else None
+        reply = self.line.ask("feed_forward", block, feed_forward_input=key.enter(hidden, norm))
         return hidden + key.leave(reply["feed_forward"])

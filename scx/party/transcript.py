@@ -36,6 +36,7 @@ def expected_bytes(
     itemsize: int = 4,
     padded: bool = False,
     position_rows: int = 1,
+    inner_size: int = 0,
 ) -> Expected:
     """What must cross in a calibration, one prefill, one key sharing, or one step of a generation.
 
@@ -46,20 +47,24 @@ def expected_bytes(
         past: cached tokens before a step.
         itemsize: bytes of an element of the model's dtype.
         padded: whether there is left padding. position_rows: rows of the rotary positions, 1 or B.
+        inner_size: features inside a feed-forward, F; of a plan with `verify`.
 
     Raises: ValueError for another stage. Source: the formulas in docs/split.md.
     """
     if stage == "calibration":
         return _calibration_bytes(shape, tokens, itemsize)
     if stage == "prefill":
-        expected = _prefill_bytes(plan, shape, tokens, redundant, itemsize)
+        expected = _prefill_bytes(plan, shape, tokens, redundant, itemsize, inner_size)
         extra = batch * 8 if padded else 0
     elif stage == "key sharing":
         expected = _sharing_bytes(plan, shape, tokens, redundant, itemsize)
         extra = position_rows * tokens * 8 if plan.middle_blocks else 0
     elif stage == "generation":
-        expected = _step_bytes(plan, shape, tokens, past, past + redundant, itemsize)
-        requests = 1 + plan.end if plan.few else bool(plan.middle_blocks) + plan.end
+        if plan.verify:
+            expected = _verified_step_bytes(plan, shape, tokens, itemsize, inner_size)
+        else:
+            expected = _step_bytes(plan, shape, tokens, past, past + redundant, itemsize)
+        requests = 1 + plan.end if plan.few else bool(plan.middle_blocks) + (0 if plan.verify else plan.end)
         extra = requests * position_rows * tokens * 8
     else:
         raise ValueError(f"stage: expected one of {STAGES}, got {stage!r}")
@@ -80,7 +85,14 @@ def _calibration_bytes(shape: ModelShape, tokens: int, itemsize: int) -> Expecte
     return Expected(tokens * hidden * itemsize, shape.num_layers * (2 * hidden + q) * 4)
 
 
-def _prefill_bytes(plan: Plan, shape: ModelShape, tokens: int, redundant: int, itemsize: int) -> Expected:
+def _inner_bytes(plan: Plan, rows: int, itemsize: int, inner_size: int) -> int:
+    """What a feed-forward returns beside its result, to be checked by."""
+    return (2 if itemsize >= 4 else 3) * rows * inner_size * itemsize if plan.verify else 0
+
+
+def _prefill_bytes(
+    plan: Plan, shape: ModelShape, tokens: int, redundant: int, itemsize: int, inner_size: int
+) -> Expected:
     hidden, q, kv = _sizes(shape)
     layers, rows, first = plan.num_layers, tokens + redundant, _noisy_itemsize(plan, itemsize)
     borders = sum(plan.is_border(block) for block in range(layers))
@@ -90,6 +102,7 @@ def _prefill_bytes(plan: Plan, shape: ModelShape, tokens: int, redundant: int, i
     sent += borders * rows * hidden * itemsize
     returned = rows * (q + 2 * kv) * (first + (layers - 1) * itemsize) + layers * tokens * q * itemsize
     returned += borders * rows * hidden * itemsize + (1 if plan.few else layers) * rows * hidden * itemsize
+    returned += layers * _inner_bytes(plan, rows, itemsize, inner_size)
     if plan.prefill_top_k is not None:
         # Logits instead of the last hidden states, or with the paper's crossings in a round trip of their own.
         sent += 0 if plan.few else rows * hidden * itemsize
@@ -99,7 +112,8 @@ def _prefill_bytes(plan: Plan, shape: ModelShape, tokens: int, redundant: int, i
 
 def _sharing_bytes(plan: Plan, shape: ModelShape, tokens: int, redundant: int, itemsize: int) -> Expected:
     _, _, kv = _sizes(shape)
-    return Expected(len(plan.middle_blocks) * tokens * 8 + plan.end * (tokens + redundant) * kv * itemsize, 0)
+    keys = 0 if plan.verify else plan.end * (tokens + redundant) * kv * itemsize
+    return Expected(len(plan.middle_blocks) * tokens * 8 + keys, 0)
 
 
 def _step_bytes(plan: Plan, shape: ModelShape, tokens: int, past: int, key_rows: int, itemsize: int) -> Expected:
@@ -117,6 +131,16 @@ def _step_bytes(plan: Plan, shape: ModelShape, tokens: int, past: int, key_rows:
         sent += (start + middle + 2 * end) * row
         returned += (start + middle + end) * row
     return Expected(sent, returned)
+
+
+def _verified_step_bytes(plan: Plan, shape: ModelShape, tokens: int, itemsize: int, inner_size: int) -> Expected:
+    """Of a step whose attention in the first and last blocks is the secure side's."""
+    hidden, q, kv = _sizes(shape)
+    start, own, noisy = plan.start, plan.start + plan.end, _noisy_itemsize(plan, itemsize)
+    row, middle = tokens * hidden * itemsize, bool(plan.middle_blocks)
+    sent = start * tokens * hidden * noisy + (plan.end + own + middle) * row
+    returned = tokens * (q + 2 * kv) * (start * noisy + plan.end * itemsize) + (own + middle) * row
+    return Expected(sent, returned + own * _inner_bytes(plan, tokens, itemsize, inner_size))
 
 
 _COLUMNS = ("stage", "blocks", "request", "direction", "tensor", "shape", "dtype", "bytes")

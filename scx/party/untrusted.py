@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import scx_kernels as ops
-from scx.architecture import QKV, sliding_window
+from scx.architecture import QKV
 from scx.calibration import measure_scale
 from scx.kvcache.layers import GrowingLayer, append
+from scx.party.attention import attend
 from scx.party.boundary import Request, Rule
 from scx.party.held import Held
-from scx.party.plan import Plan
+from scx.party.plan import Plan, inner_products
 from scx.projections import project_noisy, projection_dtype
 
-__all__ = ["UntrustedParty"]
+__all__ = ["UntrustedParty", "sum_in_float32"]
 
 _HEAD_ROWS = 256  # of which all logits lie in memory at once
 
@@ -106,7 +107,7 @@ class UntrustedParty:
         q, k, v = (request.tensors[name] for name in ("query", "key", "value"))
         if self.plan.reuse_feature_keys and request.block in self.plan.start_blocks:
             k, v, _ = append(held.encoded.setdefault(request.block, GrowingLayer()), k, v)
-        return {"attention": self._attend(held, request.block, q, k, v)}
+        return {"attention": attend(self.layers[request.block].self_attn, q, k, v, held.first_key)}
 
     def project_output(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Rows (B, T, H*d) -> their output projection, (B, T, D), upon the residual rows if these are here."""
@@ -116,8 +117,11 @@ class UntrustedParty:
         return {"output": rows}
 
     def feed_forward(self, held: Held, request: Request) -> dict[str, Tensor]:
-        """Rows (B, T, D) -> norm and feed-forward."""
-        return {"feed_forward": self._feed_forward(request.block, request.tensors["feed_forward_input"])}
+        """Rows (B, T, D) -> norm and feed-forward. To be verified: normalised rows -> it and what is inside."""
+        rows = request.tensors["feed_forward_input"]
+        if self.plan.verify:
+            return self._feed_forward_with_inner(request.block, rows)
+        return {"feed_forward": self._feed_forward(request.block, rows)}
 
     def enter(self, held: Held, request: Request) -> dict[str, Tensor]:
         """Residual rows (B, T, D) -> through the feed-forward to the next block's products. The rows stay here."""
@@ -205,13 +209,21 @@ class UntrustedParty:
         result: Tensor = layer.mlp(layer.post_attention_layernorm(rows))
         return result
 
+    def _feed_forward_with_inner(self, block: int, rows: Tensor) -> dict[str, Tensor]:
+        mlp = self.layers[block].mlp
+        gate, up = mlp.gate_proj(rows), mlp.up_proj(rows)
+        activation = mlp.act_fn(gate) * up
+        inner = {"gate_product": gate, "up_product": up, "activation": activation}
+        returned = {name: inner[name] for name in inner_products(rows.dtype)}
+        return {"feed_forward": mlp.down_proj(activation), **returned}
+
     def _run_blocks(self, held: Held, blocks: Sequence[int], rows: Tensor, positions: Tensor) -> Tensor:
         """Plain rows (B, n, D) through blocks whose cache is plain."""
         for block in blocks:
             layer = self.layers[block]
             q, k, v = self._plain_heads(block, layer.input_layernorm(rows), positions)
             k, v, _ = append(held.unlocked[block], k, v)
-            attended = self._attend(held, block, q, k, v).transpose(1, 2).flatten(2)
+            attended = attend(layer.self_attn, q, k, v, held.first_key).transpose(1, 2).flatten(2)
             rows = rows + layer.self_attn.o_proj(attended)
             rows = rows + self._feed_forward(block, rows)
         return rows
@@ -243,15 +255,6 @@ class UntrustedParty:
         rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, cos, sin)
         return rotated
 
-    def _attend(self, held: Held, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attention = self.layers[block].self_attn
-        window, scale = sliding_window(attention), attention.scaling
-        if q.shape[2] == 1:
-            return ops.attention_step(q, k, v, softmax_scale=scale, window=window, kv_start=held.first_key)
-        return ops.attention(
-            q, k, v, softmax_scale=scale, is_causal=True, window=window, kv_start=held.first_key
-        )  # fmt: skip
-
 
 _OPERATIONS: dict[str, Any] = {
     name: getattr(UntrustedParty, name)
@@ -260,6 +263,13 @@ _OPERATIONS: dict[str, Any] = {
         "encoded_keys", "run_middle", "score", "pass_on", "select",
     )
 }  # fmt: skip
+
+
+def sum_in_float32() -> None:
+    """Have this process's accelerator sum products as checks of them expect: in float32 to the end."""
+    products = torch.backends.cuda.matmul
+    products.allow_tf32 = False
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = False
 
 
 def _linear(module: Any, rows: Tensor) -> Tensor:

@@ -8,12 +8,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from scx.architecture import model_shape
 from scx.audit import (
     find_feature_order,
     link_rows,
     nearest_tokens,
+    on_grid,
     order_rows,
     read_first_block,
+    read_low_bits,
     read_noisy_rows,
     realness,
     undo_feature_order,
@@ -21,11 +24,13 @@ from scx.audit import (
 from scx.audit.continuing import attempts, perplexity, protected
 from scx.commands.audit.report import Finding
 from scx.commands.audit.subject import KNOWN_TOKENS, TABLE_BLOCKS, Subject, encoded_and_plain, received
+from scx.encoding import noise_step
 
 __all__ = ["CASES", "run_cases"]
 
 SCHEMES = {"few": "few crossings", "paper": "the paper's crossings"}
 NOISE_SCALES = (5.0, 10.0)
+LOW_BITS_ROWS = 4
 _FIRST_ROWS = "rows before block 1's feed-forward"
 
 _Result = TypeVar("_Result")
@@ -164,6 +169,19 @@ def under_noise(subject: Subject) -> Iterator[Finding]:
         yield tokens_read("likelihood under noise", "split", setting, found[0], later, seconds)
 
 
+def low_bits(subject: Subject) -> Iterator[Finding]:
+    """The tokens that the last bits of a row under noise exclude, whatever is likely: of its rows the one with most."""
+    if not subject.noise:
+        return
+    (rows,) = received(subject.later_turn(), "generation", "attention_input")
+    scale, vocabulary = subject.noise * model_shape(subject.model).first_norm_rms, subject.vocabulary
+    explained = on_grid(scale, noise_step(scale))
+    (_, possible), seconds = timed(read_low_bits, subject.model, rows[:, :LOW_BITS_ROWS], explained)
+    excluded = vocabulary - int(possible.min())
+    setting = f"`attention_input` of block 1, noise {subject.noise:g}, {possible.numel()} rows"
+    yield Finding("low bits of noise", "split", setting, "tokens excluded", excluded, vocabulary, seconds)
+
+
 def generated(subject: Subject) -> Iterator[Finding]:
     """Rows of lone generated tokens behind the first block's attention, which have no others to hide among."""
     attack, table = "lone generated rows", subject.tables["feed_forward_input", 0]
@@ -239,6 +257,7 @@ CASES: dict[str, Callable[[Subject], Iterator[Finding]]] = {
     "links": links,
     "decoys": decoys,
     "noise": under_noise,
+    "low-bits": low_bits,
     "generated": generated,
     "features": feature_keys,
     "alone": alone,

@@ -60,6 +60,10 @@ class Subject:
     def layers(self) -> Any:
         return self.model.base_model.layers
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self.model.get_input_embeddings().weight)
+
     def keys(self, noise: float | None = None, **options: Any) -> SCXKeyGenerator:
         scale = self.noise if noise is None else noise
         options |= {"noise_scale": scale} if scale else {}
