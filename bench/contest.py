@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 import scx_kernels as ops
 from bench.shapes import Shape, shape_of
+from bench.trees import tree_leaves, tree_map
 from scx_kernels import reference
 
 SCX, TRITON, RIVAL, BOUND = "scx", "triton", "rival", "bound"

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import triton
-from torch.utils._pytree import tree_leaves
 
 from bench.offline_cases import CASES, Launch
 from bench.rehearsal.specialisation import gpu_target, variant_of
+from bench.trees import tree_leaves
 from scx_kernels import tiles
 from scx_kernels.kernels import launch
 from scx_kernels.kernels.launch import TARGETS, Target

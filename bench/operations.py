@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import scx_kernels as ops
 from bench.contest import BOUND, RIVAL, TRITON, Case, Contestant, Inputs, Operation, copied, key_of
@@ -19,6 +18,7 @@ from bench.marks import is_marked
 from bench.operation_cases import OPERATIONS, cases
 from bench.rounds import Job
 from bench.timing import Times, attempt, peak_memory, rotating, spread_twice, time_calls
+from bench.trees import tree_leaves
 
 FLOOR = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 0.0}
 """One rounding, relative to the largest element: allowed also where plain PyTorch happens to be exact; but not where

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from bench.trees import tree_leaves
 from scx_kernels.timing import device_times, host_times
 
 QUANTILES = (0.2, 0.5, 0.8)
