@@ -518,8 +518,10 @@ def test_vectors_stay_on_the_secure_side(prompt) -> None:
     other = tiny_model(layers=4)
     encode_llama(other, SCXKeyGenerator.for_model(other, redundant_num=3, alp=True), "cpu", **VERIFIED)
     assert not torch.isclose(verifier_of(other)._sketch(0, "project_output").vectors[0], sketches[0].vectors[0]).any()
-    for shown in (repr(verifier), repr(sketches[0])):
+    for shown in (repr(verifier), repr(sketches[0]), repr(dir(sketches[0]))):
         assert "tensor" not in shown
+        assert "vectors" not in shown
+    assert not hasattr(sketches[0], "__dict__")
     for copied in (pickle.dumps, copy.deepcopy):
         with pytest.raises(TypeError, match="never pickled"):
             copied(verifier)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import scx_kernels as ops
+from scx_kernels.hidden import Hidden
 
 __all__ = ["GROUP", "Comparison", "Sketch", "draw_vectors", "gamma", "unit_roundoff"]
 
@@ -69,8 +70,7 @@ def _grouped(features: Tensor, vectors: Tensor) -> Tensor:
     return torch.stack([part @ r for part, r in zip(parts, vectors, strict=True)], dim=1)
 
 
-@dataclass(frozen=True, repr=False)
-class Sketch:
+class Sketch(Hidden):
     """What the secure side keeps of P projections that share their rows, D features to N each, in G groups of all.
 
     `vectors`, of each projection, (G', n): secret. `images` (G, D): Wᵀr. `bounds` (P, D): the largest |W|ᵀ|r| of a
@@ -78,18 +78,26 @@ class Sketch:
     accumulation dtype of the weights. `projections` (G,) int64: of which projection each group is.
     """
 
-    vectors: tuple[Tensor, ...]
-    images: Tensor
-    bounds: Tensor
-    bias: Tensor
-    bias_bound: Tensor
-    projections: Tensor
+    __slots__ = ("bias", "bias_bound", "bounds", "images", "projections", "vectors")
+
+    def __init__(
+        self,
+        vectors: tuple[Tensor, ...],
+        images: Tensor,
+        bounds: Tensor,
+        bias: Tensor,
+        bias_bound: Tensor,
+        projections: Tensor,
+    ) -> None:
+        self.vectors = vectors
+        self.images = images
+        self.bounds = bounds
+        self.bias = bias
+        self.bias_bound = bias_bound
+        self.projections = projections
 
     def __repr__(self) -> str:
         return f"Sketch({self.images.shape[1]} features to {[r.numel() for r in self.vectors]})"
-
-    def __reduce__(self) -> str:
-        raise TypeError("a sketch holds secret vectors and is never pickled")
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> "Sketch":
