@@ -24,7 +24,7 @@ from bench.rounds import Job, in_rounds
 from bench.work import Work
 
 LATEST = RESULTS.parent / "latest"
-MINUTES = {"cuda": 7.8, "cpu": 2.8}
+MINUTES = {"cuda": 7.8, "cpu": 3.3}
 SUITES = {
     "host time": "bench.host",
     "whole models": "bench.model",
@@ -40,7 +40,7 @@ DEAR = 30.0
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose name contains one of these words")
-    parser.add_argument("--minutes", type=float, help="begin no further case after these (default: 7.8; 2.8 on a CPU)")
+    parser.add_argument("--minutes", type=float, help="begin no further case after these (default: 7.8; 3.3 on a CPU)")
     parser.add_argument("--all", action="store_true", help="also what takes too long on this machine, however long")
     parser.add_argument("--keep", action="store_true", help="write to bench/results instead of bench/latest")
     parser.add_argument("--commit", help="what to call the code where the checkout has no history")

@@ -78,7 +78,7 @@ def test_tests_behind_figures_exist() -> None:
     commands = re.findall(r'`pytest (tests/\w+\.py) -k (\w+|"[^"]+")`', (ROOT / "SECURITY.md").read_text())
     assert len(commands) > 6
     for file, words in commands:
-        names = re.findall(r"def (test_\w+)", (ROOT / file).read_text())
+        names = re.findall(r"(?:def|class) ((?:test_|Test)\w+)", (ROOT / file).read_text())
         for word in words.strip('"').split(" or "):
             assert [name for name in names if word in name], f"{file}: no test has {word} in its name"
 
@@ -93,7 +93,7 @@ def test_figures_of_the_audit_are_its_results() -> None:
         for page in (README, ROOT / "SECURITY.md")
         for line in page.read_text().splitlines()
         if line.startswith("|") and "`python -m scx audit`" in line
-        for count in re.findall(r"AUC [\d.]+ to [\d.]+|\d[\d,]* of \d[\d,]*", line)
+        for count in re.findall(r"AUC [\d.]+ to [\d.]+|\d(?:[\d,]*\d)? of \d(?:[\d,]*\d)?", line)
     ]
     assert len(quoted) > 3
     assert set(quoted) <= figures | counts
