@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import scx_kernels as ops
 from scx.architecture import is_plain_rms_norm
 from scx.devices import upload
-from scx.projections import noise_images
+from scx.projections import noise_images, projection_dtype
 from scx_kernels.hidden import Hidden, guarded
 
 __all__ = [
@@ -341,16 +341,17 @@ class Noise(Hidden):
     def __repr__(self) -> str:
         return f"Noise(batch={self.steps.shape[0]}, rows={self.steps.shape[1]})"
 
-    def values(self) -> Tensor:
-        """The noise itself, (B, T, D) float32."""
-        return self.steps.float().mul_(self.step)
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The noise itself, (B, T, D) in the dtype of the rows under it."""
+        return self.steps.to(dtype, copy=True).mul_(self.step)
 
     def project(self, projections: Sequence[nn.Module], layer: int = 0) -> "Noise":
         """The same with the images that a layer's projections give it now.
 
         Raises: ValueError for a projection that is not linear.
         """
-        return Noise(self.steps, self.step, noise_images(projections, self.values(), layer))
+        wide = ops.accumulation_dtype(projection_dtype(projections[0]))
+        return Noise(self.steps, self.step, noise_images(projections, self.values(wide), layer))
 
 
 @dataclass(frozen=True)

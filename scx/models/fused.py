@@ -131,7 +131,7 @@ class EncodedAttention(EncodedModule):
         """The products of encoded rows, of q, k and v, (B, T, *) each; without the noise's image if there is noise."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         if noise is not None:
-            return project_quiet(projections, rows, noise.values(), self.layer_idx)
+            return project_quiet(projections, rows, noise.values(rows.dtype), self.layer_idx)
         if all(is_plain_linear(projection) for projection in projections) and not is_autocast(rows):
             weights = [projection.weight for projection in projections]
             return ops.permuted_linears(rows, weights, biases=[projection.bias for projection in projections])
