@@ -81,8 +81,6 @@ class Secret(Hidden):
             return self is other
         return compare_digest(self._memory, other._memory)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return "Secret(wiped)" if self._memory is None else f"Secret({KEY_BYTES} bytes)"
 

@@ -32,7 +32,10 @@ __all__ = ["Credentials"]
 
 Role = Literal["secure side", "worker"]
 
-_USAGES = {"secure side": ExtendedKeyUsageOID.SERVER_AUTH, "worker": ExtendedKeyUsageOID.CLIENT_AUTH}
+_USAGES: dict[Role, x509.ObjectIdentifier] = {
+    "secure side": ExtendedKeyUsageOID.SERVER_AUTH,
+    "worker": ExtendedKeyUsageOID.CLIENT_AUTH,
+}
 _MAX_FILE_BYTES = 2**16
 # A certificate is as good as it is kept, whatever a clock says: RFC 5280's way to say that it has no end.
 _BEGIN, _END = datetime(2000, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
@@ -167,5 +170,5 @@ def _role(certificate: x509.Certificate) -> Role:
         usage = []
     for role, expected in _USAGES.items():
         if usage == [expected]:
-            return role  # type: ignore[return-value]
+            return role
     raise ValueError("credentials: expected the certificates of a secure side and of a worker")
