@@ -70,7 +70,6 @@ class EncodedLayers(ConversationCache):
             for x in (layer.keys, layer.values)
         )
 
-    @torch.compiler.disable  # it reads what is here and which process this is
     def room(
         self, layer_idx: int, tokens: int, shape: tuple[int, ...], like: Tensor, writes: Writes | None = None
     ) -> Slots | None:
@@ -96,7 +95,7 @@ class EncodedLayers(ConversationCache):
         if writes is None:
             raise ValueError(f"writes: layer {layer_idx} is sealed and needs the numbers of its tokens")
         logs = self._take_numbers(layer_idx, writes)
-        self._renew(layer_idx, layer, like.dtype)
+        self._renew(layer_idx, layer, like.dtype, writes.branch)
         slots = layer.room(tokens, shape, like)
         numbers = layer.number(slots, writes.numbers.to(like.device), logs)
         sealing = self.session.sealing(layer_idx, numbers, writes.branch, layer)
@@ -105,6 +104,7 @@ class EncodedLayers(ConversationCache):
             sealing.kept.cover(sealing.at(rows), shape[1], shape[2], slots.keys.dtype)
         return slots._replace(sealing=sealing)
 
+    @torch.compiler.disable  # which process this is, and what it took, are no constants of a program
     def _take_numbers(self, layer_idx: int, writes: Writes) -> SharedLogs:
         """Note that a layer takes the numbers of a pass. Returns the pass's logs."""
         if writes.branch != self.session.branch:
@@ -122,10 +122,9 @@ class EncodedLayers(ConversationCache):
         self._numbering.layers.add(layer_idx)
         return self._numbering.logs
 
-    def _renew(self, layer_idx: int, layer: SealedLayer, dtype: torch.dtype) -> None:
+    def _renew(self, layer_idx: int, layer: SealedLayer, dtype: torch.dtype, branch: str) -> None:
         """Make a layer this branch's own, and wide enough for rows in `dtype`: what another holder of the session
         wrote, or lies in a narrower dtype, is sealed anew, so that no two values ever lie under one keystream."""
-        branch = self.session.branch
         if layer.held_tokens:
             wide = torch.promote_types(layer.keys.dtype, dtype)
             if layer.branch != branch or layer.keys.dtype != wide:
