@@ -20,7 +20,7 @@ from vllm.v1.kv_offload.base import CanonicalKVCaches, GPULoadStoreSpec, Offload
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from scx.keystream import Secret
-from scx.vllm.blocks import TRAILER_BYTES, Block, Transfer
+from scx.vllm.blocks import TRAILER_BYTES, Block, Transfer, WipedKeyError
 from scx.vllm.manager import SealedSlots
 from scx.vllm.metrics import Counts
 from scx.vllm.tenants import Keyring
@@ -159,12 +159,17 @@ class SealingWorker(OffloadingWorker):
             if secret is None:
                 lost.append(len(lost) + len(blocks))
                 if not is_load:
-                    trailer[:] = 0  # what lay there before is not this block
+                    trailer[:] = 0  # what lay there is another block
             else:
                 context = self._at.context(host.tenant, version, host.keys[index], place)
                 blocks.append(Block(self._block_pages(group, block), row, trailer, context, secret))
             places.append((block, host.names[index]))
-        transfer = self._cipher.load(blocks) if is_load else self._cipher.store(blocks)
+        try:
+            transfer = self._cipher.load(blocks) if is_load else self._cipher.store(blocks)
+        except WipedKeyError:  # forgotten in this very moment
+            for wiped in blocks:
+                wiped.trailer[:] = 0
+            transfer, lost = self._cipher.store([]), [*range(len(places))]
         kind = "forgotten" if tenant is None else tenant.kind
         self._jobs.append(_Job(job_id, is_load, transfer, kind, places, lost))
 
@@ -180,11 +185,11 @@ class SealingWorker(OffloadingWorker):
             if refused:
                 self._failed_jobs.add(job.number)
             opened = len(job.blocks) - len(refused)
-            counted = {"blocks_opened": opened, "blocks_refused": len(refused), "opened_bytes": transfer.bytes}
-            self._counts.add(counted | {"open_seconds": transfer.seconds}, job.kind)
+            self._counts.add({"open_seconds": transfer.seconds, "opened_bytes": transfer.bytes}, job.kind)
+            self._counts.add({"blocks_opened": opened, "blocks_refused": len(refused)}, job.kind)
         else:
-            counted = {"blocks_sealed": len(sealed), "sealed_bytes": transfer.bytes, "seal_seconds": transfer.seconds}
-            self._counts.add(counted, job.kind)
+            self._counts.add({"seal_seconds": transfer.seconds, "sealed_bytes": transfer.bytes}, job.kind)
+            self._counts.add({"blocks_sealed": len(sealed)}, job.kind)
         return TransferResult(job.number, True, transfer.bytes, transfer.seconds)
 
     def _places(self, device: GPULoadStoreSpec) -> Iterator[tuple[int, int, int, int]]:
