@@ -20,7 +20,7 @@ from vllm.v1.kv_offload.base import CanonicalKVCaches, GPULoadStoreSpec, Offload
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from scx.keystream import Secret
-from scx.vllm.blocks import TRAILER_BYTES, Block, Transfer, WipedKeyError
+from scx.vllm.blocks import TRAILER_BYTES, Block, Transfer
 from scx.vllm.manager import SealedSlots
 from scx.vllm.metrics import Counts
 from scx.vllm.tenants import Keyring
@@ -164,12 +164,7 @@ class SealingWorker(OffloadingWorker):
                 context = self._at.context(host.tenant, version, host.keys[index], place)
                 blocks.append(Block(self._block_pages(group, block), row, trailer, context, secret))
             places.append((block, host.names[index]))
-        try:
-            transfer = self._cipher.load(blocks) if is_load else self._cipher.store(blocks)
-        except WipedKeyError:  # forgotten in this very moment
-            for wiped in blocks:
-                wiped.trailer[:] = 0
-            transfer, lost = self._cipher.store([]), [*range(len(places))]
+        transfer = self._cipher.load(blocks) if is_load else self._cipher.store(blocks)
         kind = "forgotten" if tenant is None else tenant.kind
         self._jobs.append(_Job(job_id, is_load, transfer, kind, places, lost))
 

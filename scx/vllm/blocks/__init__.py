@@ -5,9 +5,9 @@ altered by others at any time: nothing is read there twice, and nothing that was
 bytes are specified in docs/formats.md, "Off-loaded blocks".
 """
 
-from scx.vllm.blocks.block import TRAILER_BYTES, Block, WipedKeyError
+from scx.vllm.blocks.block import TRAILER_BYTES, Block
 from scx.vllm.blocks.device import DeviceCipher
 from scx.vllm.blocks.host import HostCipher
 from scx.vllm.blocks.transfer import Transfer
 
-__all__ = ["TRAILER_BYTES", "Block", "DeviceCipher", "HostCipher", "Transfer", "WipedKeyError"]
+__all__ = ["TRAILER_BYTES", "Block", "DeviceCipher", "HostCipher", "Transfer"]
