@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from key_search import KeySearch, errors_of, frames_below, reachable
+from test_readme import run_examples
 
 from scx.__main__ import main
 from scx.files.refusal import FileRefusedError
@@ -630,6 +631,15 @@ class TestTheCommand:
         code = "import sys, scx.commands.tenants, scx.vllm.tenants; assert 'vllm' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_operators_pages_example(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SCX_MASTER_KEY_FILE", str(write_master(tmp_path / "key")))
+    monkeypatch.delenv("SCX_TENANTS_FILE", raising=False)
+    names: dict[str, object] = {}
+    run_examples("docs/vllm.md", names)
+    ring = Keyring.from_environment()
+    assert ring.read_salt(names["salt"]) == ring.named("alice")
 
 
 class TestNothingShows:

@@ -1,5 +1,6 @@
 """Who reads what strangers wrote: files of every kind, and the messages between the parties' processes."""
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from scx.party.messages import (
     write_request,
 )
 from scx.party.plan import Plan
+from scx.vllm.body import Body, RefusedError
+from scx.vllm.registry import Registry
 from tests import specification
-from tests.fuzzing.hostile import files, messages
+from tests.fuzzing.hostile import files, json_texts, messages
 from tests.golden import make
 from tests.golden.given import KEY, MASTER, SESSION_ID
 
@@ -104,6 +107,37 @@ REPLY = {"scores": torch.ones(1, 2, 3, 4), "value": torch.ones(1, 2, 3, 4, dtype
 SHAPES = {name: tuple(x.shape) for name, x in REPLY.items()}
 AGREEMENT = write_agreement(Plan(4, 1, 1, prefill_top_k=3), "a model")
 WIRE = (MessageError, EndOfBytesError)
+REGISTRY = {
+    "format": "scx tenants",
+    "version": 1,
+    "tenants": [
+        {
+            "name": f"tenant {i}",
+            "id": SESSION_ID.hex() if i else "00" * 16,
+            "kind": "default",
+            "credentials": [(KEY[i:] + KEY[:i]).hex()],
+            "versions": {"1": KEY.hex(), "2": MASTER.hex()},
+        }
+        for i in range(2)
+    ],
+}
+REQUEST_BODY = {
+    "model": "a model",
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "words"}]}],
+    "cache_salt": "told",
+    "seed": 2**63,
+    "kv_transfer_params": {"max_load_tokens": 5, "kv_load_tiers": [{"medium": "CPU"}]},
+    "vllm_xargs": {"a": [1, 2.5]},
+}
+
+
+def salted(data: bytes) -> bytes:
+    """What the engine gets, which is JSON with the salt."""
+    body = Body(data)
+    made = body.salted("a salt of " + body.told)
+    assert json.loads(made)["cache_salt"].startswith("a salt of ")
+    return made
+
 
 TARGETS: dict[str, Target] = {
     "authenticated container": container("cache", "cache", "authenticated", CACHE_KEY),
@@ -130,6 +164,8 @@ TARGETS: dict[str, Target] = {
         dict,
         WIRE,
     ),
+    "registry": Target(Registry.from_json, json_texts(REGISTRY), Registry, (FileRefusedError,)),
+    "request's body": Target(salted, json_texts(REQUEST_BODY), bytes, (RefusedError,)),
     "agreement": Target(off_wire(read_agreement), hostile_message(AGREEMENT), tuple, WIRE),
 }
 
