@@ -47,7 +47,7 @@ test-fast: $(READY) ## every test but those marked slow, for the loop of editing
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"
 
 test-floor: .venv-floor/ready ## the suite with the oldest supported transformers and triton
-	.venv-floor/bin/python -m pytest -n auto --dist worksteal
+	.venv-floor/bin/python -m pytest -n auto --dist worksteal --floor
 
 # transformers' mixins, from its sdist; SUITE=checkout/tests runs the families' tests of a checkout instead, and
 # ONLY="TestLlama and training" some of them.
