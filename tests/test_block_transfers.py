@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scx.keystream import Secret
-from scx.vllm.blocks import TRAILER_BYTES, Block, DeviceCipher, HostCipher, Transfer
+from scx.vllm.blocks import TRAILER_BYTES, Block, DeviceCipher, HostCipher, Transfer, host
 from scx.vllm.blocks.block import Tag
 from scx.vllm.blocks.staging import Staging
 from tests.blocks import (
@@ -260,6 +260,13 @@ class TestDoor:
                 cipher.store([right, right._replace(**{name: array})])
         assert (row == 7).all()  # not even the first block was sealed
         assert (trailer == 7).all()
+
+    def test_no_host_block_is_longer_than_its_counter(self, monkeypatch) -> None:
+        assert host.MOST_BYTES == 64 * (2**32 - 1)
+        monkeypatch.setattr(host, "MOST_BYTES", 16)
+        sealed(HostCipher(), (16,))
+        with pytest.raises(ValueError, match=r"blocks\[0\]\.row: expected at most 16 bytes, got 17"):
+            sealed(HostCipher(), (17,))
 
     def test_devices(self) -> None:
         with pytest.raises(ValueError, match="device: expected one of CUDA or ROCm, or the CPU, got meta"):
