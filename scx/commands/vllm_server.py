@@ -1,4 +1,4 @@
-"""`vllm serve` for the length of a `with` block: started, waited for, asked for its metrics, and ended with all it began."""
+"""`vllm serve` for the length of a `with` block: started, waited for, asked for its metrics, and ended whole."""
 
 import json
 import os

@@ -12,8 +12,6 @@ from vllm import LLM, SamplingParams
 
 BLOCK = 32
 """Tokens of a block of the cache."""
-ANSWER = 16
-"""Tokens of an answer."""
 SIZES: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 512,
@@ -23,13 +21,18 @@ SIZES: dict[str, Any] = {
 }
 """In float32, so that tokens are equal; eager, as compiling takes longer than what is tested."""
 FEW_BLOCKS = 40
-"""Of the device: room for five or six of the requests that run eight at once, so that blocks leave, and one is preempted."""
+"""Of the device: room for five or six of the requests that run eight at once, so that blocks leave."""
 
 
 def transfer(**settings: Any) -> dict[str, Any]:
     """`--kv-transfer-config` of sealed off-loading into 400 MB of host memory, with more settings of its own."""
     extra = {"cpu_bytes_to_use": 400_000_000, **settings}
     return {"kv_connector": "SCXSealedOffloading", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def regions(engine_id: str) -> list[Path]:
+    """The files that back an engine's host memory, as long as they have a name."""
+    return sorted(Path("/dev/shm").glob(f"vllm_offload_{engine_id}*"))  # noqa: S108  where vLLM has it
 
 
 def fs_tier(root: Path) -> list[dict[str, Any]]:
@@ -63,7 +66,7 @@ def engine(model: Path, environment: Mapping[str, str] | None = None, **options:
             gc.collect()
 
 
-def answers(llm: LLM, prompts: Sequence[list[int]], tokens: int = ANSWER) -> tuple[list[list[int]], list[int]]:
+def answers(llm: LLM, prompts: Sequence[list[int]], tokens: int = 16) -> tuple[list[list[int]], list[int]]:
     """Greedy answers of requests that are there at once, and of each prompt the tokens that were not computed."""
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     sampling = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False)
