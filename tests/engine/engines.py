@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
 
 BLOCK = 32
@@ -74,13 +75,13 @@ def answers(llm: LLM, prompts: Sequence[list[int]], tokens: int = 16) -> tuple[l
     return [list(one.outputs[0].token_ids) for one in made], [one.num_cached_tokens or 0 for one in made]
 
 
-def counted(llm: LLM) -> dict[str, float]:
-    """The engine's counters now, summed over their labels."""
+def counted() -> dict[str, float]:
+    """The counters of this process's engine now, summed over their labels; without `_total`."""
     found: dict[str, float] = {}
-    for metric in llm.get_metrics():
-        value = getattr(metric, "value", None)
-        if value is not None:
-            found[metric.name] = found.get(metric.name, 0.0) + value
+    for metric in REGISTRY.collect():
+        if metric.type == "counter" and metric.name.startswith(("vllm:", "scx:")):
+            values = [sample.value for sample in metric.samples if sample.name == f"{metric.name}_total"]
+            found[metric.name] = sum(values)
     return found
 
 

@@ -49,12 +49,12 @@ def run(model: Path, tokenizer: PreTrainedTokenizerBase, plain: Plain, master_ke
         (region,) = regions(ENGINE_ID)
         assert region.stat().st_mode & 0o777 == 0o600
         host = written_rows(region)
-        counts = counted(llm)
+        counts = counted()
     return Run(first, again, second, cached_first, cached_again, cached_second, counts, device, host)
 
 
 def test_answers_do_not_hang_on_rounding(plain: Plain) -> None:
-    """Batches are summed in other orders than single requests: about 1e-5 of a logit. So tokens may be demanded equal."""
+    """Batches are summed in other orders than single requests: about 1e-5 of a logit. Tokens may be demanded equal."""
     assert plain.least_lead > 1e-3
 
 
