@@ -53,7 +53,7 @@ test-fast: $(READY) ## every test but those marked slow, for the loop of editing
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"
 
 test-floor: .venv-floor/ready ## the suite with the oldest supported transformers and triton
-	.venv-floor/bin/python -m pytest -n auto --dist worksteal
+	.venv-floor/bin/python -m pytest -n auto --dist worksteal --floor
 
 # One engine at a time, hence one process; what tests/conftest.py sets up is for tests of this package's own process.
 test-vllm: .venv-vllm/ready ## the tests against a real vLLM, on the CPU; ONLY="tamper" narrows

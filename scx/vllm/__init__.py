@@ -15,22 +15,28 @@ host memory, and names it under its tenant's key:
 | `pages/` | the paged cache itself sealed |
 """
 
+import os
 from typing import Any
 
 from scx.vllm.version import check_version
 
-__all__ = ["CONNECTOR", "SPEC", "register"]
+__all__ = ["CONNECTOR", "PAGES_VARIABLE", "SPEC", "register"]
 
 CONNECTOR = "SCXSealedOffloading"
 """What `kv_connector` is set to."""
 SPEC = "SCXSealedSpec"
+PAGES_VARIABLE = "SCX_SEAL_PAGES"
 _is_registered = False
 
 
 def register() -> None:
-    """Make the connector known to vLLM, in this process. Called again, it does nothing.
+    """Make the connector known to vLLM, in this process, and with `SCX_SEAL_PAGES=1` seal its paged cache.
 
-    Nothing is refused here: whoever has this package installed and does not name the connector is left alone.
+    Called again, it does nothing.
+
+    Whoever has this package installed, and neither names the connector nor sets that variable, is left alone.
+
+    Raises: ValueError for another value of the variable; RuntimeError for pages of a vLLM that was not tested.
     """
     global _is_registered
     if _is_registered:
@@ -40,7 +46,19 @@ def register() -> None:
 
     KVConnectorFactory.register_connector(CONNECTOR, __name__, "SealedOffloadingConnector")
     OffloadingSpecFactory.register_spec(SPEC, f"{__name__}.spec", "SealedSpec")
+    if _seals_pages():
+        check_version()
+        from scx.vllm.pages import register_pages  # noqa: PLC0415  optional
+
+        register_pages()
     _is_registered = True
+
+
+def _seals_pages() -> bool:
+    chosen = os.environ.get(PAGES_VARIABLE, "0")
+    if chosen not in ("0", "1"):
+        raise ValueError(f"{PAGES_VARIABLE}: expected 1, to seal the paged cache, or 0, got {chosen!r:.40}")
+    return chosen == "1"
 
 
 def __getattr__(name: str) -> Any:

@@ -159,7 +159,7 @@ class SealingWorker(OffloadingWorker):
             if secret is None:
                 lost.append(len(lost) + len(blocks))
                 if not is_load:
-                    trailer[:] = 0  # what lay there before is not this block
+                    trailer[:] = 0  # what lay there is another block
             else:
                 context = self._at.context(host.tenant, version, host.keys[index], place)
                 blocks.append(Block(self._block_pages(group, block), row, trailer, context, secret))
@@ -180,11 +180,11 @@ class SealingWorker(OffloadingWorker):
             if refused:
                 self._failed_jobs.add(job.number)
             opened = len(job.blocks) - len(refused)
-            counted = {"blocks_opened": opened, "blocks_refused": len(refused), "opened_bytes": transfer.bytes}
-            self._counts.add(counted | {"open_seconds": transfer.seconds}, job.kind)
+            self._counts.add({"open_seconds": transfer.seconds, "opened_bytes": transfer.bytes}, job.kind)
+            self._counts.add({"blocks_opened": opened, "blocks_refused": len(refused)}, job.kind)
         else:
-            counted = {"blocks_sealed": len(sealed), "sealed_bytes": transfer.bytes, "seal_seconds": transfer.seconds}
-            self._counts.add(counted, job.kind)
+            self._counts.add({"seal_seconds": transfer.seconds, "sealed_bytes": transfer.bytes}, job.kind)
+            self._counts.add({"blocks_sealed": len(sealed)}, job.kind)
         return TransferResult(job.number, True, transfer.bytes, transfer.seconds)
 
     def _places(self, device: GPULoadStoreSpec) -> Iterator[tuple[int, int, int, int]]:

@@ -57,6 +57,11 @@ class Tiers(OffloadingManager):
         return RequestOffloadingContext()
 
 
+def having(tenant: Tenant, *versions: int) -> Tenant:
+    """The same with these versions of its key."""
+    return Tenant(tenant.id, tenant.kind, versions)
+
+
 class Changing(Keyring):
     """A keyring whose one tenant changes as a registry makes it change."""
 
@@ -73,7 +78,7 @@ class Changing(Keyring):
     def key(self, tenant: Tenant, version: int, purpose: str) -> Secret:
         if self.now is None or version not in self.now.versions:
             raise LookupError(version)
-        return super().key(Tenant(tenant.id), 1, f"{purpose} {version}")
+        return super().key(having(tenant, 1), 1, f"{purpose} {version}")
 
 
 @pytest.fixture
@@ -222,7 +227,7 @@ def test_attempts_are_bounded(manager, tiers) -> None:
 
 def test_the_new_version_writes_and_the_old_one_reads(manager, tiers, keyring) -> None:
     old = store(manager, request(manager))
-    keyring.now = Tenant(keyring.now.id, versions=(2, 1))
+    keyring.now = having(keyring.now, 2, 1)
     context = request(manager)
     assert hits(manager, context) == [True] * 4
     slots = manager.prepare_load(KEYS, context)
@@ -232,7 +237,7 @@ def test_the_new_version_writes_and_the_old_one_reads(manager, tiers, keyring) -
     context = request(manager)
     assert hits(manager, context) == [True] * 4
     assert manager.prepare_load(KEYS, context).versions == [2] * 4
-    keyring.now = Tenant(keyring.now.id, versions=(2,))
+    keyring.now = having(keyring.now, 2)
     tiers.held -= set(new)
     assert hits(manager, request(manager)) == [False] * 4, "a version that was dropped reads nothing"
 
@@ -240,7 +245,7 @@ def test_the_new_version_writes_and_the_old_one_reads(manager, tiers, keyring) -
 def test_a_rotation_in_the_middle_of_a_store(manager, tiers, keyring) -> None:
     context = request(manager)
     output = manager.prepare_store(KEYS, context)
-    keyring.now = Tenant(keyring.now.id, versions=(2, 1))
+    keyring.now = having(keyring.now, 2, 1)
     manager.complete_store(output.keys_to_store, context)
     assert tiers.held == set(output.store_spec.names)
 
