@@ -7,6 +7,8 @@ runs each kernel N times on the same inputs and demands the same bits (`parity.r
 build a large model, or take more than a few seconds of a core; of tests in several dtypes the half precisions; and
 whole files about what does not change from edit to edit: how benchmarks and a GPU's stages run, what is packed.
 
+`tests/engine` is not collected here: it needs vLLM, whose environment is another (`make test-vllm`).
+
 `--floor` leaves out files that no other version of transformers or triton can change: `make test-floor` passes it.
 """
 
@@ -39,6 +41,8 @@ if not parity.is_missing("triton"):
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+collect_ignore = ["engine"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
