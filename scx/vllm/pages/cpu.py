@@ -26,11 +26,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from scx.vllm.pages.format import WRITE_BYTES, PageFormat, check_config, memory_of, sealed_spec, spare_bytes
+from scx.vllm.pages.format import PageFormat, check_config, memory_of, sealed_spec
 from scx.vllm.pages.pads import Pads, Places, Plan
 from scx.vllm.pages.process import page_key
 from scx.vllm.pages.registry import enter
-from scx_kernels.sealing import BIT_DTYPES, Sealing, blocks_of, cipher_in_place, keystream, seal
+from scx_kernels.sealing import BIT_DTYPES, Sealing, blocks_of, cipher_in_place, keystream
 
 __all__ = ["SealedCPUBackend"]
 
