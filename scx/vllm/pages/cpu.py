@@ -8,7 +8,7 @@ A page is what stock attention packs, (H, 2N, d), and behind it N write numbers.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -258,7 +258,7 @@ class SealedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 class SealedCPUBackend(CPUAttentionBackend):
     """Replaces `CPU_ATTN`, whose name it keeps."""
 
-    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

@@ -1,10 +1,10 @@
 """vLLM's attention on CUDA, over pages that are sealed in memory: `--attention-backend CUSTOM`.
 
-Rows are sealed into their pages, and attention takes their keystream off in registers (`scx.vllm.pages.paged`). What was
-wrong on a GPU elsewhere is refused here too, and graphs are not captured: neither has run on one.
+Rows are sealed into their pages, and attention takes their keystream off in registers (`scx.vllm.pages.paged`). What
+was wrong on a GPU elsewhere is refused here too. Graphs are not captured: this backend has not run on a GPU yet.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -167,7 +167,7 @@ class SealedCUDAMetadataBuilder(TritonAttentionMetadataBuilder):
 class SealedCUDABackend(TritonAttentionBackend):
     """Sealed pages, under the name `CUSTOM`."""
 
-    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:

@@ -1,8 +1,8 @@
 """How a sealed page lies in memory, and which layers may have one.
 
-A page of vLLM is (H, N, C): key/value heads, tokens of a block, bytes of a head and token. Sealed, C is a little larger,
-and the page is laid out anew, as bytes: first the K and V that the device's attention reads, then or between them write
-numbers, int64, one a token. So numbers move with pages, whoever copies them.
+A page of vLLM is (H, N, C): key/value heads, tokens of a block, bytes of a head and token. Sealed, C is a little
+larger, and the page is laid out anew, as bytes: the K and V that the device's attention reads, and behind or between
+them write numbers, int64, one a token. So numbers move with pages, whoever copies them.
 """
 
 import math
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scx_kernels.sealing import BIT_DTYPES, BLOCK_BYTES
+from scx_kernels.chacha import BLOCK_BYTES
+from scx_kernels.sealing import BIT_DTYPES
 
 __all__ = ["WRITE_BYTES", "PageFormat", "memory_of", "sealed_spec"]
 
@@ -125,8 +126,9 @@ def check_config(config: Any) -> None:
 def memory_of(
     cache: Tensor, dtype: torch.dtype, offset: int, size: tuple[int, ...], strides: tuple[int, ...]
 ) -> Tensor:
-    """A view of cache's memory as elements of another dtype. offset: bytes from cache's first element on; size, strides:
-    in elements of `dtype`.
+    """A view of cache's memory as elements of another dtype.
+
+    Args: offset: bytes from cache's first element on. size, strides: in elements of `dtype`.
 
     Raises: ValueError where it does not start at a whole element.
     """

@@ -5,9 +5,9 @@ the row is written or its block comes into a batch, and lies packed as the row i
 a page in one pass. Pads have the size of the pages that were last read, not of the whole cache. Whoever has pads and
 pages reads them: like the key, they lie in the memory of the process that computes, whom sealing does not keep out.
 
-`Places` says, for all layers of a group, which block's pad lies where; `Pads` are one layer's. Every pad is held against
-the write numbers that its page has now, in every step, so whatever was done to pages in the meantime, rows are unsealed
-under their own numbers or their keystream is made anew.
+`Places` says, for all layers of a group, which block's pad lies where; `Pads` are one layer's. Every pad is held
+against the write numbers that its page has now, in every step, so whatever was done to pages in the meantime, rows are
+unsealed under their own numbers or their keystream is made anew.
 
 A row that is in nobody's sequence (not written yet, or left of a block's former owner) reads as zeros: its pad is the
 page's own bits. Noise would do harm, since attention multiplies what it masks by zero, and NaN times zero is NaN.
@@ -37,8 +37,8 @@ class Plan:
             that is the row's own number. batch: (P, 1) bool, whether the batch reads it, or None where it reads all.
         unseen: (P, N) int64, -1 for rows in nobody's sequence, else 0.
         table: the batch's block table, in rows of scratch.
-        slots: (T,) int64, where tokens are written. real: (T,) bool, which tokens are written, or None for all. block, offset: (T',) int64, where their write numbers
-            go. where: (T,) int64, their rows among pads, -1 for tokens that are not written.
+        slots: (T,) int64, where tokens are written. real: (T,) bool, which of them are, or None for all.
+        block, offset: (T',) int64, where their write numbers go. where: (T,) int64, their rows among pads, -1 for tokens that are not written.
         fresh: places that the plan gave to `fresh_blocks`, whose pads are not of these blocks yet.
         capacity: of pads, in places.
     """

@@ -1,9 +1,9 @@
 """Attention over a paged cache that is sealed in memory, in plain tensors: what the backend on CUDA computes.
 
 A page holds tokens one after another: of each its K and V, head by head, then its write number. So all slots of all
-pages lie at equal distances, and the whole cache is one sequence of rows to an operation: a block table says which rows
-are a sequence's, `position`, and the keystream is taken off where the rows are used. Nothing unsealed lies in memory but
-what the model made in this step.
+pages lie at equal distances, and the whole cache is one sequence of rows to an operation: a block table says which
+rows are a sequence's, `position`, and the keystream is taken off where the rows are used. Nothing unsealed lies in
+memory but what the model made in this step.
 
 | tensor     | shape          | meaning                                                                    |
 |------------|----------------|----------------------------------------------------------------------------|
@@ -162,7 +162,7 @@ def _many(queries: Tensor, rows: PagedRows, place: Tensor, seal: Seal, scale: fl
 
 
 def plain_pages(rows: PagedRows, seal: Seal) -> Tensor:
-    """K and V unsealed, (slots, G, 2d), zeros where nothing was written; rows: of whole pages, taken out of the cache."""
+    """K and V unsealed, (slots, G, 2d), zeros where nothing was written. rows: of whole pages."""
     sealing = seal(rows.writes)
     parts = [ops.unseal(x, sealing, is_value=v) for x, v in ((rows.keys, False), (rows.values, True))]
     plain = torch.cat(parts, dim=3)[0].transpose(0, 1)
