@@ -54,10 +54,10 @@ class SealedLayer:
         (blocks, N) int64."""
         if self._views is None or self._cache is not cache:
             stride = cache.stride(0) * cache.element_size()
-            blocks = len(cache)
-            bits = memory_of(cache, torch.int64, 0, (blocks, self.words), (stride // 8, 1))
+            blocks, pages = len(cache), cache.view(len(cache), -1)
+            bits = memory_of(pages, torch.int64, 0, (blocks, self.words), (stride // 8, 1))
             size, strides = (blocks, self.format.tokens), (stride // 8, 1)
-            writes = memory_of(cache, torch.int64, self.format.plain_bytes, size, strides)
+            writes = memory_of(pages, torch.int64, self.format.plain_bytes, size, strides)
             self._views = *self.split(bits), bits, writes
             self._cache = cache
         return self._views

@@ -56,7 +56,8 @@ class SealedLayer:
     def rows(self, cache: Tensor) -> PagedRows:
         """All rows of the layer's cache."""
         if self._rows is None or self._rows[0] is not cache:
-            self._rows = cache, paged_rows(cache, self.format)
+            # (B, H, N, C) with tokens outside of heads: so they lie, and a page is one row.
+            self._rows = cache, paged_rows(cache.transpose(1, 2).view(len(cache), -1), self.format)
         return self._rows[1]
 
     def plain(self, page: Tensor) -> Tensor:

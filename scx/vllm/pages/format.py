@@ -123,17 +123,17 @@ def check_config(config: Any) -> None:
         raise NotImplementedError("SCX_SEAL_PAGES=1: two batches at once (--enable-dbo) would share write numbers")
 
 
-def memory_of(
-    cache: Tensor, dtype: torch.dtype, offset: int, size: tuple[int, ...], strides: tuple[int, ...]
-) -> Tensor:
+def memory_of(cache: Tensor, dtype: torch.dtype, offset: int, size: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """A view of cache's memory as elements of another dtype.
 
-    Args: offset: bytes from cache's first element on. size, strides: in elements of `dtype`.
+    Args:
+        cache: (bytes,) or (pages, bytes) in elements of any dtype, the last dimension contiguous.
+        offset: bytes from cache's first element on. size, strides: in elements of `dtype`.
 
     Raises: ValueError where it does not start at a whole element.
     """
-    first = cache.storage_offset() * cache.element_size() + offset
-    if first % dtype.itemsize:
-        raise ValueError(f"cache: expected memory aligned to {dtype.itemsize} bytes, got it at byte {first}")
-    view = torch.empty(0, dtype=dtype, device=cache.device)
-    return view.set_(cache.untyped_storage(), first // dtype.itemsize, size, strides)
+    first = cache.storage_offset() * cache.element_size()
+    if first % dtype.itemsize or offset % dtype.itemsize:
+        raise ValueError(f"cache: expected memory aligned to {dtype.itemsize} bytes, got byte {first + offset}")
+    elements = cache.view(dtype)
+    return elements.as_strided(size, strides, elements.storage_offset() + offset // dtype.itemsize)

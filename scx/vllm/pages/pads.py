@@ -38,7 +38,8 @@ class Plan:
         unseen: (P, N) int64, -1 for rows in nobody's sequence, else 0.
         table: the batch's block table, in rows of scratch.
         slots: (T,) int64, where tokens are written. real: (T,) bool, which of them are, or None for all.
-        block, offset: (T',) int64, where their write numbers go. where: (T,) int64, their rows among pads, -1 for tokens that are not written.
+        block, offset: (T',) int64, where their write numbers go.
+        where: (T,) int64, their rows among pads, -1 for tokens that are not written.
         fresh: places that the plan gave to `fresh_blocks`, whose pads are not of these blocks yet.
         capacity: of pads, in places.
     """

@@ -44,12 +44,13 @@ class PagedRows(NamedTuple):
 def paged_rows(cache: Tensor, form: PageFormat) -> PagedRows:
     """Views of a layer's pages.
 
-    Args: cache: (blocks, ...), whose blocks are `form.page_bytes` each and follow each other.
-    Raises: ValueError where they do not.
+    Args: cache: (blocks, page) in elements of any dtype, `form.page_bytes` each, after each other.
+    Raises: ValueError where they are not.
     """
     stride = cache.stride(0) * cache.element_size()
-    if len(cache) > 1 and stride != form.page_bytes:
-        raise ValueError(f"cache: expected pages of {form.page_bytes} bytes after each other, got {stride} bytes apart")
+    if cache.dim() != 2 or not cache.is_contiguous() or stride != form.page_bytes:
+        got = f"{tuple(cache.shape)} {cache.dtype}, {stride} bytes apart"
+        raise ValueError(f"cache: expected pages of {form.page_bytes} bytes after each other, got {got}")
     slots, size = len(cache) * form.tokens, form.dtype.itemsize
     token_bytes = form.page_bytes // form.tokens
     token, pair = token_bytes // size, form.pair_bytes // size
