@@ -123,7 +123,9 @@ def check_config(config: Any) -> None:
         raise NotImplementedError("SCX_SEAL_PAGES=1: two batches at once (--enable-dbo) would share write numbers")
 
 
-def memory_of(cache: Tensor, dtype: torch.dtype, offset: int, size: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+def memory_of(
+    cache: Tensor, dtype: torch.dtype, offset: int, size: tuple[int, ...], strides: tuple[int, ...]
+) -> Tensor:
     """A view of cache's memory as elements of another dtype.
 
     Args:
