@@ -31,7 +31,7 @@ def _steps(dtype: torch.dtype, head_dim: int, window: int | None) -> None:
     table = torch.tensor(_TABLES, dtype=torch.int32)
     slots = position_of(table, _TOKENS, 3 * _TOKENS)
     lengths = [0, 0, 0]
-    for counts in ([30, 40, 20], [1, 1, 1], [1, 3, 1], [FEW_QUERIES + 1, 1, 1]):
+    for counts in ([24, 40, 20], [1, 1, 1], [1, 3, 1], [FEW_QUERIES + 1, 1, 1]):
         new = [slots[i, n : n + count] for i, (n, count) in enumerate(zip(lengths, counts, strict=True))]
         lengths = [n + count for n, count in zip(lengths, counts, strict=True)]
         where = torch.cat([*new, torch.tensor([-1])])

@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from scx.devices import upload
 from scx.vllm.pages.format import PageFormat, check_config, sealed_spec
 from scx.vllm.pages.paged import (
     FEW_QUERIES,
@@ -72,7 +73,7 @@ class SealedLayer:
         count = form.check_pages(page)
         form.check_plain(plain, count)
         # Others may write at the same time in another stream, so these numbers are the host's.
-        numbers = page_key().pages.take(count * form.tokens).to(page.device, non_blocking=True)
+        numbers = upload(page_key().pages.take(count * form.tokens), page.device)
         shape = (count * form.tokens, form.heads, 2 * form.head_dim)
         plain = plain.contiguous().view(torch.uint8).clone().view(form.dtype).view(shape)
         seal_pages(paged_rows(page.view(count, -1), form), plain, numbers, self.seal)

@@ -10,7 +10,8 @@ against the write numbers that its page has now, in every step, so whatever was 
 unsealed under their own numbers or their keystream is made anew.
 
 A row that is in nobody's sequence (not written yet, or left of a block's former owner) reads as zeros, its pad being
-the page's own bits, or as what was last written there, as in plain pages. Noise would do harm, since attention multiplies what it masks by zero, and NaN times zero is NaN.
+the page's own bits, or as what was last written there, as in plain pages. Noise would do harm, since attention
+multiplies what it masks by zero, and NaN times zero is NaN.
 """
 
 from dataclasses import dataclass

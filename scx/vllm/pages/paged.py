@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import scx_kernels as ops
+from scx.devices import upload
 from scx.vllm.pages.format import PageFormat, memory_of
 from scx_kernels.sealing import Sealing, patterns
 
@@ -137,8 +138,7 @@ def _few(
     own: slice | Tensor = slice(first, first + len(members) * count)
     if not together:
         index = [starts[i] + j for i in members for j in range(count)]
-        own = torch.tensor(index, device=queries.device)
-        chosen = torch.tensor(members, device=queries.device)
+        own, chosen = (upload(torch.tensor(x), queries.device) for x in (index, members))
         position, lengths = position[chosen], lengths[chosen]
     elif len(members) != len(position):
         part = slice(members[0], members[-1] + 1)

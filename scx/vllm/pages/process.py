@@ -14,6 +14,7 @@ import threading
 import torch
 from torch import Tensor
 
+from scx.devices import upload
 from scx.keystream import Secret
 from scx.life import Life, this_life
 from scx_kernels.hidden import Hidden
@@ -93,7 +94,7 @@ class PageKey(Hidden):
             return Sealing(self._key, writes, layer, first_head=first_head)
         with self._lock:
             if device not in self._devices:
-                self._devices[device] = self._key.to(device)
+                self._devices[device] = upload(self._key, device)
         return Sealing(self._devices[device], writes, layer, first_head=first_head)
 
 
