@@ -54,8 +54,10 @@ def pages(worker: Any) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def seal_anew(worker: Any) -> tuple[int, float]:
-    """Take every full page out of the cache and put it back, as off-loading does. Returns how many pages, and which part
-    of their bytes is as before."""
+    """Take every full page out of the cache and put it back, as off-loading does.
+
+    Returns: how many pages, and which part of their bytes is as before.
+    """
     count, same = 0, 0.0
     for name, layer in _layers(worker).items():
         for page, plain, _ in _full_pages(name, layer):
