@@ -17,7 +17,7 @@ class Twin:
     """Sealed pages, and the plain rows of each slot."""
 
     def __init__(self, heads: int, size: int, dtype: torch.dtype, blocks: int, isa: str = "vec") -> None:
-        form = PageFormat(heads, TOKENS, size, dtype, spare_bytes(heads, size, dtype, 8))
+        form = PageFormat(heads, TOKENS, size, dtype, spare_bytes(heads, size, dtype, 1))
         shape = (blocks, heads, TOKENS, form.page_bytes // (heads * TOKENS * dtype.itemsize))
         self.cache = torch.zeros(shape, dtype=dtype)
         self.layer = SealedLayer(f"twin {random.random()}", form, 3, isa, Places(TOKENS))  # noqa: S311

@@ -34,7 +34,7 @@ from scx_kernels.sealing import BIT_DTYPES, Sealing, blocks_of, cipher_in_place,
 
 __all__ = ["SealedCPUBackend"]
 
-_ALIGNMENT = 8  # bytes; numbers and pages are read as int64
+_ALIGNMENT = 1  # of a token; a block's 32 or more make a page of whole int64
 
 
 class SealedLayer:

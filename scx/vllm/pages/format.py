@@ -5,7 +5,6 @@ larger, and the page is laid out anew, as bytes: the K and V that the device's a
 them write numbers, int64, one a token. So numbers move with pages, whoever copies them.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +77,7 @@ def spare_bytes(heads: int, head_dim: int, dtype: torch.dtype, alignment: int) -
     pair = 2 * head_dim * dtype.itemsize
     spare = -(-WRITE_BYTES // heads)
     spare += -spare % dtype.itemsize
-    while heads * (pair + spare) % math.lcm(alignment, WRITE_BYTES):
+    while heads * (pair + spare) % alignment:
         spare += dtype.itemsize
     return spare
 
