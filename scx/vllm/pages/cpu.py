@@ -28,13 +28,19 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from scx.vllm.pages.format import PageFormat, check_config, memory_of, sealed_spec
 from scx.vllm.pages.pads import Pads, Places, Plan
-from scx.vllm.pages.process import page_key
+from scx.vllm.pages.process import PageKey, page_key
 from scx.vllm.pages.registry import enter
 from scx_kernels.sealing import BIT_DTYPES, Sealing, blocks_of, cipher_in_place, keystream
 
 __all__ = ["SealedCPUBackend"]
 
 _ALIGNMENT = 1  # of a token; a block's 32 or more make a page of whole int64
+
+
+_ROWS_AHEAD = 64
+# Key, write numbers (n,), and keystream of K and V under them.
+_Ahead = tuple[PageKey | None, Tensor, list[Tensor]]
+_NOTHING_AHEAD: _Ahead = (None, torch.zeros(0, dtype=torch.int64), [])
 
 
 class SealedLayer:
@@ -48,6 +54,7 @@ class SealedLayer:
         self.pads = Pads(self.words, format.tokens)
         self._views: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._cache: Tensor | None = None
+        self._ahead: _Ahead = _NOTHING_AHEAD
 
     def views(self, cache: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K and V as stock attention takes them, (blocks, H, N, d); all of both, (blocks, words) int64; write numbers,
@@ -87,6 +94,16 @@ class SealedLayer:
             made.append(words[0].view(form.dtype)[..., : form.head_dim].transpose(0, 1))
         return made
 
+    def _fresh(self, count: int) -> tuple[Tensor, list[Tensor]]:
+        """Fresh write numbers (count,) and their keystream. A few rows cost as much as many: more are made at once."""
+        key, numbers, streams = self._ahead
+        if key is not page_key() or count > len(numbers):
+            key = page_key()
+            numbers = key.rows.take(max(count, _ROWS_AHEAD))
+            streams = self.streams(numbers)
+        self._ahead = (key, numbers[count:], [x[count:] for x in streams]) if count < len(numbers) else _NOTHING_AHEAD
+        return numbers[:count], [x[:count] for x in streams]
+
     @property
     def _row_blocks(self) -> int:
         return blocks_of(self.format.head_dim, self.format.dtype.itemsize)
@@ -99,8 +116,7 @@ class SealedLayer:
         """Seal K and V (N, H, d) into pages, and keep their keystream."""
         keys, values, bits, writes = self.views(cache)
         self.pads.begin(plan, bits, writes)
-        numbers = page_key().rows.take(len(key))
-        streams = self.streams(numbers)
+        numbers, streams = self._fresh(len(key))
         kind = BIT_DTYPES[self.format.dtype]
         sealed = [
             torch.bitwise_xor(x.view(kind), y.view(kind)).view(x.dtype)
@@ -135,6 +151,8 @@ class SealedLayer:
         self.pads.blank(places, blocks, bits, writes)
         numbers = writes[blocks]
         block, offset = ((plan.unseen[rows] == 0) & (numbers != 0)).nonzero(as_tuple=True)
+        if not len(block):
+            return
         numbers, where = numbers[block, offset], places[block] * self.format.tokens + offset
         self.pack(self.streams(numbers), self.split(self.pads.bits), where)
         self.pads.seen.view(-1)[where] = numbers

@@ -179,7 +179,8 @@ class Pads(Hidden):
         self.bits.zero_()
         self.seen.fill_(_NO_NUMBER)
 
-    __del__ = wipe
+    def __del__(self) -> None:
+        self.bits.zero_()
 
     def begin(self, plan: Plan, bits: Tensor, writes: Tensor) -> None:
         """Make room, and have blocks that came into the batch read as zeros until their rows are known.
