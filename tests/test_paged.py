@@ -26,6 +26,7 @@ LAYER, FIRST_HEAD = 7, 12
 
 
 def seal(writes):
+    page_key().prepare(writes.device)
     return page_key().sealing(writes, LAYER, FIRST_HEAD)
 
 
@@ -199,3 +200,18 @@ def test_a_token_has_room_for_its_number():
                 assert spare % dtype.itemsize == 0
                 assert token % alignment == token % 8 == 0
     assert spare_bytes(8, 128, torch.bfloat16, 32) == 4  # 32 bytes of 4,128 for Llama-3-8B
+
+
+def test_a_key_is_one_process_and_prepared_devices():
+    key = page_key()
+    assert page_key() is key
+    assert "key" not in repr(key).lower().replace("pagekey", "")
+    with pytest.raises(TypeError, match="never pickled"):
+        key.__reduce_ex__(2)
+    assert key.layer("a") != key.layer("b")
+    assert key.layer("a") == key.layer("a")
+    nowhere = torch.zeros(1, 1, dtype=torch.int64, device="meta")
+    with pytest.raises(LookupError, match="prepared"):
+        key.sealing(nowhere, 0, 0)
+    with pytest.raises(LookupError, match="prepared"):
+        key.counter(nowhere.device)

@@ -27,6 +27,7 @@ def _steps(dtype: torch.dtype, head_dim: int, window: int | None) -> None:
     key = PageKey()
     seal = partial(key.sealing, layer=3, first_head=8)
     rows = paged_rows(torch.zeros(10, form.page_bytes, dtype=torch.int8, device=_CUDA), form)
+    key.prepare(rows.writes.device)
     held = torch.zeros(2, 10 * _TOKENS, heads, head_dim, dtype=dtype)
     table = torch.tensor(_TABLES, dtype=torch.int32)
     slots = position_of(table, _TOKENS, 3 * _TOKENS)

@@ -9,6 +9,7 @@ from vllm import _custom_ops as ops
 from scx.vllm.pages.cpu import SealedLayer
 from scx.vllm.pages.format import PageFormat, spare_bytes
 from scx.vllm.pages.pads import Places
+from scx.vllm.pages.registry import enter, plain_size
 
 TOKENS = 32
 
@@ -150,6 +151,10 @@ def test_pages_as_bytes() -> None:
     assert torch.equal(twin.layer.plain(two)[: len(plain)], plain)
     with pytest.raises(ValueError, match="page: expected contiguous bytes"):
         twin.layer.plain(two[1:])
+    enter("twin", twin.layer)
+    assert plain_size(len(two), "twin") == 2 * len(plain)
+    with pytest.raises(ValueError, match="size: expected a multiple"):
+        plain_size(len(two) - 1, "twin")
     with pytest.raises(ValueError, match="plain: expected"):
         twin.layer.write_plain(twin.page(2), plain[1:])
 

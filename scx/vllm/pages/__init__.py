@@ -6,9 +6,9 @@ CUDA attention takes the keystream off in registers; on a CPU the blocks of a ba
 
 import os
 
-from scx.vllm.pages.registry import plain_bytes, write_plain
+from scx.vllm.pages.registry import plain_bytes, plain_size, write_plain
 
-__all__ = ["are_sealed", "plain_bytes", "register_pages", "write_plain"]
+__all__ = ["are_sealed", "plain_bytes", "plain_size", "register_pages", "write_plain"]
 
 _VARIABLE = "SCX_SEAL_PAGES"
 

@@ -147,6 +147,9 @@ class SealedCUDAMetadataBuilder(TritonAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_config(vllm_config)
+        if kv_cache_spec.page_size_padded is not None:
+            raise NotImplementedError("SCX_SEAL_PAGES=1 on CUDA does not take layers whose pages differ in size")
+        page_key().prepare(torch.empty(0, device=device).device)
         heads, size, dtype = kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.dtype
         spare = kv_cache_spec.state_content_size_bytes - 2 * size * dtype.itemsize
         form = PageFormat(heads, kv_cache_spec.block_size, size, dtype, spare)

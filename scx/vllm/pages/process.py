@@ -56,15 +56,15 @@ class PageKey(Hidden):
         rows: write numbers of rows that attention writes, on a CPU. pages: of pages that are written whole.
     """
 
-    __slots__ = ("_devices", "_key", "_layers", "_lock", "counters", "pages", "rows")
+    __slots__ = ("_counters", "_devices", "_key", "_layers", "_lock", "pages", "rows")
 
     def __init__(self) -> None:
         self._key = key_words(Secret().reveal())
-        self._devices: dict[torch.device, Tensor] = {}
+        self._devices = {torch.device("cpu"): self._key}
+        self._counters: dict[torch.device, Tensor] = {}
         self._layers: dict[str, int] = {}
         self._lock = threading.Lock()
         self.rows, self.pages = Counter(1, HALF), Counter(HALF, WRITE_LIMIT)
-        self.counters: dict[torch.device, Tensor] = {}
 
     def layer(self, name: str) -> int:
         """The number of the layer of this name, by the order in which layers are first asked for.
@@ -77,25 +77,31 @@ class PageKey(Hidden):
             raise OverflowError(f"layer {name}: expected at most {_LAYERS} layers in a process")
         return number
 
+    def prepare(self, device: torch.device) -> None:
+        """Bring the key to `device`, and start counting there. Before any graph is captured: a counter that a graph
+        made would start anew whenever it is replayed."""
+        with self._lock:
+            if device not in self._counters:
+                self._devices[device] = upload(self._key, device)
+                self._counters[device] = torch.ones(1, dtype=torch.int64, device=device)
+
     def counter(self, device: torch.device) -> Tensor:
         """(1,) int64 on `device`, the next write number of attention's there; who takes some adds to it in the stream.
 
         Two streams must not do so at once.
+
+        Raises: LookupError for a device that is not prepared.
         """
-        with self._lock:
-            if device not in self.counters:
-                self.counters[device] = torch.ones(1, dtype=torch.int64, device=device)
-            return self.counters[device]
+        if device not in self._counters:
+            raise LookupError(f"device: expected one that was prepared, got {device}")
+        return self._counters[device]
 
     def sealing(self, writes: Tensor, layer: int, first_head: int) -> Sealing:
-        """How rows with these write numbers (B, N), on any device, are sealed."""
-        device = writes.device
-        if device.type == "cpu":
-            return Sealing(self._key, writes, layer, first_head=first_head)
-        with self._lock:
-            if device not in self._devices:
-                self._devices[device] = upload(self._key, device)
-        return Sealing(self._devices[device], writes, layer, first_head=first_head)
+        """How rows with these write numbers (B, N), on a CPU or a device that was prepared, are sealed."""
+        key = self._devices.get(writes.device)
+        if key is None:
+            raise LookupError(f"device: expected one that was prepared, got {writes.device}")
+        return Sealing(key, writes, layer, first_head=first_head)
 
 
 _held: tuple[Life, PageKey] | None = None

@@ -4,11 +4,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["SealedPages", "enter", "plain_bytes", "write_plain"]
+from scx.vllm.pages.format import PageFormat
+
+__all__ = ["SealedPages", "enter", "plain_bytes", "plain_size", "write_plain"]
 
 
 class SealedPages(Protocol):
     """A layer whose pages are sealed."""
+
+    format: PageFormat
 
     def plain(self, page: Tensor) -> Tensor: ...
 
@@ -27,6 +31,17 @@ def _layer(name: str) -> SealedPages:
     if name not in _layers:
         raise LookupError(f"layer_name: expected one whose pages are sealed, got {name!r} ({len(_layers)} are known)")
     return _layers[name]
+
+
+def plain_size(size: int, layer_name: str) -> int:
+    """How many bytes `plain_bytes` gives for a page of `size` bytes.
+
+    Raises: LookupError, as `plain_bytes`; ValueError for a size that is not of whole pages.
+    """
+    form = _layer(layer_name).format
+    if size <= 0 or size % form.page_bytes:
+        raise ValueError(f"size: expected a multiple of {form.page_bytes}, got {size}")
+    return size // form.page_bytes * form.plain_bytes
 
 
 def plain_bytes(page: Tensor, layer_name: str) -> Tensor:
