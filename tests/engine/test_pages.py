@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,24 +181,24 @@ def test_backends_that_seal_nothing_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert attention.FLASH_ATTN.get_class().validate_configuration(head_size=64) != []
 
 
-@dataclass
-class Parallel:
-    enable_dbo: bool = False
-
-
-@dataclass
-class Config:
-    kv_transfer_config: KVTransferConfig | None = None
-    parallel_config: Parallel = None  # type: ignore[assignment]
+def config(connector: str | None = None, dbo: bool = False, fast_prefill: bool = False) -> SimpleNamespace:
+    """What is read of a `VllmConfig`."""
+    transfer = None if connector is None else KVTransferConfig(kv_connector=connector, kv_role="kv_both")
+    return SimpleNamespace(
+        kv_transfer_config=transfer,
+        parallel_config=SimpleNamespace(enable_dbo=dbo),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast_prefill),
+    )
 
 
 def test_what_would_share_pages_is_refused() -> None:
-    check_config(Config(None, Parallel()))
-    check_config(Config(KVTransferConfig(kv_connector="SCXSealedOffloading", kv_role="kv_both"), Parallel()))
-    with pytest.raises(NotImplementedError, match="OffloadingConnector"):
-        check_config(Config(KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both"), Parallel()))
-    with pytest.raises(NotImplementedError, match="enable-dbo"):
-        check_config(Config(None, Parallel(enable_dbo=True)))
+    check_config(config())
+    check_config(config("SCXSealedOffloading"))
+    for given, named in (({"connector": "OffloadingConnector"}, "OffloadingConnector"), ({"dbo": True}, "enable-dbo")):
+        with pytest.raises(NotImplementedError, match=named):
+            check_config(config(**given))
+    with pytest.raises(NotImplementedError, match="fast-prefill"):
+        check_config(config(fast_prefill=True))
 
 
 @pytest.mark.parametrize("value", ["2", "true", "yes"])

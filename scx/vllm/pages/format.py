@@ -120,6 +120,8 @@ def check_config(config: Any) -> None:
         )
     if config.parallel_config.enable_dbo:
         raise NotImplementedError("SCX_SEAL_PAGES=1: two batches at once (--enable-dbo) would share write numbers")
+    if config.cache_config.kv_sharing_fast_prefill:
+        raise NotImplementedError("SCX_SEAL_PAGES=1 does not take --kv-sharing-fast-prefill, which skips tokens")
 
 
 def memory_of(
