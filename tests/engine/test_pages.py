@@ -186,7 +186,7 @@ def config(connector: str | None = None, dbo: bool = False, fast_prefill: bool =
     transfer = None if connector is None else KVTransferConfig(kv_connector=connector, kv_role="kv_both")
     return SimpleNamespace(
         kv_transfer_config=transfer,
-        parallel_config=SimpleNamespace(enable_dbo=dbo),
+        parallel_config=SimpleNamespace(use_ubatching=dbo),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast_prefill),
     )
 

@@ -118,8 +118,8 @@ def check_config(config: Any) -> None:
             f"SCX_SEAL_PAGES=1: connector {transfer.kv_connector} would hand out pages that no other worker can read; "
             f"take {_CONNECTOR}"
         )
-    if config.parallel_config.enable_dbo:
-        raise NotImplementedError("SCX_SEAL_PAGES=1: two batches at once (--enable-dbo) would share write numbers")
+    if config.parallel_config.use_ubatching:
+        raise NotImplementedError("SCX_SEAL_PAGES=1: batches in two streams (--enable-dbo) would share write numbers")
     if config.cache_config.kv_sharing_fast_prefill:
         raise NotImplementedError("SCX_SEAL_PAGES=1 does not take --kv-sharing-fast-prefill, which skips tokens")
 
