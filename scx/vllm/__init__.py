@@ -30,12 +30,13 @@ _is_registered = False
 
 
 def register() -> None:
-    """Make the connector known to vLLM, in this process, and with `SCX_SEAL_PAGES=1` seal its paged cache. Called again,
-    it does nothing.
+    """Make the connector known to vLLM, in this process, and with `SCX_SEAL_PAGES=1` seal its paged cache.
+
+    Called again, it does nothing.
 
     Whoever has this package installed, and neither names the connector nor sets that variable, is left alone.
 
-    Raises: ValueError for another value of the variable; RuntimeError for pages of a vLLM that this was not tested with.
+    Raises: ValueError for another value of the variable; RuntimeError for pages of a vLLM that was not tested.
     """
     global _is_registered
     if _is_registered:

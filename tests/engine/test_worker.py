@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from scx.vllm.blocks import TRAILER_BYTES, HostCipher
+from scx.vllm.tenants import Keyring
 from vllm.v1.kv_offload.base import (
     CanonicalKVCacheRef,
     CanonicalKVCaches,
@@ -16,9 +18,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from scx.keystream import Secret
-from scx.vllm.blocks import TRAILER_BYTES, HostCipher
 from scx.vllm.manager import Known, SealedSlots
-from scx.vllm.tenants import Keyring
 from scx.vllm.worker import Placement, SealingWorker
 
 BLOCKS, PAGE, LAYERS = 12, 512, 3
