@@ -133,6 +133,7 @@ class SealedLayer:
     def unsealed(self, cache: Tensor, plan: Plan) -> Tensor:
         """The blocks of a plan in scratch, as a cache (P, H, N, 2d) of their own."""
         _, _, bits, writes = self.views(cache)
+        self.pads.reserve(plan)
         missing = self.pads.missing(plan, writes)
         if missing is not None:
             self._restore(missing.nonzero().flatten(), plan, bits, writes)
@@ -145,7 +146,6 @@ class SealedLayer:
 
     def _restore(self, rows: Tensor, plan: Plan, bits: Tensor, writes: Tensor) -> None:
         """Make the pads of these rows of scratch anew."""
-        self.pads.begin(plan, bits, writes)
         blocks = plan.blocks[rows]
         places = rows if plan.rows is None else plan.rows[rows]
         self.pads.blank(places, blocks, bits, writes)
