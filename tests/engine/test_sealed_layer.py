@@ -167,3 +167,8 @@ def test_pads_show_nothing() -> None:
     with pytest.raises(TypeError, match="never pickled"):
         twin.layer.pads.__reduce_ex__(2)
     assert "bits" not in dir(twin.layer.pads)
+    with pytest.raises(TypeError, match="never pickled"):
+        twin.layer.__reduce_ex__(2)
+    twin.layer.wipe()
+    assert not twin.layer.pads.bits.any()
+    twin.step([[1]], [9], [10])  # what was wiped is made anew
