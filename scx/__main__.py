@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scx.commands import audit, demo, demo_split, pair, transcript
+from scx.commands import audit, demo, demo_split, pair, tenants, transcript
 from scx.keys import CACHE_ENCODINGS
 from scx.party.plan import CROSSINGS
 
@@ -57,7 +57,28 @@ def _parser() -> argparse.ArgumentParser:
 
     paired = commands.add_parser("pair", help="make the credentials by which two processes know one another")
     paired.add_argument("directory", type=Path, help="where secure.pem and worker.pem go")
+
+    _add_tenants(commands.add_parser("tenants", help="the tenants of a vLLM server: the master key, who they are"))
     return parser
+
+
+def _add_tenants(parser: argparse.ArgumentParser) -> None:
+    registry = argparse.ArgumentParser(add_help=False)
+    registry.add_argument("--file", type=Path, help="the registry (default: what SCX_TENANTS_FILE names)")
+    named = argparse.ArgumentParser(add_help=False, parents=[registry])
+    named.add_argument("name", help="the tenant's")
+    actions = parser.add_subparsers(dest="action", required=True)
+    keyed = actions.add_parser("key", help="draw a master key into a new file")
+    keyed.add_argument("path", type=Path, metavar="FILE")
+    added = actions.add_parser("add", parents=[named], help="add a tenant, and show its API key, once")
+    added.add_argument("--kind", default="default", help="its class, for metrics (default: %(default)s)")
+    actions.add_parser("list", parents=[registry], help="show who there is")
+    issued = actions.add_parser("credential", parents=[named], help="another API key for a tenant, shown once")
+    issued.add_argument("--replace", action="store_true", help="revoke the earlier ones")
+    actions.add_parser("rotate", parents=[named], help="a new version of a tenant's key: it writes, older ones read")
+    dropped = actions.add_parser("drop", parents=[named], help="take out an old version: its blocks are useless then")
+    dropped.add_argument("version", type=int)
+    actions.add_parser("forget", parents=[named], help="take out a tenant: its blocks are useless then")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,6 +94,13 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             print(*pair.run(**options), sep="\n")
         except OSError as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+    if command == "tenants":
+        try:
+            print(*tenants.run(**options), sep="\n")
+        except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
         return 0

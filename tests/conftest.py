@@ -6,6 +6,10 @@ runs each kernel N times on the same inputs and demands the same bits (`parity.r
 `-m "not slow"` leaves out what is marked `slow`: tests that start processes with models or compilers in them, load or
 build a large model, or take more than a few seconds of a core; of tests in several dtypes the half precisions; and
 whole files about what does not change from edit to edit: how benchmarks and a GPU's stages run, what is packed.
+
+`tests/engine` is not collected here: it needs vLLM, whose environment is another (`make test-vllm`).
+
+`--floor` leaves out files that no other version of transformers or triton can change: `make test-floor` passes it.
 """
 
 import hashlib
@@ -38,10 +42,13 @@ if not parity.is_missing("triton"):
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+collect_ignore = ["engine"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernels")
     group.addoption("--tiles", choices=("small", "production"), default="small", help="tiles of parity tests")
+    group.addoption("--floor", action="store_true", help="leave out what no floor changes")
     group.addoption("--repeats", type=int, default=1, metavar="N", help="runs of a kernel that must agree bit by bit")
 
 
@@ -71,6 +78,22 @@ class PatientModule(pytest.Module):
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
     return PatientModule.from_parent(parent, path=module_path)
+
+
+FLOORLESS = {
+    *("test_audit.py", "test_bench_cases.py", "test_bench_channel.py", "test_bench_report.py", "test_bench_run.py"),
+    *("test_bench_statelessness.py", "test_blocks.py", "test_channel.py", "test_disk.py", "test_fuzzing.py"),
+    *("test_golden.py", "test_hardware.py", "test_hardware_run.py", "test_hardware_stages.py"),
+    *("test_hostile_worker.py", "test_integrity.py", "test_keyfile.py", "test_keys.py", "test_packaging.py"),
+    *("test_projections.py", "test_readme.py", "test_reference.py", "test_sealing.py", "test_secrets.py"),
+    *("test_tenant_middleware.py", "test_tenants.py", "test_tiles.py", "test_timing.py", "test_transformers_suite.py"),
+    *("test_vectors.py", "test_write_log.py"),
+}
+"""Files about keys, files, channels, the audit, integrity, benchmarks and documents."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.getoption("--floor") and collection_path.name in FLOORLESS else None
 
 
 SLOW_FILES = {"test_bench_run.py", "test_hardware.py", "test_hardware_run.py", "test_packaging.py"}

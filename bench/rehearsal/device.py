@@ -114,6 +114,8 @@ class StandInDevice:
             "current_stream": lambda device=None: _Queue(self, "Stream"),
             "synchronize": lambda device=None: self.note("torch.cuda.synchronize"),
             "Event": lambda **options: _Queue(self, "Event"),
+            "Stream": lambda device=None, **options: _Queue(self, "Stream"),
+            "stream": contextlib.nullcontext,
         }
         overwrote = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -5,11 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scx import load_keys, load_kvcache, save_keys, save_kvcache
+from scx.keystream import Secret
 from scx.kvcache import decode_kvcache, split_kvcache_dynamic
+from scx.vllm.blocks import TRAILER_BYTES, Block, DeviceCipher
+from scx.vllm.blocks.transfer import AtOnce
 
 PROMPT = 12  # tokens of most prompts
 # Of the largest logit: rounding of two orders of the same sums, some hundred roundings apart in half precision.
@@ -184,6 +188,31 @@ def taken_over(pair: Pair) -> None:
         pair.compare(plain.layers[0].keys.cpu(), taken[1].layers[0].keys)
 
 
+def off_loaded(pair: Pair) -> None:
+    """Blocks of a cache's pages are sealed into host memory, and opened into other pages: some in each staging, the
+    last rows of some filled in part."""
+    key, cipher = Secret(), DeviceCipher(torch.device("cuda"), staging_bytes=10_000, executor=AtOnce())
+    drawn = [torch.randint(0, 256, (3, 1000 + 24 * (place % 2)), dtype=torch.uint8) for place in range(7)]
+
+    def block(place: int, pages: Tensor) -> Block:
+        return Block(pages.unbind(), *arrays[place], context=f"block {place}".encode(), key=key)
+
+    arrays = [(np.zeros(plain.numel(), np.uint8), np.zeros(TRAILER_BYTES, np.uint8)) for plain in drawn]
+    cipher.store([block(place, plain.to("cuda")) for place, plain in enumerate(drawn)]).wait()
+    rows = [row.copy() for row, _ in arrays]
+    opened = [torch.zeros_like(plain, device="cuda") for plain in drawn]
+    arrays[2][0][1234] ^= 1
+    loading = cipher.load([block(place, pages) for place, pages in enumerate(opened)])
+    loading.wait()
+    for place, plain in enumerate(drawn):
+        if np.array_equal(rows[place], plain.flatten().numpy()):
+            raise WrongValuesError(f"block {place} lies in host memory as it is")
+        if not opened[place].cpu().equal(plain if place != 2 else torch.zeros_like(plain)):
+            raise WrongValuesError(f"block {place} was not opened to what was sealed, or was and should not have been")
+    if loading.refused != [2]:
+        raise WrongValuesError(f"refused {loading.refused}, expected the block that was altered, 2")
+
+
 REQUESTS: dict[str, Callable[[Pair], None]] = {
     "prefill of 1": lambda pair: prefill(pair, 1),
     "prefill of 7": lambda pair: prefill(pair, 7),
@@ -199,8 +228,12 @@ REQUESTS: dict[str, Callable[[Pair], None]] = {
 }
 """Of one device, by name."""
 
-EXTRA_REQUESTS: dict[str, Callable[[Pair], None]] = {"split cache": split_cache, "taken over": taken_over}
-"""Whose launches depend on the encoding alone."""
+EXTRA_REQUESTS: dict[str, Callable[[Pair], None]] = {
+    "split cache": split_cache,
+    "taken over": taken_over,
+    "off-loaded blocks": off_loaded,
+}
+"""Whose launches depend on the encoding alone, or on no model."""
 
 SHAPE_REQUESTS: dict[str, Callable[[Pair], None]] = {
     **{f"prefill of {n}": lambda pair, n=n: prefill(pair, n) for n in (1, 2, 5, 16, 17, 33, 65, 100, 150, 257, 512)},
