@@ -18,11 +18,11 @@ from engine.callers import NAME, Answer, Caller, Store, ask_at_once
 from engine.engines import BLOCK, FEW_BLOCKS, changed_environment, fs_tier, transfer
 from engine.ledgers import LONG, QUESTION, SHORT, TALKS, TWENTY, Ledger, answer_length
 from engine.plain import Plain
-from scx.vllm.registry import REGISTRY_VARIABLE, edited
-from scx.vllm.tenants import Keyring
 from transformers import PreTrainedTokenizerBase
 
 from scx.commands.vllm_server import VLLMServer, serving
+from scx.vllm.registry import REGISTRY_VARIABLE, edited
+from scx.vllm.tenants import Keyring
 
 SERVER = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "8")
 SERVER += ("--block-size", str(BLOCK), "--num-gpu-blocks-override", str(FEW_BLOCKS), "--served-model-name", NAME)
