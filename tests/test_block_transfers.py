@@ -4,7 +4,7 @@ import copy
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -206,11 +206,21 @@ class TestTransfers:
         """Blocks larger than it go alone."""
         cipher = DeviceCipher(CPU, staging)
         given = [new_block([drawn(size, size)], on=CPU) for size in (10, 4000, 2000, 1, 30_000, 1024, 1024)]
-        cipher.store(given).wait()
+        storing = cipher.store(given)
+        storing.wait()
+        assert storing.bytes == sum(each.row.nbytes for each in given)
         opened = [emptied(each) for each in given]
         assert refusals(cipher, opened) == []
         assert list(map(content, opened)) == list(map(content, given))
         cipher.close()
+
+    def test_close_waits_for_what_was_begun(self) -> None:
+        with ThreadPoolExecutor(1) as executor:
+            for own in (None, executor):
+                cipher = DeviceCipher(CPU, executor=own)
+                storing = [cipher.store([new_block([drawn(200_000)])]) for _ in range(5)]
+                cipher.close()
+                assert all(transfer.is_done() for transfer in storing)
 
     def test_a_closed_cipher_takes_nothing(self) -> None:
         cipher = DeviceCipher(CPU)
