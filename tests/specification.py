@@ -112,3 +112,70 @@ def feature_permutations(
     groups = [drawn[start : start + head_dim] for start in range(0, len(drawn), head_dim)]
     orders = [sorted(range(head_dim), key=group.__getitem__) for group in groups]
     return orders[:heads], orders[heads:]
+
+
+def hkdf_expand(key: bytes, info: bytes) -> bytes:
+    """32 bytes of HKDF-Expand (RFC 5869, section 2.3)."""
+    return hmac.digest(key, info + b"\x01", "sha256")
+
+
+def poly1305(key: bytes, message: bytes) -> bytes:
+    """RFC 8439, section 2.5."""
+    r = int.from_bytes(key[:16], "little") & 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF
+    total = 0
+    for start in range(0, len(message), 16):
+        total = (total + int.from_bytes(message[start : start + 16] + b"\1", "little")) * r % (2**130 - 5)
+    return (total + int.from_bytes(key[16:], "little") & 2**128 - 1).to_bytes(16, "little")
+
+
+BLOCK_FORMATS = {"host": 1, "device": 2}
+BLOCK_HEAD = struct.Struct("<6sH24sQ8s")
+BLOCK_ROW = 1024
+
+
+BLOCK_LABEL = "scx off-loaded block v1, "
+
+
+def block_stream(kind: str, key: bytes, head: bytes, size: int) -> bytes:
+    """Keystream of an off-loaded block. Raises ValueError beyond the limits."""
+    _, _, nonce, first, _ = BLOCK_HEAD.unpack(head)
+    if kind == "host":
+        own = hkdf_expand(key, f"{BLOCK_LABEL}host\0".encode() + head)
+        return chacha20_stream(own, (1, 0, 0, 0), size)
+    cipher = hkdf_expand(key, f"{BLOCK_LABEL}device, cipher\0".encode() + nonce)
+    rows = (row_keystream(cipher, first + row, 0, 0, False, BLOCK_ROW, 20) for row in range(-(-size // BLOCK_ROW)))
+    return b"".join(rows)[:size]
+
+
+def block_tag(kind: str, key: bytes, head: bytes, context: bytes, row: bytes) -> bytes:
+    """RFC 8439, section 2.8."""
+    if kind == "host":
+        own = chacha20_stream(hkdf_expand(key, f"{BLOCK_LABEL}host\0".encode() + head), (0, 0, 0, 0), 32)
+    else:
+        own = hkdf_expand(key, f"{BLOCK_LABEL}device, tag\0".encode() + head)
+    padded = [part + bytes(-len(part) % 16) for part in (context, row)]
+    return poly1305(own, b"".join(padded) + struct.pack("<QQ", len(context), len(row)))
+
+
+def block_trailer(kind: str, key: bytes, nonce: bytes, first: int, context: bytes, row: bytes) -> bytes:
+    head = BLOCK_HEAD.pack(b"SCXblk", BLOCK_FORMATS[kind], nonce, first, bytes(8))
+    return head + block_tag(kind, key, head, context, row)
+
+
+def seal_block(kind: str, key: bytes, nonce: bytes, first: int, context: bytes, plain: bytes) -> tuple[bytes, bytes]:
+    """Row and trailer. Raises ValueError beyond the limits."""
+    head = BLOCK_HEAD.pack(b"SCXblk", BLOCK_FORMATS[kind], nonce, first, bytes(8))
+    row = xor(plain, block_stream(kind, key, head, len(plain)))
+    return row, block_trailer(kind, key, nonce, first, context, row)
+
+
+def open_block(kind: str, key: bytes, context: bytes, row: bytes, trailer: bytes) -> bytes:
+    """Raises ValueError for what must be refused."""
+    head, tag = trailer[: BLOCK_HEAD.size], trailer[BLOCK_HEAD.size :]
+    magic, version, _, first, zeros = BLOCK_HEAD.unpack(head)
+    if magic != b"SCXblk" or version != BLOCK_FORMATS[kind] or zeros != bytes(8) or (kind == "host" and first):
+        raise ValueError("another format")
+    stream = block_stream(kind, key, head, len(row))
+    if not hmac.compare_digest(block_tag(kind, key, head, context, row), tag):
+        raise ValueError("not authentic")
+    return xor(row, stream)

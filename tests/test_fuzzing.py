@@ -12,7 +12,7 @@ from scx import FileRefusedError
 from scx.files import header as headers
 from scx.files import keyfile
 from scx.party import messages
-from tests.fuzzing.targets import CASES, FILES, TARGETS, check
+from tests.fuzzing.targets import BLOCK_CIPHERS, CASES, FILES, TARGETS, check, sealed_block
 from tests.golden.given import KEY, MASTER, SESSION_ID
 from tests.specified_files import Refused
 from tests.vectors.make import open_file
@@ -40,6 +40,8 @@ def test_right_bytes_are_read() -> None:
     """So a refusal above comes from what is hostile."""
     for name, file in (("keys", "session"), ("cache", "cache"), ("shared keys", "shared-keys")):
         assert check(name, FILES[file]) == "read"
+    for name, cipher in BLOCK_CIPHERS.items():
+        assert check(name, sealed_block(cipher)) == "read"
 
 
 OPENED: dict[str, dict[str, Any]] = {
@@ -93,13 +95,13 @@ def with_trust(name: str, described: Any) -> Any:
     ids=["before authentication", "behind it", "off the wire"],
 )
 def test_a_planted_fault_is_found(monkeypatch, module, function: str, planted: Callable[..., Any]) -> None:
-    """A reader that believes what it reads raises KeyError, AttributeError, TypeError."""
+    """A reader that believes what it reads raises LookupError, AttributeError, TypeError."""
     monkeypatch.setattr(module, function, planted)
 
     def fails(case: tuple[str, bytes]) -> bool:
         try:
             check(*case)
-        except (KeyError, AttributeError, TypeError, ValueError, OverflowError):
+        except (LookupError, AttributeError, TypeError, ValueError, OverflowError):
             return True
         return False
 

@@ -18,6 +18,7 @@ import torch
 
 from bench.host import STEPS, measure_steps
 from bench.rehearsal.compilation import compile_all, representative
+from bench.rehearsal.pages import PAGES
 from bench.rehearsal.rehearsal import ALL_TARGETS, Failure, Rehearsal
 from bench.rehearsal.requests import EXTRA_REQUESTS, REQUESTS, SHAPE_REQUESTS, SPLIT_REQUESTS, Pair
 from bench.rehearsal.settings import REAL, SPLIT, Setting, covering
@@ -95,6 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
         done = rehearsal.requests - requests
         print(f"{name}: {len(chosen)} settings, {done} requests, {len(new)} failures, {seconds:.0f} s", flush=True)
         print("".join(f"  {failure}\n" for failure in new), end="", flush=True)
+    before, pages = len(rehearsal.failures), {n: run for n, run in PAGES.items() if all(word in n for word in words)}
+    rehearsal.compute(pages)
+    new = rehearsal.failures[before:]
+    print(f"sealed pages: {len(pages)} requests, {len(new)} failures", flush=True)
+    print("".join(f"  {failure}\n" for failure in new), end="", flush=True)
     compilations = _compile(rehearsal, options.quick, options.jobs or (1 if options.quick else 2))
     if not options.quick and not words:
         _tell_host_times()

@@ -83,6 +83,20 @@ class Rehearsal:
         if warms_up:
             self._check_warm_up(setting)
 
+    def compute(self, requests: dict[str, Callable[[], None]]) -> None:
+        """Run what needs no model; none of it may wait for the device but to read results."""
+        device = StandInDevice(Operators(self.targets, self._record))
+        with torch.no_grad(), allow_unproven(), device:
+            for name, request in requests.items():
+                torch.manual_seed(0)
+                device.waits.clear()
+                self._attempt(name, request)
+                for wait in device.waits:
+                    if wait.frames:  # not of what reads results
+                        file, line, function = wait.frames[-1]
+                        what = f"the host waits for the device: {wait.operation} at {file}:{line} in {function}"
+                        self.failures.append(Failure(name, what))
+
     def _check_warm_up(self, setting: Setting) -> None:
         """What the requests asked for, the warm-up of such a model must have asked for."""
         asked, self._asked = self._asked, {}

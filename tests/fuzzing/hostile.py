@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests import specification
 from tests.golden.wrong_files import Parts
 
-__all__ = ["files", "messages"]
+__all__ = ["files", "messages", "mutated"]
 
 _NUMBERS = st.sampled_from([0, 1, -1, 2**16, 2**31 - 1, 2**31, 2**48, 2**63, 2**64, 10**40]) | st.integers(-9, 300)
 _WORDS = st.sampled_from(["", "0", "1", "-1", "+2", "٣", "\ud800", "\0", "\x1b[2J", "U8", "F32", "I64", "encrypted"])

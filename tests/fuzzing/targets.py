@@ -1,4 +1,5 @@
-"""Who reads what strangers wrote: files of every kind, and the messages between the parties' processes."""
+"""Who reads what strangers wrote: files of every kind, the messages between the parties' processes, and blocks of a
+paged cache in memory that others write to."""
 
 import tempfile
 from collections.abc import Callable
@@ -6,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
 from scx import EncodedCache, FileRefusedError, Session, SharedKeys, load_keys, load_kvcache, load_shared_keys
 from scx.files.container import Container, read_container
+from scx.keystream import Secret
 from scx.party.boundary import Request
 from scx.party.messages import (
     Fill,
@@ -24,12 +27,14 @@ from scx.party.messages import (
     write_request,
 )
 from scx.party.plan import Plan
+from scx.vllm.blocks import TRAILER_BYTES, Block, DeviceCipher, HostCipher
+from scx.vllm.blocks.transfer import AtOnce
 from tests import specification
-from tests.fuzzing.hostile import files, messages
+from tests.fuzzing.hostile import files, messages, mutated
 from tests.golden import make
 from tests.golden.given import KEY, MASTER, SESSION_ID
 
-__all__ = ["CASES", "TARGETS", "Target", "check"]
+__all__ = ["BLOCK_CIPHERS", "CASES", "TARGETS", "Target", "check", "sealed_block"]
 
 GOLDEN = Path(make.__file__).parent
 FILES = {name: (GOLDEN / f"{name}.scx").read_bytes() for name in ("session", "cache", "shared-keys")}
@@ -102,6 +107,49 @@ REQUEST = Request("score", "00" * 16, "generation", 2, 1, 3, 4, {"hidden": torch
 CLOSE = Request("close", "00" * 16, "generation", -1, 0, 0, 0, {})
 REPLY = {"scores": torch.ones(1, 2, 3, 4), "value": torch.ones(1, 2, 3, 4, dtype=torch.bfloat16)}
 SHAPES = {name: tuple(x.shape) for name, x in REPLY.items()}
+
+
+class RefusedBlockError(Exception):
+    """A block that did not authenticate."""
+
+
+BLOCK = bytes(range(200)) * 6
+BLOCK_KEY = Secret(bytes(32 * [7]))
+BLOCK_CIPHERS = {
+    "off-loaded block, host": HostCipher(),
+    "off-loaded block, device": DeviceCipher(torch.device("cpu"), executor=AtOnce()),
+}
+
+
+def block_in(memory: bytes, page: torch.Tensor) -> Block:
+    """Row and trailer as they lie in memory that others write to: what is too short is followed by zeros."""
+    size = len(BLOCK) + TRAILER_BYTES
+    held = np.frombuffer(bytearray(memory[:size].ljust(size, b"\0")), np.uint8)
+    return Block([page[:500], page[500:]], held[: len(BLOCK)], held[len(BLOCK) :], b"its place", BLOCK_KEY)
+
+
+def sealed_block(cipher: Any) -> bytes:
+    """Row and trailer of a right one."""
+    made = block_in(b"", torch.frombuffer(bytearray(BLOCK), dtype=torch.uint8))
+    cipher.store([made]).wait()
+    return made.row.tobytes() + made.trailer.tobytes()
+
+
+def off_loaded(cipher: Any) -> Target:
+    def read(data: bytes) -> bytes:
+        page = torch.zeros(len(BLOCK), dtype=torch.uint8)
+        loading = cipher.load([block_in(data, page)])
+        loading.wait()
+        opened = page.numpy().tobytes()
+        assert opened == (bytes(len(BLOCK)) if loading.refused else BLOCK), "neither opened rightly nor left as it was"
+        if loading.refused:
+            raise RefusedBlockError("refused")
+        return opened
+
+    right = [sealed_block(cipher), sealed_block(cipher)]
+    return Target(read, st.sampled_from(right).flatmap(lambda data: mutated(data, right)), bytes, (RefusedBlockError,))
+
+
 AGREEMENT = write_agreement(Plan(4, 1, 1, prefill_top_k=3), "a model")
 WIRE = (MessageError, EndOfBytesError)
 
@@ -131,6 +179,7 @@ TARGETS: dict[str, Target] = {
         WIRE,
     ),
     "agreement": Target(off_wire(read_agreement), hostile_message(AGREEMENT), tuple, WIRE),
+    **{name: off_loaded(cipher) for name, cipher in BLOCK_CIPHERS.items()},
 }
 
 CASES = st.one_of([st.tuples(st.just(name), target.given) for name, target in TARGETS.items()])

@@ -151,6 +151,65 @@ def feature_permutation() -> tuple[dict[str, str], list[Case]]:
     return {}, [group]
 
 
+BLOCK_NOTES = {
+    "EdgeOfField": "a write number at the end of its field of the counter",
+    "LastRow": "the block ends within 16 bytes or within a row of 1,024, or is one byte",
+    "Altered": "one bit is another one",
+    "Foreign": "sealed under another key or context, in another format, or of another block",
+    "WrittenByKeyHolder": "authentic, and still wrong",
+}
+
+
+def sealed_block(kind: str, comment: str, flags: list[str], size: int = 40, first: int = 0, context: int = 13) -> Case:
+    key, nonce = drawn("block key", kind, comment, size, first), drawn("nonce", kind, comment, size, first, size=24)
+    words, plain = drawn("context", comment, context, size=context), drawn("block", comment, size, size=size)
+    row, trailer = specification.seal_block(kind, key, nonce, first, words, plain)
+    return case(comment, flags, key=key.hex(), context=words.hex(), plain=plain.hex(), row=row.hex(),
+                trailer=trailer.hex())  # fmt: skip
+
+
+def refused_block(kind: str, right: Case, comment: str, flag: str, **changed: bytes) -> Case:
+    given = {name: right[name] for name in ("key", "context", "row", "trailer")}
+    return case(comment, [flag], "invalid", **given | {name: value.hex() for name, value in changed.items()})
+
+
+def flipped(data: str, place: int) -> bytes:
+    changed = bytearray.fromhex(data)
+    changed[place] ^= 1
+    return bytes(changed)
+
+
+def off_loaded_block() -> tuple[dict[str, str], list[Case]]:
+    groups = []
+    for kind, other in (("host", "device"), ("device", "host")):
+        tests = [sealed_block(kind, "sizes", ["LastRow"], size)
+                 for size in (1, 15, 16, 17, 64, 1023, 1024, 1025, 2500)]  # fmt: skip
+        tests += [sealed_block(kind, "contexts", [], context=size) for size in (0, 1, 16, 100)]
+        numbers = (1, 2**28 - 1, 2**28, 2**60 - 2) if kind == "device" else ()
+        tests += [sealed_block(kind, "write numbers", ["EdgeOfField"], 1500, first) for first in numbers]
+        right, second = (sealed_block(kind, name, [], 40) for name in ("one block", "a second"))
+        altered = {"row": (0, 39), "trailer": (0, 6, 7, 8, 31, 32, 39, 40, 47, 48, 63), "context": (0, 12)}
+        for name, place in ((name, place) for name, given in altered.items() for place in given):
+            changed = {name: flipped(right[name], place)}
+            tests.append(refused_block(kind, right, f"{name}, byte {place}", "Altered", **changed))
+        key = bytes.fromhex(right["key"])
+        foreign = {"another key": {"key": drawn("another key")}, "no context": {"context": b""}}
+        foreign |= {f"the other's {name}": {name: bytes.fromhex(second[name])} for name in ("row", "trailer")}
+        foreign["no trailer"] = {"trailer": bytes(64)}
+        parts = specification.seal_block(other, key, drawn("nonce", size=24), 0, bytes.fromhex(right["context"]),
+                                         bytes.fromhex(right["plain"]))  # fmt: skip
+        foreign["the other format"] = dict(zip(("row", "trailer"), parts, strict=True))
+        tests += [refused_block(kind, right, name, "Foreign", **changed) for name, changed in foreign.items()]
+        first, comment = (
+            (1, "a write number where there is none") if kind == "host" else (2**60, "a write number too many")
+        )
+        trailer = specification.block_trailer(kind, key, drawn("nonce", size=24), first, *(
+            bytes.fromhex(right[name]) for name in ("context", "row")))  # fmt: skip
+        tests.append(refused_block(kind, right, comment, "WrittenByKeyHolder", trailer=trailer))
+        groups.append({"type": "OffLoadedBlock", "format": kind, "tests": tests})
+    return BLOCK_NOTES, groups
+
+
 OPENED: dict[str, Case] = {
     "session": {"kind": "session", "key": KEY.hex(), "model": MODEL},
     "session, another key": {"kind": "session", "key": bytes(32).hex(), "model": MODEL},
@@ -236,6 +295,7 @@ FILES = {
     "write_number": ("Write numbers", write_number),
     "hkdf": ("HKDF-SHA256 and the keys derived by it", hkdf),
     "feature_permutation": ("Feature permutations of K and V", feature_permutation),
+    "off_loaded_block": ("Off-loaded blocks of a paged cache", off_loaded_block),
     "container": ("Files of sessions, caches and shared keys", container),
 }
 

@@ -114,8 +114,9 @@ class _Lane:
             try:
                 refused, size = work(self._stagings, blocks)
             finally:
+                if self._stream is not None:
+                    self._stream.synchronize()  # whatever failed, the device is done with keys, staging and pages
                 for staging in self._stagings:
-                    staging.wait()
                     staging.wipe()
         return Outcome(refused, size, time.perf_counter() - began)
 
@@ -172,6 +173,8 @@ def _load(stagings: list[Staging], blocks: Sequence[Block]) -> tuple[list[int], 
         else:
             refused.append(place)
     staging.open()
+    for staging in stagings:
+        staging.wait()
     return refused, size
 
 

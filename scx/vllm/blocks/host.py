@@ -28,6 +28,8 @@ from scx_kernels.hidden import WipedBytes, guarded
 
 __all__ = ["HostCipher"]
 
+MOST_BYTES = 2**38 - 64
+"""Of a block: what RFC 8439's counter of 32 bits reaches."""
 _START = struct.pack("<4I", 0, 0, 0, 0)  # counter and nonce; the key serves one block
 
 
@@ -46,7 +48,7 @@ class HostCipher:
         Raises: TypeError, ValueError naming what does not fit, before anything is written. WipedKeyError, a
         RuntimeError, where a key was wiped; blocks before that one are sealed then.
         """
-        check_blocks(blocks, CPU, writes_rows=True)
+        _check(blocks, writes_rows=True)
         began = time.perf_counter()
         for block in blocks:
             self._seal(block)
@@ -62,7 +64,7 @@ class HostCipher:
 
         Raises: TypeError, ValueError naming what does not fit, before anything is written.
         """
-        check_blocks(blocks, CPU, writes_rows=False)
+        _check(blocks, writes_rows=False)
         began = time.perf_counter()
         is_open = [self._open(block) for block in blocks]
         size = sum(block.row.nbytes for block, opened in zip(blocks, is_open, strict=True) if opened)
@@ -109,6 +111,13 @@ class HostCipher:
         if held is None or len(held) < size:
             held = self._own.memory = np.empty(size, np.uint8)
         return held[:size]
+
+
+def _check(blocks: Sequence[Block], *, writes_rows: bool) -> None:
+    check_blocks(blocks, CPU, writes_rows=writes_rows)
+    for place, block in enumerate(blocks):
+        if block.row.nbytes > MOST_BYTES:
+            raise ValueError(f"blocks[{place}].row: expected at most {MOST_BYTES} bytes, got {block.row.nbytes}")
 
 
 def _bytes_of(page: Tensor) -> np.ndarray:

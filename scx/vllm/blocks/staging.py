@@ -2,11 +2,11 @@
 
 import itertools
 import math
+import threading
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import scx_kernels as ops
 from scx.keystream import Secret
@@ -17,6 +17,9 @@ __all__ = ["ROW_BYTES", "Keyed", "Keys", "Staging", "padded"]
 
 ROW_BYTES = 1024
 """What of a block lies under one write number: the most that the sealing counter allows."""
+
+_launching = threading.Lock()
+"""Triton compiles a kernel when it is first launched; two threads would do it at once."""
 
 
 def padded(size: int) -> int:
@@ -132,8 +135,12 @@ class Staging:
         for staged in self._held:
             at = staged.bytes.start
             for page in staged.keyed.block.pages:
-                pages.append(_wide(page.view(torch.uint8)))
-                parts.append(self._device[at : at + page.numel()].view(pages[-1].dtype))
+                part = self._device[at : at + page.numel()]
+                # A copy moves numbers one by one: the wider, the fewer.
+                is_wide = all(place % 8 == 0 for place in (at, page.numel(), page.storage_offset()))
+                kind = torch.int64 if is_wide else torch.uint8
+                pages.append(page.view(kind))
+                parts.append(part.view(kind))
                 at += page.numel()
         torch._foreach_copy_(pages, parts)
         self._device[:end].zero_()  # plain
@@ -183,9 +190,5 @@ class Staging:
             begin, end = run[0].first, run[-1].first + run[-1].rows
             x = self._device[begin * ROW_BYTES : end * ROW_BYTES].view(torch.float32).view(1, 1, end - begin, -1)
             sealing = ops.Sealing(self._device_keys[number], self._device_writes[:, begin:end], layer=0)
-            ops.seal(x, sealing, is_value=False, out=x)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x as 8-byte numbers where it may be: a copy of bytes moves them one by one."""
-    return x.view(torch.int64) if x.numel() % 8 == 0 and x.storage_offset() % 8 == 0 else x
+            with _launching:
+                ops.seal(x, sealing, is_value=False, out=x)
