@@ -157,10 +157,11 @@ def _describe(files: list[Path]) -> None:
     data = np.concatenate([np.fromfile(file, dtype=np.uint8)[: file.stat().st_size - 4096] for file in files])
     counts = np.bincount(data, minlength=256)
     expected = len(data) / 256
+    statistic = ((counts - expected) ** 2 / expected).sum()
     modes = ", ".join(sorted({f"{file.stat().st_mode & 0o777:o}" for file in files}))
     print(
         f"stored: {len(files)} files of {files[0].stat().st_size:,} bytes, mode {modes}, such as "
-        f"{files[0].name[:16]}...; chi-square of their bytes {((counts - expected) ** 2 / expected).sum():.0f} (noise: {_NOISE})"
+        f"{files[0].name[:16]}...; chi-square of their bytes {statistic:.0f} (noise: {_NOISE})"
     )
 
 
