@@ -1,4 +1,4 @@
-"""`python -m bench.serving`, in the environment of `make test-vllm`: time to first token and throughput of two turns."""
+"""`python -m bench.serving`, in the environment of `make test-vllm`: time to first token, and throughput."""
 
 import argparse
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Conversations of two turns against servers that take turns: what came back from host memory against what was computed.
+"""Conversations of two turns, of servers that take turns: what came back from host memory against what was computed.
 
 The device has blocks for one conversation, so a second turn finds nothing there. Requests come one after another: the
 time to a first token is that of a request that waits for nobody.

@@ -1,5 +1,5 @@
-"""vLLM's off-loading on a CPU as it is: stock specs run on accelerators alone, so this is scx's connector and worker with
-blocks copied between pages and rows where the cipher was. All else is equal, names included."""
+"""vLLM's off-loading on a CPU as it is: stock specs run on accelerators alone, so this is scx's connector and worker
+with blocks copied between pages and rows where the cipher was. All else is equal, names included."""
 
 import time
 from collections.abc import Sequence
