@@ -215,3 +215,13 @@ def test_a_key_is_one_process_and_prepared_devices():
         key.sealing(nowhere, 0, 0)
     with pytest.raises(LookupError, match="prepared"):
         key.counter(nowhere.device)
+
+
+def test_a_forked_process_has_a_key_of_its_own(monkeypatch):
+    """A fork copies key and counters; a child that went on with them would seal other rows under the same keystream."""
+    writes = torch.arange(3)[None]
+    mine = page_key().sealing(writes, 0, 0)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    other = page_key().sealing(writes, 0, 0)
+    assert not torch.equal(mine.key, other.key)
+    assert int(page_key().rows.take(1)) == 1

@@ -15,17 +15,15 @@ host memory, and names it under its tenant's key:
 | `pages/` | the paged cache itself sealed |
 """
 
-import os
 from typing import Any
 
 from scx.vllm.version import check_version
 
-__all__ = ["CONNECTOR", "PAGES_VARIABLE", "SPEC", "register"]
+__all__ = ["CONNECTOR", "SPEC", "register"]
 
 CONNECTOR = "SCXSealedOffloading"
 """What `kv_connector` is set to."""
 SPEC = "SCXSealedSpec"
-PAGES_VARIABLE = "SCX_SEAL_PAGES"
 _is_registered = False
 
 
@@ -44,21 +42,14 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: PLC0415  optional
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory  # noqa: PLC0415  optional
 
+    from scx.vllm.pages import are_sealed, register_pages  # noqa: PLC0415  imports torch, which vLLM's start can wait for
+
     KVConnectorFactory.register_connector(CONNECTOR, __name__, "SealedOffloadingConnector")
     OffloadingSpecFactory.register_spec(SPEC, f"{__name__}.spec", "SealedSpec")
-    if _seals_pages():
+    if are_sealed():
         check_version()
-        from scx.vllm.pages import register_pages  # noqa: PLC0415  optional
-
         register_pages()
     _is_registered = True
-
-
-def _seals_pages() -> bool:
-    chosen = os.environ.get(PAGES_VARIABLE, "0")
-    if chosen not in ("0", "1"):
-        raise ValueError(f"{PAGES_VARIABLE}: expected 1, to seal the paged cache, or 0, got {chosen!r:.40}")
-    return chosen == "1"
 
 
 def __getattr__(name: str) -> Any:

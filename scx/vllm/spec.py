@@ -17,7 +17,9 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from scx.vllm.blocks import TRAILER_BYTES, DeviceCipher, HostCipher
 from scx.vllm.manager import SealedManager
+from scx.vllm.memory import DeviceMemory, PlainMemory, SealedMemory
 from scx.vllm.metrics import definitions
+from scx.vllm.pages import are_sealed
 from scx.vllm.tenants import Keyring
 from scx.vllm.worker import Cipher, Placement, SealingWorker
 
@@ -85,12 +87,17 @@ class SealedSpec(TieringOffloadingSpec):
                 rank, self.cpu_page_size_per_worker // self.blocks_per_chunk, self.blocks_per_chunk, self._layout
             )
             cipher = self.cipher(kv_caches.tensors[0].tensor.device)
-            self._sealing_worker = SealingWorker(kv_caches, region, placement, cipher, self._keyring)
+            self._sealing_worker = SealingWorker(self._memory(kv_caches), region, placement, cipher, self._keyring)
         return self._sealing_worker
 
     def cipher(self, device: torch.device) -> Cipher:
         """For pages on this device."""
         return HostCipher() if device.type == "cpu" else DeviceCipher(device)
+
+    def _memory(self, kv_caches: CanonicalKVCaches) -> DeviceMemory:
+        if not are_sealed():
+            return PlainMemory(kv_caches)
+        return SealedMemory(kv_caches, [group.layer_names for group in self.config.groups])
 
     def _describe(self) -> bytes:
         """32 bytes that stand for all that a block's bytes depend on: SHA-256 of the configuration as JSON.
@@ -110,6 +117,7 @@ class SealedSpec(TieringOffloadingSpec):
             "replicated": self.replicated_layout,
             "layout": self.config.kv_cache_layout,
             "machine": _arithmetic(),
+            "pages": "sealed" if are_sealed() else "plain",
         }
         return sha256(json.dumps(described, sort_keys=True).encode()).digest()
 

@@ -16,14 +16,15 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
-from vllm.v1.kv_offload.base import CanonicalKVCaches, GPULoadStoreSpec, OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from scx.keystream import Secret
 from scx.vllm.blocks import TRAILER_BYTES, Block, Transfer
 from scx.vllm.manager import SealedSlots
+from scx.vllm.memory import DeviceMemory
 from scx.vllm.metrics import Counts
-from scx.vllm.tenants import Keyring
+from scx.vllm.tenants import Keyring, Tenant
 
 __all__ = ["Cipher", "Placement", "SealingWorker"]
 
@@ -58,20 +59,33 @@ class Placement(NamedTuple):
         return b"scx kv block v1\0" + self.layout + bytes.fromhex(tenant) + numbers + key
 
 
+class _Part(NamedTuple):
+    """A block of the device in a job.
+
+    Attributes:
+        name: that its chunk was loaded under.
+        pages: what goes through the cipher; None for a block whose key is gone.
+    """
+
+    group: int
+    block: int
+    name: bytes
+    pages: list[Tensor] | None
+
+
 class _Job(NamedTuple):
     number: int
     is_load: bool
     transfer: Transfer
     kind: str  # of the tenant
-    blocks: list[tuple[int, bytes]]  # of the device, and under which name it was loaded
-    lost: list[int]  # among them, whose key is gone
+    parts: list[_Part]
 
 
 class SealingWorker(OffloadingWorker):
     """Transfers of one worker.
 
     Args:
-        kv_caches: the device's pages.
+        memory: the device's.
         region: of host memory.
         placement: of this rank in its rows.
         cipher: for pages on this device.
@@ -82,20 +96,18 @@ class SealingWorker(OffloadingWorker):
 
     def __init__(
         self,
-        kv_caches: CanonicalKVCaches,
+        memory: DeviceMemory,
         region: SharedOffloadRegion,
         placement: Placement,
         cipher: Cipher,
         keyring: Keyring,
     ) -> None:
-        pages = [cache.tensor for cache in kv_caches.tensors]
-        self._pages = [
-            [(pages[ref.tensor_idx], ref.page_size_bytes) for ref in refs] for refs in kv_caches.group_data_refs
-        ]
-        for group, refs in enumerate(self._pages):
-            size = sum(size for _, size in refs)
-            if size > placement.block_bytes:
-                raise ValueError(f"group {group}: a block has {size} bytes, its place {placement.block_bytes}")
+        for group in range(memory.groups):
+            if memory.size(group) > placement.block_bytes:
+                raise ValueError(
+                    f"group {group}: a block has {memory.size(group)} bytes, its place {placement.block_bytes}"
+                )
+        self._memory = memory
         self._region = region
         self._rows = region.base_tensor.numpy().view(np.uint8).reshape(region.num_chunks, -1)
         self._at = placement
@@ -141,51 +153,51 @@ class SealingWorker(OffloadingWorker):
             job.transfer.wait()
         self._jobs.clear()
         del self._rows  # a view of the region, which is unmapped now
-        self._pages.clear()
         self._region.cleanup()
 
     def _begin(self, job_id: int, device: GPULoadStoreSpec, host: SealedSlots, *, is_load: bool) -> None:
         tenant = self._keyring.find(host.tenant)
+        secrets = {version: self._key(tenant, version) for version in set(host.versions)}
         blocks: list[Block] = []
-        places: list[tuple[int, bytes]] = []
-        lost: list[int] = []
-        secrets: dict[int, Secret | None] = {}
+        parts: list[_Part] = []
         for group, block, index, place in self._places(device):
-            version = host.versions[index]
-            if version not in secrets:
-                secrets[version] = None if tenant is None else self._key(host.tenant, version)
-            secret = secrets[version]
             row, trailer = self._slot(int(host.block_ids[index]), place, group)
-            if secret is None:
-                lost.append(len(lost) + len(blocks))
-                if not is_load:
-                    trailer[:] = 0  # what lay there is another block
-            else:
-                context = self._at.context(host.tenant, version, host.keys[index], place)
-                blocks.append(Block(self._block_pages(group, block), row, trailer, context, secret))
-            places.append((block, host.names[index]))
+            secret = secrets[host.versions[index]]
+            pages = None
+            if secret is not None:
+                pages = (self._memory.target if is_load else self._memory.read)(group, block)
+                context = self._at.context(host.tenant, host.versions[index], host.keys[index], place)
+                blocks.append(Block(pages, row, trailer, context, secret))
+            elif not is_load:
+                trailer[:] = 0  # what lay there is another block
+            parts.append(_Part(group, block, host.names[index], pages))
         transfer = self._cipher.load(blocks) if is_load else self._cipher.store(blocks)
-        kind = "forgotten" if tenant is None else tenant.kind
-        self._jobs.append(_Job(job_id, is_load, transfer, kind, places, lost))
+        self._jobs.append(_Job(job_id, is_load, transfer, "forgotten" if tenant is None else tenant.kind, parts))
 
     def _end(self, job: _Job) -> TransferResult:
-        transfer, lost = job.transfer, set(job.lost)
-        sealed = [place for place in range(len(job.blocks)) if place not in lost]
-        refused = lost | {sealed[index] for index in transfer.refused}
+        transfer = job.transfer
         if job.is_load:
-            for place in refused:
-                block, name = job.blocks[place]
-                self._refused_blocks.add(block)
-                self._refused_names.add(name)
-            if refused:
-                self._failed_jobs.add(job.number)
-            opened = len(job.blocks) - len(refused)
-            self._counts.add({"open_seconds": transfer.seconds, "opened_bytes": transfer.bytes}, job.kind)
-            self._counts.add({"blocks_opened": opened, "blocks_refused": len(refused)}, job.kind)
+            self._take_in(job)
         else:
             self._counts.add({"seal_seconds": transfer.seconds, "sealed_bytes": transfer.bytes}, job.kind)
-            self._counts.add({"blocks_sealed": len(sealed)}, job.kind)
+            self._counts.add({"blocks_sealed": sum(part.pages is not None for part in job.parts)}, job.kind)
         return TransferResult(job.number, True, transfer.bytes, transfer.seconds)
+
+    def _take_in(self, job: _Job) -> None:
+        """Have the device's blocks hold what was opened, and remember what was refused."""
+        sealed = [part for part in job.parts if part.pages is not None]
+        refused = [part for part in job.parts if part.pages is None]
+        refused += [sealed[index] for index in job.transfer.refused]
+        for part in refused:
+            self._refused_blocks.add(part.block)
+            self._refused_names.add(part.name)
+            self._failed_jobs.add(job.number)
+        closed = set(job.transfer.refused)
+        for index, part in enumerate(sealed):
+            if index not in closed and part.pages is not None:
+                self._memory.put(part.group, part.block, part.pages)
+        self._counts.add({"open_seconds": job.transfer.seconds, "opened_bytes": job.transfer.bytes}, job.kind)
+        self._counts.add({"blocks_opened": len(sealed) - len(closed), "blocks_refused": len(refused)}, job.kind)
 
     def _places(self, device: GPULoadStoreSpec) -> Iterator[tuple[int, int, int, int]]:
         """(group, block of the device, index among the host's chunks, place in that chunk) of each block of a job.
@@ -203,22 +215,17 @@ class SealingWorker(OffloadingWorker):
             at += count
             first += -(-(skipped + count) // self._at.blocks_per_chunk)
 
-    def _key(self, tenant: str, version: int) -> Secret | None:
-        owner = self._keyring.find(tenant)
-        if owner is None:
+    def _key(self, tenant: Tenant | None, version: int) -> Secret | None:
+        if tenant is None:
             return None
         try:
-            return self._keyring.key(owner, version, "blocks")
+            return self._keyring.key(tenant, version, "blocks")
         except LookupError:  # forgotten since the scheduler asked
             return None
-
-    def _block_pages(self, group: int, block: int) -> list[Tensor]:
-        return [tensor[block, :size] for tensor, size in self._pages[group]]
 
     def _slot(self, chunk: int, place: int, group: int) -> tuple[np.ndarray, np.ndarray]:
         """A block's bytes in host memory, and its trailer."""
         row, count = self._rows[chunk], self._at.blocks_per_chunk
         first = (self._at.rank * count + place) * self._at.block_bytes
-        size = sum(size for _, size in self._pages[group])
         end = len(row) - (self._at.rank * count + place) * TRAILER_BYTES
-        return row[first : first + size], row[end - TRAILER_BYTES : end]
+        return row[first : first + self._memory.size(group)], row[end - TRAILER_BYTES : end]

@@ -12,10 +12,10 @@ os.environ.update(on_this_cpu())  # read when vLLM is imported
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
 from engine.plain import Plain, ask_plain_vllm
-from scx.vllm.master import write_master
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from scx.commands.smollm2 import smollm2_path
+from scx.vllm.master import write_master
 
 
 @pytest.fixture(scope="session")

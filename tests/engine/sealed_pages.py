@@ -1,6 +1,6 @@
 """What a test asks of an engine's worker about its sealed pages; runs in the worker."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,17 +40,24 @@ def first_heads(worker: Any) -> set[int]:
     return {layer.impl.layer.first_head for layer in _layers(worker).values()}
 
 
-def pages(worker: Any) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each layer of `LOOKED_AT`, its full pages: (blocks, bytes) uint8 as they lie and as they are plain, and
-    (blocks, tokens) their write numbers."""
-    found = {}
-    for place, (name, layer) in enumerate(_layers(worker).items()):
-        if place in LOOKED_AT:
-            full = list(_full_pages(name, layer))
-            sealed = torch.stack([page[: len(plain)] for page, plain, _ in full])
-            plain, numbers = (torch.stack([x[i] for x in full]) for i in (1, 2))
-            found[name] = sealed.numpy(), plain.numpy(), numbers.numpy()
-    return found
+def pages(worker: Any) -> np.ndarray:
+    """(layers, blocks, bytes) uint8: of each layer of `LOOKED_AT` its full pages as they lie, without write numbers."""
+    return _gathered(worker, lambda page, plain, numbers: page[: len(plain)])
+
+
+def plain_pages(worker: Any) -> np.ndarray:
+    """The same, unsealed."""
+    return _gathered(worker, lambda page, plain, numbers: plain)
+
+
+def write_numbers(worker: Any) -> np.ndarray:
+    """(layers, blocks, tokens) int64: theirs."""
+    return _gathered(worker, lambda page, plain, numbers: numbers)
+
+
+def _gathered(worker: Any, part: Callable[[Tensor, Tensor, Tensor], Tensor]) -> np.ndarray:
+    chosen = [entry for place, entry in enumerate(_layers(worker).items()) if place in LOOKED_AT]
+    return torch.stack([torch.stack([part(*x) for x in _full_pages(*entry)]) for entry in chosen]).numpy()
 
 
 def seal_anew(worker: Any) -> tuple[int, float]:

@@ -35,7 +35,9 @@ class Run:
     cached_anew: list[int]
     implementations: set[str]
     layer_numbers: list[int]
-    pages: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    pages: np.ndarray
+    plain_pages: np.ndarray
+    write_numbers: np.ndarray
     pages_anew: int
     same: float
     is_clear: bool
@@ -50,7 +52,8 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 def run(model: Path, prompts: list[list[int]]) -> Run:
     with engine(model, SEALED) as llm:
         first, _ = answers(llm, prompts)
-        pages = llm.collective_rpc(sealed_pages.pages)[0]
+        looks = (sealed_pages.pages, sealed_pages.plain_pages, sealed_pages.write_numbers)
+        pages, plain_pages, write_numbers = (llm.collective_rpc(look)[0] for look in looks)
         again, cached_again = answers(llm, prompts)
         pages_anew, same = llm.collective_rpc(sealed_pages.seal_anew)[0]
         anew, cached_anew = answers(llm, prompts)
@@ -63,6 +66,8 @@ def run(model: Path, prompts: list[list[int]]) -> Run:
             implementations=llm.collective_rpc(sealed_pages.implementations)[0],
             layer_numbers=llm.collective_rpc(sealed_pages.layer_numbers)[0],
             pages=pages,
+            plain_pages=plain_pages,
+            write_numbers=write_numbers,
             pages_anew=pages_anew,
             same=same,
             is_clear=llm.collective_rpc(sealed_pages.scratch_is_clear)[0],
@@ -88,23 +93,21 @@ def test_pages_that_went_through_plain_bytes_are_read(run: Run) -> None:
 
 
 def test_pages_are_noise(run: Run) -> None:
-    sealed = np.concatenate([found[0].flatten() for found in run.pages.values()])
-    assert sealed.nbytes > 8e6
-    assert_noise(sealed)
+    assert run.pages.nbytes > 8e6
+    assert_noise(run.pages.flatten())
 
 
 def test_pages_hold_no_plain_row(run: Run) -> None:
-    for sealed, plain, _ in run.pages.values():
-        words = plain.view(np.uint64).flatten()
-        assert count_of(words, words.view(np.uint8)) == len(words)
-        assert count_of(words, sealed.flatten()) == 0
-        assert np.isfinite(plain.view(np.float32)).all()
+    words = np.unique(run.plain_pages.view(np.uint64))
+    assert count_of(words, words.view(np.uint8)) == len(words) > 1e6
+    assert count_of(words, run.pages.flatten()) == 0
+    assert np.isfinite(run.plain_pages.view(np.float32)).all()
 
 
 def test_no_write_number_is_used_twice(run: Run) -> None:
     """Numbers are told apart within a layer, and layers by theirs."""
     assert sorted(run.layer_numbers) == list(range(len(run.layer_numbers)))
-    for _, _, numbers in run.pages.values():
+    for numbers in run.write_numbers:
         assert len(np.unique(numbers)) == numbers.size
 
 

@@ -118,11 +118,11 @@ def test_a_random_life() -> None:
     """Sequences come, grow, share, are preempted and go, in a cache that is too small for all of them."""
     draw = random.Random(5)  # noqa: S311
     twin = Twin(2, 32, torch.float32, 24)
-    free, live = list(range(1, 24)), []
-    for _ in range(60):
+    free, live, prefixes = list(range(1, 24)), [], []
+    for _ in range(80):
         while len(live) < 4 and len(free) > 8:
-            shared = draw.choice(live) if live and draw.random() < 0.5 else None
-            start = [shared[0][0]] if shared and shared[1] >= TOKENS else []
+            full = [entry[0][0] for entry in live if entry[1] >= TOKENS] + prefixes
+            start = [draw.choice(full)] if full and draw.random() < 0.5 else []
             live.append([[*start, *(free.pop() for _ in range(3 - len(start)))], len(start) * TOKENS, bool(start)])
         before = [entry[1] for entry in live]
         after = [min(n + draw.choice((1, 1, 1, 30)), 3 * TOKENS) for n in before]
@@ -132,7 +132,9 @@ def test_a_random_life() -> None:
         for entry in [entry for entry in live if entry[1] == 3 * TOKENS or draw.random() < 0.1]:
             live.remove(entry)
             held = {block for other in live for block in other[0]}
-            free += [block for block in entry[0] if block not in held]
+            if entry[1] >= TOKENS and len(prefixes) < 4:  # stays in the prefix cache, in nobody's batch for a while
+                prefixes.append(entry[0][0])
+            free += [block for block in entry[0] if block not in held and block not in prefixes]
             draw.shuffle(free)
     assert len(set(twin.given)) == len(twin.given)
 
@@ -165,3 +167,8 @@ def test_pads_show_nothing() -> None:
     with pytest.raises(TypeError, match="never pickled"):
         twin.layer.pads.__reduce_ex__(2)
     assert "bits" not in dir(twin.layer.pads)
+    with pytest.raises(TypeError, match="never pickled"):
+        twin.layer.__reduce_ex__(2)
+    twin.layer.wipe()
+    assert not twin.layer.pads.bits.any()
+    twin.step([[1]], [9], [10])  # what was wiped is made anew

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from scx.vllm.blocks import TRAILER_BYTES, HostCipher
-from scx.vllm.tenants import Keyring
 from vllm.v1.kv_offload.base import (
     CanonicalKVCacheRef,
     CanonicalKVCaches,
@@ -18,7 +16,10 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from scx.keystream import Secret
+from scx.vllm.blocks import TRAILER_BYTES, HostCipher
 from scx.vllm.manager import Known, SealedSlots
+from scx.vllm.memory import PlainMemory
+from scx.vllm.tenants import Keyring
 from scx.vllm.worker import Placement, SealingWorker
 
 BLOCKS, PAGE, LAYERS = 12, 512, 3
@@ -49,7 +50,7 @@ class Host:
         refs = [[CanonicalKVCacheRef(LAYERS * g + n, PAGE) for n in range(LAYERS)] for g in range(groups)]
         caches = CanonicalKVCaches([CanonicalKVCacheTensor(page, PAGE) for page in pages], refs)
         placement = Placement(rank, PAGE * LAYERS, blocks_per_chunk, LAYOUT)
-        made = SealingWorker(caches, region, placement, HostCipher(), self.keyring)
+        made = SealingWorker(PlainMemory(caches), region, placement, HostCipher(), self.keyring)
         made.test_pages = pages
         made.test_rows = region.base_tensor.numpy().view(np.uint8).reshape(CHUNKS, ROW)
         self.workers.append(made)
@@ -228,5 +229,5 @@ def test_pages_larger_than_their_place(host, keyring) -> None:
     pages = torch.zeros(BLOCKS, PAGE, dtype=torch.int8)
     caches = CanonicalKVCaches([CanonicalKVCacheTensor(pages, PAGE)], [[CanonicalKVCacheRef(0, PAGE)]])
     with pytest.raises(ValueError, match="group 0: a block has 512 bytes, its place 64"):
-        SealingWorker(caches, region, Placement(0, 64, 1, LAYOUT), HostCipher(), keyring)
+        SealingWorker(PlainMemory(caches), region, Placement(0, 64, 1, LAYOUT), HostCipher(), keyring)
     region.cleanup()

@@ -30,6 +30,7 @@ from scx.vllm.pages.format import PageFormat, check_config, memory_of, sealed_sp
 from scx.vllm.pages.pads import Pads, Places, Plan
 from scx.vllm.pages.process import PageKey, page_key
 from scx.vllm.pages.registry import enter
+from scx_kernels.hidden import Hidden
 from scx_kernels.sealing import BIT_DTYPES, Sealing, blocks_of, cipher_in_place, keystream
 
 __all__ = ["SealedCPUBackend"]
@@ -43,8 +44,10 @@ _Ahead = tuple[PageKey | None, Tensor, list[Tensor]]
 _NOTHING_AHEAD: _Ahead = (None, torch.zeros(0, dtype=torch.int64), [])
 
 
-class SealedLayer:
-    """The sealed pages of one layer."""
+class SealedLayer(Hidden):
+    """The sealed pages of one layer, and keystream of its rows: key material."""
+
+    __slots__ = ("_ahead", "_views", "first_head", "format", "isa", "number", "pads", "places", "words")
 
     def __init__(self, name: str, format: PageFormat, first_head: int, isa: str, places: Places) -> None:
         self.format, self.isa, self.places = format, isa, places
@@ -52,22 +55,27 @@ class SealedLayer:
         self.number = page_key().layer(name)
         self.words = format.plain_bytes // 8
         self.pads = Pads(self.words, format.tokens)
-        self._views: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._cache: Tensor | None = None
+        self._views: tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
         self._ahead: _Ahead = _NOTHING_AHEAD
 
     def views(self, cache: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K and V as stock attention takes them, (blocks, H, N, d); all of both, (blocks, words) int64; write numbers,
         (blocks, N) int64."""
-        if self._views is None or self._cache is not cache:
+        if self._views is None or self._views[0] is not cache:
             stride = cache.stride(0) * cache.element_size()
             blocks, pages = len(cache), cache.view(len(cache), -1)
             bits = memory_of(pages, torch.int64, 0, (blocks, self.words), (stride // 8, 1))
             size, strides = (blocks, self.format.tokens), (stride // 8, 1)
             writes = memory_of(pages, torch.int64, self.format.plain_bytes, size, strides)
-            self._views = *self.split(bits), bits, writes
-            self._cache = cache
-        return self._views
+            self._views = cache, (*self.split(bits), bits, writes)
+        return self._views[1]
+
+    def wipe(self) -> None:
+        """Overwrite the keystream that is kept; it is made anew where it is asked for."""
+        self.pads.wipe()
+        for stream in self._ahead[2]:
+            stream.zero_()
+        self._ahead = _NOTHING_AHEAD
 
     def split(self, bits: Tensor) -> tuple[Tensor, Tensor]:
         """K and V, each (blocks, H, N, d), of packed blocks (blocks, words) int64."""
@@ -133,6 +141,7 @@ class SealedLayer:
     def unsealed(self, cache: Tensor, plan: Plan) -> Tensor:
         """The blocks of a plan in scratch, as a cache (P, H, N, 2d) of their own."""
         _, _, bits, writes = self.views(cache)
+        self.pads.reserve(plan)
         missing = self.pads.missing(plan, writes)
         if missing is not None:
             self._restore(missing.nonzero().flatten(), plan, bits, writes)
@@ -145,7 +154,6 @@ class SealedLayer:
 
     def _restore(self, rows: Tensor, plan: Plan, bits: Tensor, writes: Tensor) -> None:
         """Make the pads of these rows of scratch anew."""
-        self.pads.begin(plan, bits, writes)
         blocks = plan.blocks[rows]
         places = rows if plan.rows is None else plan.rows[rows]
         self.pads.blank(places, blocks, bits, writes)

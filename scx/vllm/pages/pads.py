@@ -183,18 +183,22 @@ class Pads(Hidden):
         self.bits.zero_()
 
     def begin(self, plan: Plan, bits: Tensor, writes: Tensor) -> None:
-        """Make room, and have blocks that came into the batch read as zeros until their rows are known.
+        """Before a step writes: have blocks that came into the batch read as zeros until their rows are known.
 
         Args: bits: (blocks, words) int64, all pages. writes: (blocks, N) int64, their write numbers.
         """
+        self.reserve(plan)
+        if len(plan.fresh):
+            self.blank(plan.fresh, plan.fresh_blocks, bits, writes)
+
+    def reserve(self, plan: Plan) -> None:
+        """Make room for what a plan reads."""
         if len(self.bits) < plan.capacity:
             old = self.bits, self.seen
             self.bits = torch.empty(plan.capacity, self.bits.shape[1], dtype=torch.int64)
             self.seen = torch.full((plan.capacity, self.seen.shape[1]), _NO_NUMBER)
             self.bits[: len(old[0])], self.seen[: len(old[1])] = old
             old[0].zero_()
-        if len(plan.fresh):
-            self.blank(plan.fresh, plan.fresh_blocks, bits, writes)
 
     def blank(self, places: Tensor, blocks: Tensor, bits: Tensor, writes: Tensor) -> None:
         """Have these blocks read as zeros."""
