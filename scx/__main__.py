@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scx.commands import audit, demo, demo_split, pair, tenants, transcript
+from scx.commands import audit, demo, demo_split, demo_vllm, pair, tenants, transcript
 from scx.keys import CACHE_ENCODINGS
 from scx.party.plan import CROSSINGS
 
@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     divided.add_argument("--prompt", default=demo.DEFAULT_PROMPT)
     divided.add_argument("--tokens", type=int, default=32, help="new tokens at most (default: %(default)s)")
     divided.add_argument("--crossings", choices=CROSSINGS, default="few", help="default: %(default)s")
+
+    served = commands.add_parser("demo-vllm", help="serve a conversation with vLLM, sealed, and alter a block of it")
+    served.add_argument("--tokens", type=int, default=40, help="new tokens of an answer at most (default: %(default)s)")
 
     paired = commands.add_parser("pair", help="make the credentials by which two processes know one another")
     paired.add_argument("directory", type=Path, help="where secure.pem and worker.pem go")
@@ -106,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if command == "demo-split":
         return 0 if demo_split.run(**options) else 1
+    if command == "demo-vllm":
+        return 0 if demo_vllm.run(**options) else 1
     return 0 if demo.run(**options) else 1
 
 

@@ -67,9 +67,12 @@ def engine(model: Path, environment: Mapping[str, str] | None = None, **options:
             gc.collect()
 
 
-def answers(llm: LLM, prompts: Sequence[list[int]], tokens: int = 16) -> tuple[list[list[int]], list[int]]:
+def answers(
+    llm: LLM, prompts: Sequence[list[int]], tokens: int = 16, salt: str | None = None
+) -> tuple[list[list[int]], list[int]]:
     """Greedy answers of requests that are there at once, and of each prompt the tokens that were not computed."""
-    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    salted = {} if salt is None else {"cache_salt": salt}
+    asked = [{"prompt_token_ids": prompt, **salted} for prompt in prompts]
     sampling = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False)
     made = llm.generate(asked, sampling, use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in made], [one.num_cached_tokens or 0 for one in made]

@@ -1,5 +1,5 @@
 """A server with sealed off-loading: two tenants and a stranger, what they find, what is stored; then it is killed while
-it stores, what it stored is altered, and a second one goes on with it."""
+it stores, what it stored is altered, and a second one goes on with it; a program with another key finds none of it."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ import pytest
 from engine import alterations
 from engine.bytes_seen import assert_noise, chi_square_excess, payloads, written_rows
 from engine.callers import NAME, Answer, Caller, Store, ask_at_once
-from engine.engines import BLOCK, FEW_BLOCKS, changed_environment, fs_tier, transfer
+from engine.engines import BLOCK, FEW_BLOCKS, answers, changed_environment, counted, engine, fs_tier, transfer
 from engine.ledgers import LONG, QUESTION, SHORT, TALKS, TWENTY, Ledger, answer_length
 from engine.plain import Plain
 from transformers import PreTrainedTokenizerBase
@@ -333,3 +333,53 @@ def test_a_forgotten_tenant_is_refused_and_its_blocks_are_useless(second: Second
     assert "401" in second.forgotten
     assert second.added_again.tokens == plain.tokens[TWENTY[1]]
     assert second.added_again.cached == 0
+
+
+# A program on the same store and registry, with another master key.
+
+
+@dataclass
+class Stranger:
+    """What it found and answered."""
+
+    answers: list[list[int]]
+    cached: list[int]
+    again: list[int]
+    of_nobody: list[int]
+    new_files: int
+    counts: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def stranger(world: World, second: Second, other_master_key: Path) -> Stranger:
+    environment = {**world.environment, "SCX_MASTER_KEY_FILE": str(other_master_key)}
+    with changed_environment(environment):
+        keyring = Keyring.from_environment()
+    salt = keyring.salt(keyring.named("alice"))
+    prompts = [world.prompts[ledger] for ledger in LONG[:3]]
+    config = transfer(tenants="callers", secondary_tiers=fs_tier(world.store.root))
+    files = world.store.files()
+    with engine(world.model, environment, kv_transfer_config=config, num_gpu_blocks_override=FEW_BLOCKS) as llm:
+        before = counted()
+        made, cached = answers(llm, prompts, answer_length(LONG[0]), salt)
+        new_files = len(world.store.wait_for(sum(len(prompt) // BLOCK for prompt in prompts), files))
+        assert llm.reset_prefix_cache()
+        _, again = answers(llm, prompts, 1, salt)
+        of_nobody = [answers(llm, prompts[:1], 1)[1][0] for _ in range(2)]
+        counts = {name: value - before.get(name, 0.0) for name, value in counted().items()}
+    return Stranger(made, cached, again, of_nobody, new_files, counts)
+
+
+def test_another_master_key_finds_nothing(stranger: Stranger, plain: Plain, world: World) -> None:
+    """All of it is in the store, under names that nobody else's keys give; its own blocks it finds."""
+    assert stranger.cached == [0, 0, 0]
+    assert stranger.answers == [plain.tokens[ledger] for ledger in LONG[:3]]
+    assert stranger.again == [(len(world.prompts[ledger]) - 1) // BLOCK * BLOCK for ledger in LONG[:3]]
+    assert stranger.counts.get("scx:kv_blocks_refused", 0) == 0
+
+
+def test_a_request_of_nobody_finds_nothing_and_leaves_nothing(stranger: Stranger, world: World) -> None:
+    """Without a salt that the middleware made: not even its own blocks, a moment later."""
+    assert stranger.of_nobody == [0, 0]
+    assert stranger.counts["scx:kv_requests_without_tenant"] == 2
+    assert stranger.new_files == sum(len(world.prompts[ledger]) // BLOCK for ledger in LONG[:3])
