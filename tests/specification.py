@@ -157,8 +157,10 @@ def block_tag(kind: str, key: bytes, head: bytes, context: bytes, row: bytes) ->
     return poly1305(own, b"".join(padded) + struct.pack("<QQ", len(context), len(row)))
 
 
-def block_trailer(kind: str, key: bytes, nonce: bytes, first: int, context: bytes, row: bytes) -> bytes:
-    head = BLOCK_HEAD.pack(b"SCXblk", BLOCK_FORMATS[kind], nonce, first, bytes(8))
+def block_trailer(
+    kind: str, key: bytes, nonce: bytes, first: int, context: bytes, row: bytes, version: int | None = None
+) -> bytes:
+    head = BLOCK_HEAD.pack(b"SCXblk", version or BLOCK_FORMATS[kind], nonce, first, bytes(8))
     return head + block_tag(kind, key, head, context, row)
 
 

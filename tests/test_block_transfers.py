@@ -4,17 +4,22 @@ import copy
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bench.rehearsal.device import StandInDevice
+from bench.rehearsal.operators import Operators
+from bench.rehearsal.tensors import StandIn
 from scx.keystream import Secret
 from scx.vllm.blocks import TRAILER_BYTES, Block, DeviceCipher, HostCipher, Transfer, host
 from scx.vllm.blocks.block import Tag
 from scx.vllm.blocks.staging import Staging
+from scx.vllm.blocks.transfer import AtOnce
+from scx_kernels.kernels.launch import TARGETS
 from tests.blocks import (
     CPU,
     KEY,
@@ -126,6 +131,41 @@ class TestWhatStays:
                 for keys in (staging._keys, staging._device_keys):
                     assert not keys.any()
 
+    def test_only_ciphertext_and_no_key_leaves_an_accelerator(self, monkeypatch) -> None:
+        """All that is copied to the host, by a stand-in for a GPU. Nothing waits for a copy that is not pinned."""
+        copy, crossed = StandInDevice._copy, []
+
+        def note(self: StandInDevice, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            result = copy(self, func, args, kwargs)
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            if isinstance(source, StandIn) and not isinstance(result, StandIn):
+                crossed.append(result.flatten().view(torch.uint8).numpy().tobytes())
+            return result
+
+        def to_cuda(plain: bytes) -> list[torch.Tensor]:
+            return [torch.frombuffer(bytearray(plain[at : at + 900]), dtype=torch.uint8).to("cuda") for at in (0, 900)]
+
+        operators = Operators((TARGETS["cuda", 90],), lambda *given: None)
+        with StandInDevice(operators) as stand_in, torch.no_grad():
+            cipher = DeviceCipher(torch.device("cuda"), staging_bytes=4096, executor=AtOnce())
+            plain = [drawn(1800, seed).numpy().tobytes() for seed in range(5)]
+            given = [new_block([])._replace(pages=to_cuda(each), row=np.zeros(1800, np.uint8)) for each in plain]
+            pages = [[torch.zeros_like(page) for page in block.pages] for block in given]
+            monkeypatch.setattr(StandInDevice, "_copy", note)
+            stand_in.waits.clear()
+            cipher.store(given).wait()
+            sent = b"".join(crossed)
+            loading = cipher.load([block._replace(pages=own) for block, own in zip(given, pages, strict=True)])
+            loading.wait()
+            assert {wait.operation for wait in stand_in.waits} <= {"Event.synchronize", "Stream.synchronize"}
+            assert len(b"".join(crossed)) == len(sent), "to load, nothing is copied to the host"
+            monkeypatch.undo()
+            opened = [b"".join(page.cpu().numpy().tobytes() for page in own) for own in pages]
+        assert (loading.refused, opened) == ([], plain)
+        assert len(sent) == 5 * 2048
+        assert not windows(sent) & windows(b"".join(plain))
+        assert all(block.row.tobytes() in sent for block in given)
+
     def test_keys_are_wiped_after_a_failure(self, monkeypatch) -> None:
         with cipher_of("device") as cipher:
             (given,) = sealed(cipher)
@@ -206,11 +246,21 @@ class TestTransfers:
         """Blocks larger than it go alone."""
         cipher = DeviceCipher(CPU, staging)
         given = [new_block([drawn(size, size)], on=CPU) for size in (10, 4000, 2000, 1, 30_000, 1024, 1024)]
-        cipher.store(given).wait()
+        storing = cipher.store(given)
+        storing.wait()
+        assert storing.bytes == sum(each.row.nbytes for each in given)
         opened = [emptied(each) for each in given]
         assert refusals(cipher, opened) == []
         assert list(map(content, opened)) == list(map(content, given))
         cipher.close()
+
+    def test_close_waits_for_what_was_begun(self) -> None:
+        with ThreadPoolExecutor(1) as executor:
+            for own in (None, executor):
+                cipher = DeviceCipher(CPU, executor=own)
+                storing = [cipher.store([new_block([drawn(200_000)])]) for _ in range(5)]
+                cipher.close()
+                assert all(transfer.is_done() for transfer in storing)
 
     def test_a_closed_cipher_takes_nothing(self) -> None:
         cipher = DeviceCipher(CPU)

@@ -289,6 +289,22 @@ class TestSharedMemory:
         for place, (each, before) in enumerate(zip(opened, given, strict=True)):
             assert content(each) == (bytes([SENTINEL]) * 1500 if place in loading.refused else content(before))
 
+    def test_bytes_that_are_right_again_in_time_for_the_tag_are_refused(self, cipher, monkeypatch) -> None:
+        """Wrong when they are copied, right when they would be authenticated where they were."""
+        (given,) = sealed(cipher, (1500,))
+        opened = emptied(given, row=given.row.copy())
+        opened.row[:] ^= 0xFF
+        update = block.Tag.update
+
+        def put_right(self: block.Tag, piece: np.ndarray) -> None:
+            opened.row[:] = given.row
+            update(self, piece)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(block.Tag, "update", put_right)
+            assert refusals(cipher, [opened]) == [0]
+        assert refusals(cipher, [opened]) == []
+
     def test_what_is_altered_while_it_is_sealed_is_refused(self, cipher, monkeypatch) -> None:
         """The tag is not that of what somebody put into the row."""
         made = new_block([drawn(1500)], on=place_of(cipher))

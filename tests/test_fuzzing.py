@@ -1,5 +1,6 @@
 """Readers of files and messages under hostile bytes, the same few every time; `make fuzz` goes on for longer."""
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from scx import FileRefusedError
 from scx.files import header as headers
 from scx.files import keyfile
 from scx.party import messages
-from tests.fuzzing.targets import BLOCK_CIPHERS, CASES, FILES, TARGETS, check, sealed_block
+from tests.fuzzing.targets import BLOCK_CIPHERS, CASES, FILES, REGISTRY, REQUEST_BODY, TARGETS, check, sealed_block
 from tests.golden.given import KEY, MASTER, SESSION_ID
 from tests.specified_files import Refused
 from tests.vectors.make import open_file
@@ -40,6 +41,8 @@ def test_right_bytes_are_read() -> None:
     """So a refusal above comes from what is hostile."""
     for name, file in (("keys", "session"), ("cache", "cache"), ("shared keys", "shared-keys")):
         assert check(name, FILES[file]) == "read"
+    for name, value in (("registry", REGISTRY), ("request's body", REQUEST_BODY)):
+        assert check(name, json.dumps(value).encode()) == "read"
     for name, cipher in BLOCK_CIPHERS.items():
         assert check(name, sealed_block(cipher)) == "read"
 

@@ -92,9 +92,12 @@ def by(request):
 
 
 @by_dtype
-@pytest.mark.parametrize(("heads", "tokens", "size"), [(1, 16, 64), (3, 16, 32), (2, 32, 48)])
-def test_attention_reads_what_was_written(by, dtype, heads, tokens, size):
+@pytest.mark.parametrize("shape", [(3, 16, 32), (2, 32, 48)], ids=str)
+def test_attention_reads_what_was_written(by, dtype, shape):
     """Prompts, then single tokens, several sequences with a shared first block, in blocks that lie in any order."""
+    heads, tokens, size = shape
+    if dtype.itemsize == 2 and size == 48:
+        heads, size = 1, 64  # heads of 48 are refused on a GPU in half precision
     cache = Cache(heads, tokens, size, dtype, blocks=9)
     tables = [[5, 2], [5, 8, 3], [1]]
     lengths = [tokens + 3, 2 * tokens + 1, 4]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from key_search import KeySearch, errors_of, frames_below, reachable
+from test_readme import run_examples
 
 from scx.__main__ import main
 from scx.files.refusal import FileRefusedError
@@ -421,12 +422,17 @@ class TestTheMasterKeysFile:
         with pytest.raises(PermissionError, match="belongs to user 4711"):
             read_master(path)
 
+    def test_it_cannot_be_opened(self, tmp_path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(NotADirectoryError, match="SCX_MASTER_KEY_FILE: .*: Not a directory; .python -m scx"):
+            read_master(tmp_path / "file" / "key")
+
     def test_no_regular_file(self, tmp_path) -> None:
         os.mkfifo(tmp_path / "pipe", 0o600)
         for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
             with pytest.raises(FileRefusedError, match="not a regular file"):
                 read_master(path)
-        with pytest.raises(FileNotFoundError, match="there is no file .*; .python -m scx tenants key FILE"):
+        with pytest.raises(FileNotFoundError, match="there is no such file; .python -m scx tenants key FILE"):
             read_master(tmp_path / "none")
 
     def test_the_environment(self, tmp_path, monkeypatch) -> None:
@@ -436,8 +442,11 @@ class TestTheMasterKeysFile:
             Keyring.from_environment()
         monkeypatch.setenv("SCX_MASTER_KEY_FILE", str(write_master(tmp_path / "key")))
         assert Keyring.from_environment().named("a")
+        monkeypatch.setenv("SCX_TENANTS_FILE", "")
+        with pytest.raises(ValueError, match="SCX_TENANTS_FILE: set, and empty"):
+            Keyring.from_environment()
         monkeypatch.setenv("SCX_TENANTS_FILE", str(tmp_path / "tenants.json"))
-        with pytest.raises(FileNotFoundError, match="SCX_TENANTS_FILE: there is no file .*tenants add NAME"):
+        with pytest.raises(FileNotFoundError, match="SCX_TENANTS_FILE: .*: there is no such file; .*tenants add NAME"):
             Keyring.from_environment()
         add(tmp_path / "tenants.json", "a")
         assert Keyring.from_environment().named("b") is None
@@ -621,7 +630,7 @@ class TestTheCommand:
         assert "SCX_TENANTS_FILE is not set" in self.run(capsys, "list")[2]
         code, out, error = self.run(capsys, "list", "--file", tmp_path / "none")
         assert (code, out) == (1, "")
-        assert "there is no file" in error
+        assert "there is no such file" in error
         (tmp_path / "key").touch()
         assert self.run(capsys, "key", tmp_path / "key")[0] == 1
         assert (tmp_path / "key").read_bytes() == b""
@@ -630,6 +639,15 @@ class TestTheCommand:
         code = "import sys, scx.commands.tenants, scx.vllm.tenants; assert 'vllm' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_operators_pages_example(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SCX_MASTER_KEY_FILE", str(write_master(tmp_path / "key")))
+    monkeypatch.delenv("SCX_TENANTS_FILE", raising=False)
+    names: dict[str, object] = {}
+    run_examples("docs/vllm.md", names)
+    ring = Keyring.from_environment()
+    assert ring.read_salt(names["salt"]) == ring.named("alice")
 
 
 class TestNothingShows:

@@ -9,10 +9,13 @@ host memory, and names it under its tenant's key:
 | `connector.py` | vLLM's off-loading connector with a tenant for every request |
 | `spec.py` | what the two sides of it are made of, and what is refused at start |
 | `manager.py` | the scheduler's side: blocks under keyed names, and what was refused is a miss |
-| `worker.py` | the worker's side: from pages to host memory and back, through the cipher |
-| `blocks.py` | the cipher of a block |
-| `tenants.py`, `middleware.py` | whose a block is: master key, tenants' keys, salts; who sends a request |
+| `worker.py`, `memory.py` | the worker's side: from pages to host memory and back, through the cipher |
+| `blocks/` | the cipher of a block |
 | `pages/` | the paged cache itself sealed |
+| `tenants.py`, `registry.py`, `master.py`, `private.py` | whose a block is: tenants, keys, salts, and their files |
+| `middleware.py`, `routes.py`, `body.py` | whose a request is |
+| `counters.py`, `metrics.py` | what is counted |
+| `version.py` | which vLLM this was tested with |
 """
 
 from typing import Any

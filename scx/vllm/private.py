@@ -38,8 +38,11 @@ def read_private(path: str | os.PathLike[str], name: str, remedy: str, max_bytes
                     f"{name}: {path} belongs to user {status.st_uid}, and this process is user {os.geteuid()}; chown it"
                 )
             data = _read(cast(FileIO, file.raw), max_bytes + 1)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: there is no file {path}; {remedy}") from None
+    except OSError as error:
+        if error.errno is None:  # said above
+            raise
+        told = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise type(error)(f"{name}: {path}: {told}; {remedy}") from None
     except FileRefusedError as error:
         raise FileRefusedError(error.reason, f"{name}: {path}: {error}; {remedy}") from None
     if len(data) > max_bytes:

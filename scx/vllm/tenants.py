@@ -159,7 +159,9 @@ class Keyring(Hidden):
         Raises: ValueError, OSError, FileRefusedError where one of them is not as it has to be, with the remedy.
         """
         registry = os.environ.get(REGISTRY_VARIABLE)
-        return cls(master_of_environment(), Path(registry) if registry else None)
+        if registry == "":  # a name that was lost on its way must not let strangers in
+            raise ValueError(f"{REGISTRY_VARIABLE}: set, and empty; name the registry, or unset it")
+        return cls(master_of_environment(), None if registry is None else Path(registry))
 
     @property
     def problem(self) -> str | None:

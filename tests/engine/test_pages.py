@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine import sealed_pages
 from engine.bytes_seen import assert_noise, count_of
-from engine.engines import FEW_BLOCKS, answers, counted, engine
+from engine.engines import BLOCK, FEW_BLOCKS, answers, counted, engine, transfer
 from engine.ledgers import TWENTY
 from engine.plain import Plain
 from transformers import PreTrainedTokenizerBase
@@ -122,6 +122,25 @@ def test_preempted_requests(model: Path, prompts: list[list[int]], plain: Plain)
         after = counted()
     assert [tokens[:16] for tokens in found] == [plain.tokens[ledger] for ledger in TWENTY]
     assert after["vllm:num_preemptions"] > before.get("vllm:num_preemptions", 0)
+
+
+def test_blocks_come_back_into_sealed_pages(
+    model: Path, prompts: list[list[int]], plain: Plain, master_key: Path
+) -> None:
+    """Off-loaded under a tenant's key, since that of the pages is the process's own."""
+    environment = SEALED | {"SCX_MASTER_KEY_FILE": str(master_key)}
+    settings = {"kv_transfer_config": transfer(tenant="alice"), "num_gpu_blocks_override": FEW_BLOCKS}
+    with engine(model, environment, **settings) as llm:
+        first, _ = answers(llm, prompts)
+        assert llm.reset_prefix_cache()
+        again, cached = answers(llm, prompts)
+        counts = counted()
+        pages = llm.collective_rpc(sealed_pages.pages)[0]
+    assert first == again == [plain.tokens[ledger] for ledger in TWENTY]
+    assert cached == [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
+    assert counts["scx:kv_blocks_opened"] >= sum(cached) // BLOCK
+    assert counts["scx:kv_blocks_refused"] == 0
+    assert_noise(pages.flatten())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"])

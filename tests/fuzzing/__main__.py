@@ -26,7 +26,7 @@ except ImportError:
 if atheris is None:
     from tests.fuzzing.targets import CASES, check
 else:
-    with atheris.instrument_imports(include=["scx.files", "scx.party.messages", "scx.vllm.blocks", "json"]):
+    with atheris.instrument_imports(include=["scx.files", "scx.party.messages", "scx.vllm", "json"]):
         from tests.fuzzing.targets import CASES, check
 
 COUNTS: Counter[tuple[str, str]] = Counter()

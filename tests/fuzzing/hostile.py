@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests import specification
 from tests.golden.wrong_files import Parts
 
-__all__ = ["files", "messages", "mutated"]
+__all__ = ["files", "json_texts", "messages", "mutated"]
 
 _NUMBERS = st.sampled_from([0, 1, -1, 2**16, 2**31 - 1, 2**31, 2**48, 2**63, 2**64, 10**40]) | st.integers(-9, 300)
 _WORDS = st.sampled_from(["", "0", "1", "-1", "+2", "٣", "\ud800", "\0", "\x1b[2J", "U8", "F32", "I64", "encrypted"])
@@ -115,3 +115,11 @@ def messages(draw: st.DrawFn, right: bytes) -> bytes:
     if draw(st.booleans()):
         body = draw(mutated(body))
     return struct.pack(">IQ", len(head), len(body)) + head + body
+
+
+@st.composite
+def json_texts(draw: st.DrawFn, right: Any) -> bytes:
+    """JSON that is hostile: `right` is a value that is not."""
+    if draw(st.booleans()):
+        return draw(mutated(json.dumps(right).encode()))
+    return json.dumps(draw(json_edits(right))).encode()

@@ -1,6 +1,7 @@
 """Who reads what strangers wrote: files of every kind, the messages between the parties' processes, and blocks of a
 paged cache in memory that others write to."""
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ from scx.party.messages import (
 from scx.party.plan import Plan
 from scx.vllm.blocks import TRAILER_BYTES, Block, DeviceCipher, HostCipher
 from scx.vllm.blocks.transfer import AtOnce
+from scx.vllm.body import Body, RefusedError
+from scx.vllm.registry import Registry
 from tests import specification
-from tests.fuzzing.hostile import files, messages, mutated
+from tests.fuzzing.hostile import files, json_texts, messages, mutated
 from tests.golden import make
 from tests.golden.given import KEY, MASTER, SESSION_ID
 
@@ -152,6 +155,37 @@ def off_loaded(cipher: Any) -> Target:
 
 AGREEMENT = write_agreement(Plan(4, 1, 1, prefill_top_k=3), "a model")
 WIRE = (MessageError, EndOfBytesError)
+REGISTRY = {
+    "format": "scx tenants",
+    "version": 1,
+    "tenants": [
+        {
+            "name": f"tenant {i}",
+            "id": SESSION_ID.hex() if i else "00" * 16,
+            "kind": "default",
+            "credentials": [(KEY[i:] + KEY[:i]).hex()],
+            "versions": {"1": KEY.hex(), "2": MASTER.hex()},
+        }
+        for i in range(2)
+    ],
+}
+REQUEST_BODY = {
+    "model": "a model",
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "words"}]}],
+    "cache_salt": "told",
+    "seed": 2**63,
+    "kv_transfer_params": {"max_load_tokens": 5, "kv_load_tiers": [{"medium": "CPU"}]},
+    "vllm_xargs": {"a": [1, 2.5]},
+}
+
+
+def salted(data: bytes) -> bytes:
+    """What the engine gets, which is JSON with the salt."""
+    body = Body(data)
+    made = body.salted("a salt of " + body.told)
+    assert json.loads(made)["cache_salt"].startswith("a salt of ")
+    return made
+
 
 TARGETS: dict[str, Target] = {
     "authenticated container": container("cache", "cache", "authenticated", CACHE_KEY),
@@ -178,6 +212,8 @@ TARGETS: dict[str, Target] = {
         dict,
         WIRE,
     ),
+    "registry": Target(Registry.from_json, json_texts(REGISTRY), Registry, (FileRefusedError,)),
+    "request's body": Target(salted, json_texts(REQUEST_BODY), bytes, (RefusedError,)),
     "agreement": Target(off_wire(read_agreement), hostile_message(AGREEMENT), tuple, WIRE),
     **{name: off_loaded(cipher) for name, cipher in BLOCK_CIPHERS.items()},
 }

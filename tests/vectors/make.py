@@ -203,9 +203,12 @@ def off_loaded_block() -> tuple[dict[str, str], list[Case]]:
         first, comment = (
             (1, "a write number where there is none") if kind == "host" else (2**60, "a write number too many")
         )
-        trailer = specification.block_trailer(kind, key, drawn("nonce", size=24), first, *(
-            bytes.fromhex(right[name]) for name in ("context", "row")))  # fmt: skip
-        tests.append(refused_block(kind, right, comment, "WrittenByKeyHolder", trailer=trailer))
+        given = [bytes.fromhex(right[name]) for name in ("context", "row")]
+        wrong = {comment: (first, None), "a format that there is not": (0, 3)}
+        wrong["the other format's number"] = (0, specification.BLOCK_FORMATS[other])
+        for comment, (first, version) in wrong.items():
+            trailer = specification.block_trailer(kind, key, drawn("nonce", size=24), first, *given, version)
+            tests.append(refused_block(kind, right, comment, "WrittenByKeyHolder", trailer=trailer))
         groups.append({"type": "OffLoadedBlock", "format": kind, "tests": tests})
     return BLOCK_NOTES, groups
 

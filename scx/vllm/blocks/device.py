@@ -132,6 +132,8 @@ class _Lane:
     def close(self) -> None:
         if self._owns:
             self._executor.shutdown()
+        else:
+            self._executor.submit(self._stagings.clear).result()  # behind all that was begun
         self._stagings = []
 
 

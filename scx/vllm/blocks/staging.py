@@ -137,7 +137,8 @@ class Staging:
             for page in staged.keyed.block.pages:
                 part = self._device[at : at + page.numel()]
                 # A copy moves numbers one by one: the wider, the fewer.
-                is_wide = all(place % 8 == 0 for place in (at, page.numel(), page.storage_offset()))
+                places = (at, page.numel(), page.storage_offset(), page.data_ptr())
+                is_wide = all(place % 8 == 0 for place in places)
                 kind = torch.int64 if is_wide else torch.uint8
                 pages.append(page.view(kind))
                 parts.append(part.view(kind))

@@ -94,7 +94,7 @@ class Places:
         count = int(places.max()) + 1 if len(places) else 0
         row = torch.arange(count)
         # Pads in the order of scratch are XORed without a copy, which is worth the blocks of some who have gone.
-        is_dense = count <= 2 * len(places)
+        is_dense = 2 * count <= 3 * len(places)
         if not is_dense:
             row[places], count = torch.arange(len(places)), len(places)
         fill = torch.zeros(count, dtype=torch.int64)
