@@ -10,7 +10,6 @@ unused is zero, or left of a chunk that lay there before.
 """
 
 import struct
-from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -35,6 +34,8 @@ class Cipher(Protocol):
     def store(self, blocks: list[Block]) -> Transfer: ...
 
     def load(self, blocks: list[Block]) -> Transfer: ...
+
+    def close(self) -> None: ...
 
 
 class Placement(NamedTuple):
@@ -113,7 +114,7 @@ class SealingWorker(OffloadingWorker):
         self._at = placement
         self._cipher = cipher
         self._keyring = keyring
-        self._jobs: deque[_Job] = deque()
+        self._jobs: list[_Job] = []
         self._counts = Counts()
         self._refused_blocks: set[int] = set()
         self._refused_names: set[bytes] = set()
@@ -128,10 +129,12 @@ class SealingWorker(OffloadingWorker):
         return True
 
     def get_finished(self) -> list[TransferResult]:
-        finished = []
-        while self._jobs and self._jobs[0].transfer.is_done():
-            finished.append(self._end(self._jobs.popleft()))
-        return finished
+        done: list[_Job] = []
+        pending: list[_Job] = []
+        for job in self._jobs:  # loads do not wait for stores that began before them
+            (done if job.transfer.is_done() else pending).append(job)
+        self._jobs = pending
+        return [self._end(job) for job in done]
 
     def wait(self, job_ids: set[int]) -> None:
         for job in self._jobs:
@@ -149,8 +152,7 @@ class SealingWorker(OffloadingWorker):
         return self._counts
 
     def shutdown(self) -> None:
-        for job in self._jobs:
-            job.transfer.wait()
+        self._cipher.close()
         self._jobs.clear()
         del self._rows  # a view of the region, which is unmapped now
         self._region.cleanup()

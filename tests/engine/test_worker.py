@@ -224,6 +224,53 @@ def test_a_tenant_that_is_forgotten_meanwhile(host) -> None:
     assert run(worker, 4, kept, device([7]), load=True)[0] == {7}, "a store without a key leaves nothing to open"
 
 
+class Pending:
+    """A transfer that is over when it is told so."""
+
+    refused: list[int] = []  # noqa: RUF012
+    bytes, seconds = 0, 0.0
+    over = False
+
+    def is_done(self) -> bool:
+        return self.over
+
+    def wait(self) -> None:
+        self.over = True
+
+
+class Slow(HostCipher):
+    """A cipher whose stores take their time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store_under_way, self.is_closed = Pending(), False
+
+    def store(self, blocks):
+        return self.store_under_way
+
+    def load(self, blocks):
+        over = Pending()
+        over.over = True
+        return over
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_load_does_not_wait_for_a_store(host, keyring) -> None:
+    worker = host.worker()
+    worker._cipher = slow = Slow()
+    worker.submit_store(1, device([0]), slots(keyring, [0]))
+    worker.submit_load(2, slots(keyring, [1]), device([1]))
+    assert [result.job_id for result in worker.get_finished()] == [2]
+    assert worker.get_finished() == []
+    worker.wait({1})
+    assert [result.job_id for result in worker.get_finished()] == [1]
+    host.close()
+    host.workers.clear()
+    assert slow.is_closed
+
+
 def test_pages_larger_than_their_place(host, keyring) -> None:
     region = SharedOffloadRegion(host.name, CHUNKS, 0, ROW, 64)
     pages = torch.zeros(BLOCKS, PAGE, dtype=torch.int8)

@@ -71,6 +71,9 @@ class HostCipher:
         refused = [place for place, opened in enumerate(is_open) if not opened]
         return Transfer.done(Outcome(refused, size, time.perf_counter() - began))
 
+    def close(self) -> None:
+        """Nothing is under way here, and no thread or staging is held."""
+
     def _seal(self, block: Block) -> None:
         trailer = Trailer(HOST_FORMAT, fresh_nonce(), 0, b"")
         stream, tag = _keyed(block, trailer)
