@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults, KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -12,6 +13,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from scx.vllm import SPEC
+from scx.vllm.counters import COUNTERS
 from scx.vllm.manager import SealedManager
 from scx.vllm.worker import SealingWorker
 
@@ -107,6 +109,10 @@ class SealedOffloadingConnector(OffloadingConnector):
     @classmethod
     def build_prom_metrics(cls, vllm_config: "VllmConfig", *args: Any, **options: Any) -> KVConnectorPromMetrics:
         _choose_spec(vllm_config)
+        # As vLLM does with its own: an engine that this process had before has left its counters.
+        for collector in list(REGISTRY._collector_to_names):
+            if getattr(collector, "_name", "") in COUNTERS:
+                REGISTRY.unregister(collector)
         return super().build_prom_metrics(vllm_config, *args, **options)
 
 
