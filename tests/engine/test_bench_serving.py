@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.serving import pages
 from bench.serving.contest import CONTESTANTS, PLAIN, SEALED, UNSEALED, Turn, figures
 from bench.serving.unsealed import Copying
 from scx.keystream import Secret
@@ -28,6 +29,17 @@ def test_ratios_are_those_of_one_round() -> None:
     assert found["beside"][f"{SEALED} over {PLAIN}"]["second turn"]["first_token"] == pytest.approx(0.3)
     assert found["contestants"][UNSEALED]["second turn"]["first_token_seconds"] == pytest.approx(0.75)
     assert set(found["contestants"]) == set(CONTESTANTS)
+
+
+def test_sealed_pages_are_held_against_the_same_round() -> None:
+    rounds = [
+        {name: {pages.PLAIN: slow, pages.SEALED: slow * ratio, pages.EQUAL: ratio / 2} for name in pages.LOADS}
+        for slow, ratio in ((1.0, 1.5), (8.0, 1.2), (2.0, 2.0))
+    ]
+    for found in pages.figures(rounds).values():
+        assert found["sealed over plain"] == pytest.approx({"median": 1.5, "lowest": 1.2, "highest": 2.0})
+        assert found["seconds"] == {pages.PLAIN: 2.0, pages.SEALED: 4.0}
+        assert found[pages.EQUAL] == 0.6
 
 
 def test_the_unsealed_contestant_moves_blocks_as_they_are() -> None:
