@@ -1,5 +1,7 @@
 """The scheduler's side without an engine: names under tenants' keys, versions, and what was refused."""
 
+import hashlib
+import hmac
 from collections.abc import Collection
 
 import pytest
@@ -123,6 +125,18 @@ def test_tiers_see_keyed_names_alone(manager, tiers) -> None:
     assert [len(name) for name in names] == [len(key) for key in KEYS]
     assert len({name[:-4] for name in names}) == len(KEYS)
     assert hits(manager, request(manager)) == [True] * 4
+
+
+def test_names_are_those_of_the_specification(manager, keyring) -> None:
+    """docs/formats.md, by an HMAC of its own."""
+    (name,) = store(manager, request(manager), KEYS[1:2])
+    secret = bytes(keyring.key(keyring.now, 1, "names").reveal())
+    group = (1).to_bytes(4, "big")
+    described = LAYOUT + bytes([1]) * 32 + group
+    assert name == hmac.new(secret, described, hashlib.sha256).digest() + group
+    manager.refuse([name])
+    (later,) = store(manager, request(manager), KEYS[1:2])
+    assert later == hmac.new(secret, described + bytes([0, 0, 0, 1]), hashlib.sha256).digest() + group
 
 
 def test_where_a_block_lies_is_known_by_its_name(manager) -> None:

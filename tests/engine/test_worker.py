@@ -109,6 +109,14 @@ def test_there_and_back_into_other_blocks(host, keyring) -> None:
     assert worker.counts.take() is None
 
 
+def test_associated_data_is_that_of_the_specification() -> None:
+    """docs/formats.md."""
+    key = make_offload_key(bytes([9]) * 32, 5)
+    found = Placement(2, 64, 3, LAYOUT).context("ab" * 16, 7, key, 1)
+    numbers = bytes([0, 0, 0, 2, 0, 0, 0, 7, 0, 0, 0, 1])
+    assert found == b"scx kv block v1\0" + LAYOUT + bytes([0xAB]) * 16 + numbers + bytes([9]) * 32 + bytes([0, 0, 0, 5])
+
+
 def test_host_memory_holds_no_page(host, keyring) -> None:
     worker = host.worker()
     run(worker, 1, device([3]), slots(keyring, [2]), load=False)
