@@ -27,6 +27,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from scx.vllm.pages.format import PageFormat, check_config, memory_of, sealed_spec
+from scx.vllm.pages.layers import owner_of
 from scx.vllm.pages.pads import Pads, Places, Plan
 from scx.vllm.pages.process import PageKey, page_key
 from scx.vllm.pages.registry import enter
@@ -216,20 +217,12 @@ class SealedCPUImpl(CPUAttentionBackendImpl):
         if self.attn_type == AttentionType.ENCODER_DECODER:
             raise NotImplementedError("SCX_SEAL_PAGES=1 does not seal what a decoder keeps of its encoder")
 
-    def _owner(self, layer: Any) -> SealedLayer:
-        """The layer whose pages this one reads."""
-        target = self.kv_sharing_target_layer_name
-        impl = self if target is None else get_forward_context().no_compile_layers[target].impl
-        if impl.layer is None:
-            raise RuntimeError(f"layer {layer.layer_name}: its pages are not set up; the metadata builder was replaced")
-        return impl.layer
-
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if self.attn_type != AttentionType.DECODER:
             return  # an encoder stores nothing
-        own = self._owner(layer)
+        own: SealedLayer = owner_of(self, layer)
         metadata = get_forward_context().attn_metadata
         plan = metadata[layer.layer_name].plan if isinstance(metadata, dict) else None
         if plan is None or not torch.equal(plan.slots, slot_mapping):
@@ -244,7 +237,7 @@ class SealedCPUImpl(CPUAttentionBackendImpl):
     ) -> Tensor:  # fmt: skip
         if attn_metadata is None or self.attn_type != AttentionType.DECODER:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **options)
-        own = self._owner(layer)
+        own: SealedLayer = owner_of(self, layer)
         plain = own.unsealed(kv_cache, attn_metadata.plan)
         near = attn_metadata.near
         super().forward(layer, query, key, value, plain, near, output, *args, **options)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends.triton_attn import (
@@ -23,6 +22,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from scx.devices import upload
 from scx.vllm.pages.format import PageFormat, check_config, sealed_spec
+from scx.vllm.pages.layers import owner_of
 from scx.vllm.pages.paged import (
     FEW_QUERIES,
     PagedRows,
@@ -102,18 +102,10 @@ class SealedCUDAImpl(TritonAttentionImpl):
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
 
-    def _owner(self, layer: Any) -> SealedLayer:
-        """The layer whose pages this one reads."""
-        target = self.kv_sharing_target_layer_name
-        impl = self if target is None else get_forward_context().no_compile_layers[target].impl
-        if impl.layer is None:
-            raise RuntimeError(f"layer {layer.layer_name}: its pages are not set up; the metadata builder was replaced")
-        return impl.layer
-
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        own = self._owner(layer)
+        own: SealedLayer = owner_of(self, layer)
         tokens = len(slot_mapping)
         counter = page_key().counter(kv_cache.device)
         write_rows(own.rows(kv_cache), key[:tokens], value[:tokens], slot_mapping, counter, own.seal)
@@ -129,7 +121,7 @@ class SealedCUDAImpl(TritonAttentionImpl):
             raise NotImplementedError("SCX_SEAL_PAGES=1 on CUDA does not take quantised output")
         if attn_metadata.causal is not True or attn_metadata.mm_prefix_range_tensor is not None:
             raise NotImplementedError("SCX_SEAL_PAGES=1 on CUDA does not take attention that is not causal")
-        own, tokens = self._owner(layer), attn_metadata.num_actual_tokens
+        own, tokens = owner_of(self, layer), attn_metadata.num_actual_tokens
         left = self.sliding_window[0]
         attend(
             query[:tokens], own.rows(kv_cache), attn_metadata.position, attn_metadata.seq_lens,
