@@ -210,6 +210,8 @@ class SealedCPUImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        # The model is being built: this fails the server's start, not a request. vLLM takes its one backend for a CPU
+        # without asking what that supports.
         if self.is_fp8_kv_cache:
             raise NotImplementedError(
                 f"SCX_SEAL_PAGES=1 does not seal a cache of {self.kv_cache_dtype}; take --kv-cache-dtype auto"

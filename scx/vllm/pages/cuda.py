@@ -95,6 +95,7 @@ class SealedCUDAImpl(TritonAttentionImpl):
             "attention sinks": self.sinks is not None,
             "chunked local attention": self.chunk_lookback != -1,
         }
+        # The model is being built: this fails the server's start, not a request.
         for what, is_there in refused.items():
             if is_there:
                 raise NotImplementedError(f"SCX_SEAL_PAGES=1 on CUDA does not take {what}")
@@ -117,6 +118,7 @@ class SealedCUDAImpl(TritonAttentionImpl):
     ) -> Tensor:  # fmt: skip
         if attn_metadata is None:
             return output.fill_(0)
+        # Both are a step's own to ask for, though nothing that was taken at start does: a wrong answer would be silent.
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("SCX_SEAL_PAGES=1 on CUDA does not take quantised output")
         if attn_metadata.causal is not True or attn_metadata.mm_prefix_range_tensor is not None:
