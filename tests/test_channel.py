@@ -1,6 +1,7 @@
 """The connection between the parties: who is let in, who is in nobody's way, and what somebody in its middle can do."""
 
 import copy
+import os
 import pickle
 import re
 import socket
@@ -90,6 +91,17 @@ def test_a_file_that_others_may_use_is_refused(tmp_path, mode: int) -> None:
     (tmp_path / "worker").chmod(mode)
     with pytest.raises(PermissionError, match=f"mode {mode:o}"):
         Credentials.load(tmp_path / "worker")
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path) -> None:
+    """A pipe into which nobody writes holds up nobody; nor does a directory, or a file that is larger than any pair."""
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    (tmp_path / "directory").mkdir(0o700)
+    (tmp_path / "large").touch(0o600)
+    (tmp_path / "large").write_bytes(bytes(2**20))
+    for name in ("pipe", "directory", "large"):
+        with pytest.raises(ValueError, match="credentials: "):
+            Credentials.load(tmp_path / name)
 
 
 def test_other_files_are_refused(tmp_path) -> None:

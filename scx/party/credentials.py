@@ -8,11 +8,10 @@ workers' half: any of them is the untrusted party.
 import os
 import secrets
 import ssl
-import stat
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -28,6 +27,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from scx.files.private import read_private, write_new_private
+
 __all__ = ["Credentials"]
 
 Role = Literal["secure side", "worker"]
@@ -37,6 +38,7 @@ _USAGES: dict[Role, x509.ObjectIdentifier] = {
     "worker": ExtendedKeyUsageOID.CLIENT_AUTH,
 }
 _MAX_FILE_BYTES = 2**16
+_REMEDY = "`python -m scx pair DIRECTORY` makes a pair"
 # A certificate is as good as it is kept, whatever a clock says: RFC 5280's way to say that it has no end.
 _BEGIN, _END = datetime(2000, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 
@@ -80,24 +82,18 @@ class Credentials:
 
         Raises: FileExistsError for a file that is there.
         """
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(self._key_pem(NoEncryption()))
-            file.writelines(x.public_bytes(Encoding.PEM) for x in (self._certificate, self._other))
+        certificates = [x.public_bytes(Encoding.PEM) for x in (self._certificate, self._other)]
+        write_new_private(path, b"".join((self._key_pem(NoEncryption()), *certificates)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Credentials":
         """Read what `save` wrote.
 
-        Raises: PermissionError for a file that others than its owner may read or write; ValueError for one that holds
-            something else.
+        Raises: PermissionError for a file that others than its owner may read or write, or that is neither this user's
+            nor root's; ValueError for one that holds something else, or is no regular file; OSError if it cannot be
+            read.
         """
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISREG(mode) and mode & 0o077:
-                raise PermissionError(
-                    f"credentials: others than its owner may use {path} (mode {mode & 0o777:o}); chmod 600 it"
-                )
-            held = _read_pem(file)
+        held = _read_pem(read_private(path, "credentials", _REMEDY, _MAX_FILE_BYTES))
         if held is None:
             raise ValueError(f"credentials: {path} does not hold a key, its certificate and that of the other party")
         return cls(*held)
@@ -140,12 +136,11 @@ class Credentials:
         return context
 
 
-def _read_pem(file: BinaryIO) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate, x509.Certificate] | None:
+def _read_pem(pem: bytearray) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate, x509.Certificate] | None:
     """A key and two certificates. None for anything else: no error has the file's bytes with it."""
-    pem = file.read(_MAX_FILE_BYTES)
     try:
         key = load_pem_private_key(pem, password=None)
-        certificate, other = x509.load_pem_x509_certificates(pem)
+        certificate, other = x509.load_pem_x509_certificates(bytes(pem))  # it takes nothing else
     except (TypeError, ValueError, UnsupportedAlgorithm):
         return None
     return (key, certificate, other) if isinstance(key, ec.EllipticCurvePrivateKey) else None

@@ -12,7 +12,7 @@ host memory, and names it under its tenant's key:
 | `worker.py`, `memory.py` | the worker's side: from pages to host memory and back, through the cipher |
 | `blocks/` | the cipher of a block |
 | `pages/` | the paged cache itself sealed |
-| `tenants.py`, `registry.py`, `master.py`, `private.py` | whose a block is: tenants, keys, salts, and their files |
+| `tenants.py`, `registry.py`, `master.py` | whose a block is: tenants, keys, salts, and their files |
 | `middleware.py`, `routes.py`, `body.py` | whose a request is |
 | `counters.py`, `metrics.py` | what is counted |
 | `version.py` | which vLLM this was tested with |

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
+from scx.files.private import read_private, write_new_private
 from scx.files.refusal import FileRefusedError
 from scx.keystream import KEY_BYTES, Secret
-from scx.vllm.private import read_private, write_new_private
 from scx_kernels.hidden import guarded
 
 __all__ = ["MASTER_VARIABLE", "master_of_environment", "read_master", "write_master"]

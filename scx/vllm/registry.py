@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from scx.files.disk import atomic_file, destination
+from scx.files.private import read_private
 from scx.files.refusal import FileRefusedError, malformed
 from scx.keystream import KEY_BYTES, Secret
-from scx.vllm.private import read_private
 from scx_kernels.hidden import guarded
 
 __all__ = ["REGISTRY_VARIABLE", "Record", "Registry", "edited", "hash_of", "read_registry"]
